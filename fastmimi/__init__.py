@@ -1,0 +1,72 @@
+"""fastmimi: the Mimi neural audio codec, fast, streaming and trainable; a drop-in for its other implementations.
+
+    mimi = fastmimi.load("kyutai/mimi")
+    codes = mimi.encode(audio)  # [B, 1, N] at 24 kHz -> [B, K, T] at 12.5 Hz
+    audio = mimi.decode(codes)
+
+Names load on first use, so that `import fastmimi` costs little: no transformers until one of its faces is named.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compat.transformers import (
+        MimiConfig,
+        MimiDecoderModel,
+        MimiEncoderModel,
+        MimiModel,
+        replace_mimi,
+        restore_mimi,
+    )
+    from .config import CodecConfig
+    from .dispatch import explain
+    from .model import Mimi
+    from .state import StreamState
+    from .weights import load
+
+_HOMES = {
+    "CodecConfig": "config",
+    "Mimi": "model",
+    "MimiConfig": "compat.transformers",
+    "MimiDecoderModel": "compat.transformers",
+    "MimiEncoderModel": "compat.transformers",
+    "MimiModel": "compat.transformers",
+    "StreamState": "state",
+    "explain": "dispatch",
+    "load": "weights",
+    "replace_mimi": "compat.transformers",
+    "restore_mimi": "compat.transformers",
+}
+__all__ = [
+    "CodecConfig",
+    "Mimi",
+    "MimiConfig",
+    "MimiDecoderModel",
+    "MimiEncoderModel",
+    "MimiModel",
+    "StreamState",
+    "explain",
+    "load",
+    "replace_mimi",
+    "restore_mimi",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("fastmimi")
+    else:
+        raise AttributeError(f"module 'fastmimi' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, "__version__"})

@@ -1,0 +1,1 @@
+"""Drop-in faces: the interfaces of transformers, moshi and rustymimi, thin over `fastmimi.Mimi`."""

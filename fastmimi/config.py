@@ -1,0 +1,172 @@
+"""Model configurations. A leaf: it imports nothing of the package and no third party.
+
+`CodecConfig` has the fields and the meanings of transformers' `MimiConfig`, so any checkpoint's `config.json` reads
+into it, whichever transformers wrote it; the core needs no transformers to do so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class CodecConfig:
+    """Architecture of a Mimi-like codec; defaults are Kyutai's Mimi (arXiv 2410.00037, section 3.3).
+
+    Lengths are in samples of `sampling_rate` (Hz); `sliding_window` in positions of the transformers, which run at
+    `encodec_frame_rate` (25 Hz), twice the `frame_rate` (12.5 Hz) of the codes.
+    """
+
+    sampling_rate: int = 24_000
+    audio_channels: int = 1
+    hidden_size: int = 512
+    num_filters: int = 64
+    num_residual_layers: int = 1
+    upsampling_ratios: list[int] = field(default_factory=lambda: [8, 6, 5, 4])
+    kernel_size: int = 7
+    last_kernel_size: int = 3
+    residual_kernel_size: int = 3
+    dilation_growth_rate: int = 2
+    use_causal_conv: bool = True
+    pad_mode: str = "constant"
+    compress: int = 2
+    trim_right_ratio: float = 1.0
+    codebook_size: int = 2048
+    codebook_dim: int = 256
+    num_quantizers: int = 32
+    use_conv_shortcut: bool = False
+    vector_quantization_hidden_dimension: int = 256
+    num_semantic_quantizers: int = 1
+    upsample_groups: int = 512
+    num_hidden_layers: int = 8
+    intermediate_size: int = 2048
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 8
+    head_dim: int | None = None
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 8000
+    initializer_range: float = 0.02
+    norm_eps: float = 1e-5
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
+    sliding_window: int = 250
+    attention_dropout: float = 0.0
+    layer_scale_initial_scale: float = 0.01
+    attention_bias: bool = False
+    frame_rate: float | None = None
+    has_encoder: bool = True
+    has_decoder: bool = True
+
+    def __post_init__(self) -> None:
+        self.upsampling_ratios = list(self.upsampling_ratios or [8, 6, 5, 4])
+        self.codebook_dim = self.codebook_dim or self.hidden_size
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.frame_rate is None:
+            self.frame_rate = self.sampling_rate / (2 * self.hop_length)
+        self._validate()
+
+    def _validate(self) -> None:
+        if self.num_semantic_quantizers >= self.num_quantizers:
+            raise ValueError(
+                f"num_semantic_quantizers must be below num_quantizers ({self.num_quantizers}), "
+                f"got {self.num_semantic_quantizers}"
+            )
+        if self.pad_mode not in ("constant", "replicate", "reflect"):
+            raise ValueError(f"pad_mode must be 'constant', 'replicate' or 'reflect', got {self.pad_mode!r}")
+        if not self.use_causal_conv and self.trim_right_ratio != 1.0:
+            raise ValueError(
+                f"trim_right_ratio other than 1.0 needs causal convolutions, got {self.trim_right_ratio} "
+                "with use_causal_conv=False"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads, "
+                f"got {self.num_key_value_heads}"
+            )
+        if not (self.has_encoder or self.has_decoder):
+            raise ValueError("a codec needs an encoder, a decoder, or both: both were dropped")
+        ratio = self.encodec_frame_rate / self.frame_rate
+        if ratio < 1 or ratio != int(ratio):
+            raise ValueError(
+                f"frame_rate must divide the rate of the SEANet latents ({self.encodec_frame_rate} Hz), "
+                f"got {self.frame_rate}"
+            )
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per SEANet latent (960)."""
+        return math.prod(self.upsampling_ratios)
+
+    @property
+    def encodec_frame_rate(self) -> int:
+        """Rate of the SEANet latents and of both transformers in Hz (25), rounded up as transformers does."""
+        return math.ceil(self.sampling_rate / self.hop_length)
+
+    @property
+    def latent_stride(self) -> int:
+        """SEANet latents per frame of codes: 2, or 1 where nothing is resampled."""
+        return int(self.encodec_frame_rate / self.frame_rate)
+
+    @property
+    def frame_size(self) -> int:
+        """Samples per frame of codes (1920)."""
+        return self.hop_length * self.latent_stride
+
+    @property
+    def streamable(self) -> bool:
+        """Whether the codec is causal to the sample, so that it streams and long audio runs in tiles."""
+        return self.use_causal_conv and self.pad_mode != "reflect" and self.trim_right_ratio == 1.0
+
+    @property
+    def not_streamable_because(self) -> str:
+        """One sentence for the error of whoever tries to stream this configuration."""
+        if not self.use_causal_conv:
+            return "this configuration cannot stream: use_causal_conv=False lets every output see the future"
+        if self.pad_mode == "reflect":
+            return "this configuration cannot stream: pad_mode='reflect' mirrors samples that have not arrived yet"
+        return f"this configuration cannot stream: trim_right_ratio={self.trim_right_ratio} makes the decoder look ahead"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CodecConfig:
+        """Read transformers' `config.json` (4.57 to 5.x) or `CodecConfig.to_dict()`; fields it does not know are left."""
+        values = dict(values)
+        if values.get("rope_parameters") is None:
+            values.pop("rope_parameters", None)
+            if values.get("rope_theta") is not None:  # transformers < 5
+                scaling = values.get("rope_scaling") or {}
+                rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+                values["rope_parameters"] = {**scaling, "rope_type": rope_type, "rope_theta": values["rope_theta"]}
+        if values.get("frame_rate") is None and values.get("_frame_rate") is not None:
+            values["frame_rate"] = values["_frame_rate"]
+        for half in ("encoder", "decoder"):  # transformers >= 5.20 saves a dropped half as null
+            if f"{half}_config" in values and values[f"{half}_config"] is None:
+                values[f"has_{half}"] = False
+        if values.get("upsampling_ratios") is None:
+            values.pop("upsampling_ratios", None)
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> CodecConfig:
+        """Read a `config.json`. Raises ValueError where it is not JSON or describes another model."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if values.get("model_type", "mimi") not in ("mimi", "mimi_encoder", "mimi_decoder"):
+            raise ValueError(f"{path} describes a {values['model_type']!r} model, not Mimi")
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers would write it to `config.json`."""
+        values = asdict(self)
+        for half in ("encoder", "decoder"):
+            if not values.pop(f"has_{half}"):
+                values[f"{half}_config"] = None
+        values["rope_theta"] = self.rope_parameters.get("rope_theta", 10_000.0)  # for transformers < 5
+        if self.frame_rate == self.sampling_rate / (2 * self.hop_length):
+            del values["frame_rate"]  # derived: transformers 5 accepts it only as a legacy argument
+        return {"model_type": "mimi", "architectures": ["MimiModel"], **values}

@@ -1,0 +1,103 @@
+"""The only file that chooses implementations of ops, and the one that says why.
+
+For each op the candidates are asked in order; each answers why it cannot run, in one sentence, or takes the op. What
+was chosen and what was passed over stands in a table of `Choice` rows, which `fastmimi explain` prints.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .ops import OPS, Ops
+
+CANDIDATES = {
+    "triton": "fastmimi.kernels.triton",
+    "cpu": "fastmimi.kernels.cpu",
+    "reference": "fastmimi.reference",
+}
+Impl = str | dict[str, str]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an implementation is asked to run on."""
+
+    device: str  # device type: "cpu", "cuda", ...
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of the table: the implementation of an op, and the sentence of each candidate passed over."""
+
+    op: str
+    chosen: str
+    reason: str
+    passed_over: tuple[tuple[str, str], ...]
+
+
+def check_impl(impl: Impl) -> None:
+    """Raise ValueError, naming the value, unless `impl` is 'auto', a candidate, or a dict from ops to those."""
+    wanted = impl if isinstance(impl, dict) else dict.fromkeys(OPS, impl)
+    for op, name in wanted.items():
+        if op not in OPS:
+            raise ValueError(f"impl names an unknown op {op!r}; the ops are {', '.join(OPS)}")
+        if name not in ("auto", *CANDIDATES):
+            raise ValueError(f"impl must be 'auto', {', '.join(map(repr, CANDIDATES))}, or a dict per op, got {name!r}")
+
+
+def bind(device: str, dtype: torch.dtype, impl: Impl = "auto") -> Ops:
+    """The implementation of every op for a device type and a dtype.
+
+    Raises ValueError where `impl` is not a choice, RuntimeError where it asks for a kernel that cannot run.
+    """
+    return _bind(Target(device, dtype), tuple(sorted(impl.items())) if isinstance(impl, dict) else impl)
+
+
+def explain(device: str = "cpu", dtype: torch.dtype = torch.float32, impl: Impl = "auto") -> list[Choice]:
+    """The dispatch table: for each op what runs, why, and why each earlier candidate does not."""
+    check_impl(impl)
+    return [_choose(op, Target(device, dtype), _wanted(op, impl)) for op in OPS]
+
+
+@lru_cache(maxsize=64)
+def _bind(target: Target, impl: str | tuple[tuple[str, str], ...]) -> Ops:
+    wanted = impl if isinstance(impl, str) else dict(impl)
+    table = explain(target.device, target.dtype, wanted)
+    return Ops(**{row.op: getattr(importlib.import_module(f"{CANDIDATES[row.chosen]}.{row.op}"), row.op) for row in table})
+
+
+def _wanted(op: str, impl: Impl) -> str:
+    return impl.get(op, "auto") if isinstance(impl, dict) else impl
+
+
+def _choose(op: str, target: Target, wanted: str) -> Choice:
+    if wanted != "auto":
+        sentence = _why_not(wanted, op, target)
+        if sentence is not None:
+            raise RuntimeError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
+        return Choice(op, wanted, "asked for by impl=", ())
+    passed_over = []
+    for name in CANDIDATES:
+        sentence = _why_not(name, op, target)
+        if sentence is None:
+            reason = "first candidate that can run here" if not passed_over else "runs everywhere"
+            return Choice(op, name, reason, tuple(passed_over))
+        passed_over.append((name, sentence))
+    raise AssertionError("the reference runs everywhere")
+
+
+def _why_not(candidate: str, op: str, target: Target) -> str | None:
+    """None if the candidate can run the op on the target, else one sentence."""
+    if candidate == "reference":
+        return None
+    if importlib.util.find_spec(f"{CANDIDATES[candidate]}.{op}") is None:
+        return f"this version of fastmimi has no {candidate} kernel for {op}"
+    if candidate == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return importlib.import_module(f"{CANDIDATES[candidate]}.{op}").unsupported(target)

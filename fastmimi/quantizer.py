@@ -1,0 +1,169 @@
+"""Split residual vector quantisation (arXiv 2410.00037, section 3.3.2): one semantic VQ beside an acoustic RVQ.
+
+Codebooks are kept as the running sums that training updates; the centroids (sum / usage) are computed in fp32, stay
+fp32 in half-precision models, and are recomputed when a sum or a usage changes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import CodecConfig
+from .ops import Call
+
+EPSILON = 1e-5  # least usage of an entry, as in both peers
+
+
+class Codebook(nn.Module):
+    """The running sums of one level: `embed_sum` [S, D] and `cluster_usage` [S]; peer: `MimiEuclideanCodebook`."""
+
+    def __init__(self, config: CodecConfig):
+        super().__init__()
+        self.register_buffer("initialized", torch.ones(1))
+        self.register_buffer("cluster_usage", torch.ones(config.codebook_size))
+        self.register_buffer("embed_sum", torch.zeros(config.codebook_size, config.codebook_dim))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
+        return apply_in_full_precision(self, fn)
+
+
+def apply_in_full_precision(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Any:
+    """`nn.Module._apply` for a module of buffers that follow moves and `.double()`, but never go below fp32."""
+    for name, buffer in module.named_buffers(recurse=False):
+        moved = fn(buffer)
+        if moved.is_floating_point() and moved.element_size() < 4:
+            moved = buffer.to(moved.device)
+        setattr(module, name, moved)
+    return module
+
+
+def centroids(codebook: nn.Module) -> Tensor:
+    """Entries [S, D] of a codebook's running sums, in fp32 or better."""
+    wide = torch.promote_types(codebook.embed_sum.dtype, torch.float32)
+    return codebook.embed_sum.to(wide) / codebook.cluster_usage.to(wide).clamp(min=EPSILON)[:, None]
+
+
+class Snapshot:
+    """Which tensors were seen, and in which version: tells a packed form when it has gone stale.
+
+    A replaced tensor is another object, moved data has another address, an edit in place counts `_version` up. Edits
+    through `.data` count nothing: no one can see those, so do not make them.
+    """
+
+    def __init__(self, tensors: list[Tensor]):
+        self.seen = [(weakref.ref(t), t.data_ptr(), t._version) for t in tensors]
+
+    def matches(self, tensors: list[Tensor]) -> bool:
+        return len(tensors) == len(self.seen) and all(
+            ref() is t and address == t.data_ptr() and version == t._version
+            for t, (ref, address, version) in zip(tensors, self.seen, strict=True)
+        )
+
+
+class Level(nn.Module):
+    """One level of a residual quantizer: it exists for the name `layers.<i>.codebook` of the checkpoints."""
+
+    def __init__(self, config: CodecConfig):
+        super().__init__()
+        self.codebook = Codebook(config)
+
+
+class ResidualQuantizer(nn.Module):
+    """Latents [B, hidden, T] -> projected to [.., D] -> codes [B, L, T], and back; peer: `MimiResidualVectorQuantizer`."""
+
+    def __init__(self, config: CodecConfig, levels: int):
+        super().__init__()
+        self.layers = nn.ModuleList(Level(config) for _ in range(levels))
+        self.input_proj: nn.Conv1d | None = None
+        self.output_proj: nn.Conv1d | None = None
+        width = config.vector_quantization_hidden_dimension
+        if width != config.hidden_size:
+            self.input_proj = nn.Conv1d(config.hidden_size, width, 1, bias=False)
+            self.output_proj = nn.Conv1d(width, config.hidden_size, 1, bias=False)
+        self._packed: tuple[Snapshot, Tensor] | None = None
+
+    def codebooks(self) -> Tensor:
+        """Centroids of all levels [L, S, D]; computed once, and again after any change of the running sums."""
+        sums = [t for level in self.layers for t in (level.codebook.embed_sum, level.codebook.cluster_usage)]
+        if any(t.is_inference() for t in sums):  # they count no versions, so a change could not be seen
+            return torch.stack([centroids(level.codebook) for level in self.layers])
+        if self._packed is None or not self._packed[0].matches(sums):
+            with torch.inference_mode(False), torch.no_grad():
+                packed = torch.stack([centroids(level.codebook) for level in self.layers])
+            self._packed = (Snapshot(sums), packed)
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}  # snapshots hold weak references, which do not pickle
+
+    def project(self, latents: Tensor) -> Tensor:
+        """[B, hidden, T] -> [B, D, T]."""
+        return latents if self.input_proj is None else self.input_proj(latents)
+
+    def encode(self, latents: Tensor, levels: int, call: Call) -> Tensor:
+        """[B, hidden, T] -> [B, levels, T] int64."""
+        return self._search(self.project(latents), levels, call)
+
+    def _search(self, projected: Tensor, levels: int, call: Call) -> Tensor:
+        codebooks = self.codebooks()[:levels]
+        rows = projected.transpose(1, 2).flatten(0, 1).to(codebooks.dtype)  # [B * T, D]
+        codes = call.ops.rvq_encode(rows, codebooks)
+        return codes.unflatten(1, (projected.shape[0], -1)).transpose(0, 1)
+
+    def entries(self, codes: Tensor, dtype: torch.dtype, call: Call) -> Tensor:
+        """[B, L, T] -> the sum of the entries [B, D, T]."""
+        codebooks = self.codebooks()[: codes.shape[1]]
+        total = call.ops.rvq_decode(codes.transpose(0, 1).flatten(1), codebooks)  # [B * T, D]
+        return total.unflatten(0, (codes.shape[0], -1)).transpose(1, 2).to(dtype)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype, call: Call) -> Tensor:
+        """[B, L, T] -> latents [B, hidden, T]."""
+        quantized = self.entries(codes, dtype, call)
+        return quantized if self.output_proj is None else self.output_proj(quantized)
+
+    def straight_through(self, latents: Tensor, levels: int, call: Call) -> tuple[Tensor, Tensor]:
+        """Codes and decoded latents whose gradient passes the search unchanged (arXiv 1711.00937, section 3.2)."""
+        projected = self.project(latents)
+        codes = self._search(projected.detach(), levels, call)
+        quantized = self.entries(codes, latents.dtype, call) + (projected - projected.detach())
+        return codes, quantized if self.output_proj is None else self.output_proj(quantized)
+
+
+class SplitQuantizer(nn.Module):
+    """Semantic and acoustic quantizers side by side on the same latents, summed; peer names kept."""
+
+    def __init__(self, config: CodecConfig):
+        super().__init__()
+        semantic = config.num_semantic_quantizers
+        self.semantic_residual_vector_quantizer = ResidualQuantizer(config, semantic)
+        self.acoustic_residual_vector_quantizer = ResidualQuantizer(config, config.num_quantizers - semantic)
+
+    def _parts(self, levels: int) -> list[tuple[ResidualQuantizer, int]]:
+        """The quantizers that `levels` codebooks call on, and how many levels of each."""
+        semantic = len(self.semantic_residual_vector_quantizer.layers)
+        parts = [(self.semantic_residual_vector_quantizer, semantic)]
+        if levels > semantic:
+            parts.append((self.acoustic_residual_vector_quantizer, levels - semantic))
+        return parts
+
+    def encode(self, latents: Tensor, levels: int, call: Call) -> Tensor:
+        """[B, hidden, T] -> [B, levels, T] int64."""
+        return torch.cat([part.encode(latents, count, call) for part, count in self._parts(levels)], dim=1)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype, call: Call) -> Tensor:
+        """[B, levels, T] -> latents [B, hidden, T]."""
+        parts = self._parts(codes.shape[1])
+        pieces = codes.split([count for _, count in parts], dim=1)
+        outputs = [part.decode(piece, dtype, call) for (part, _), piece in zip(parts, pieces, strict=True)]
+        return outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
+
+    def straight_through(self, latents: Tensor, levels: int, call: Call) -> tuple[Tensor, Tensor]:
+        """[B, hidden, T] -> codes [B, levels, T] and latents [B, hidden, T], differentiable in the latents."""
+        results = [part.straight_through(latents, count, call) for part, count in self._parts(levels)]
+        codes = torch.cat([codes for codes, _ in results], dim=1)
+        return codes, torch.stack([latent for _, latent in results]).sum(dim=0)

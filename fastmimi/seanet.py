@@ -1,0 +1,182 @@
+"""SEANet, the convolutional encoder and decoder (arXiv 2009.02095 as in 2410.00037, section 3.3.1).
+
+Modules own parameters under transformers' names and know their paddings; the arithmetic is in the ops. Activations sit
+before the convolutions and are fused into them, which is why the numbering of `layers` has gaps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import CodecConfig
+from .ops import Call
+
+
+class CausalConv1d(nn.Module):
+    """A padded convolution, [B, C_in, T] -> [B, C_out, ceil(T / stride)]; peer: transformers' `MimiConv1d`."""
+
+    name = ""  # path in the model, the key of its state; set by the model
+
+    def __init__(
+        self,
+        config: CodecConfig,
+        channels: tuple[int, int],
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        bias: bool = True,
+        pad_mode: str | None = None,
+        pre: str = "none",
+    ):
+        super().__init__()
+        self.conv = nn.Conv1d(*channels, kernel_size, stride, dilation=dilation, bias=bias)
+        self.causal = config.use_causal_conv
+        self.pad_mode = pad_mode or config.pad_mode
+        self.pre = pre
+
+    def padding(self, length: int) -> tuple[int, int]:
+        """Samples to add left and right of `length`; on the right, what the last stride needs to be full."""
+        (kernel,), (stride,), (dilation,) = self.conv.kernel_size, self.conv.stride, self.conv.dilation
+        total = (kernel - 1) * dilation + 1 - stride
+        right = 0 if self.causal else total // 2
+        return total - right, right + -length % stride
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        return {self.name: (batch, self.conv.in_channels, self.padding(0)[0])}
+
+    def padded(self, x: Tensor, call: Call) -> dict:
+        """The arguments of an op that say how x [B, C, T] is extended left and right."""
+        arguments = {"pad": self.padding(x.shape[-1]), "pad_mode": self.pad_mode}
+        if call.lane is not None:
+            history = call.lane.buffers[self.name]
+            arguments |= {"history": history, "first": call.lane.first, "active": call.lane.active}
+        return arguments
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        stride = self.conv.stride[0]
+        if call.lengths is not None and stride > 1:
+            x = fill_tail(x, call.lengths, self.pad_mode)
+            call.lengths = -(-call.lengths // stride)
+        conv = self.conv
+        return call.ops.causal_conv1d(
+            x, conv.weight, conv.bias, stride=stride, dilation=conv.dilation[0], groups=conv.groups, pre=self.pre,
+            **self.padded(x, call),
+        )  # fmt: skip
+
+
+class CausalConvTranspose1d(nn.Module):
+    """An upsampling transposed convolution, [B, C_in, T] -> [B, C_out, T * stride]; peer: `MimiConvTranspose1d`."""
+
+    name = ""
+
+    def __init__(
+        self,
+        config: CodecConfig,
+        channels: tuple[int, int],
+        stride: int,
+        *,
+        groups: int = 1,
+        bias: bool = True,
+        pre: str = "none",
+    ):
+        super().__init__()
+        self.conv = nn.ConvTranspose1d(*channels, 2 * stride, stride, groups=groups, bias=bias)
+        total = stride  # kernel - stride
+        right = math.ceil(total * config.trim_right_ratio) if config.use_causal_conv else total // 2
+        self.trim = (total - right, right)
+        self.pre = pre
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        return {self.name: (batch, self.conv.out_channels, sum(self.trim))}
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        conv, state = self.conv, {}
+        if call.lane is not None:
+            state = {"overlap": call.lane.buffers[self.name], "active": call.lane.active}
+        return call.ops.causal_conv_transpose1d(
+            x, conv.weight, conv.bias, stride=conv.stride[0], groups=conv.groups, trim=self.trim, pre=self.pre, **state
+        )
+
+
+class ResBlock(nn.Module):
+    """A residual unit, [B, C, T] -> [B, C, T]; peer: `MimiResnetBlock`, with its numbering of the convolutions."""
+
+    def __init__(self, config: CodecConfig, dim: int, dilation: int):
+        super().__init__()
+        hidden = dim // config.compress
+        kernel = config.residual_kernel_size
+        self.block = nn.ModuleDict(
+            {
+                "1": CausalConv1d(config, (dim, hidden), kernel, dilation=dilation),
+                "3": CausalConv1d(config, (hidden, dim), 1),
+            }
+        )
+        self.shortcut = CausalConv1d(config, (dim, dim), 1) if config.use_conv_shortcut else None
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        first, second = self.block["1"], self.block["3"]
+        skip = {}
+        if self.shortcut is not None:
+            skip = {"shortcut_weight": self.shortcut.conv.weight, "shortcut_bias": self.shortcut.conv.bias}
+        return call.ops.resblock(
+            x, first.conv.weight, first.conv.bias, second.conv.weight, second.conv.bias,
+            dilation=first.conv.dilation[0], **skip, **first.padded(x, call),
+        )  # fmt: skip
+
+
+class SeanetEncoder(nn.Module):
+    """Audio [B, channels, N] -> latents [B, hidden_size, ceil(N / hop_length)]."""
+
+    def __init__(self, config: CodecConfig):
+        super().__init__()
+        width = config.num_filters
+        layers: list[nn.Module | None] = [CausalConv1d(config, (config.audio_channels, width), config.kernel_size)]
+        for ratio in reversed(config.upsampling_ratios):
+            layers += [ResBlock(config, width, config.dilation_growth_rate**j) for j in range(config.num_residual_layers)]
+            layers += [None, CausalConv1d(config, (width, 2 * width), 2 * ratio, stride=ratio, pre="elu")]
+            width *= 2
+        layers += [None, CausalConv1d(config, (width, config.hidden_size), config.last_kernel_size, pre="elu")]
+        self.layers = _numbered(layers)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        for layer in self.layers.values():
+            x = layer(x, call)
+        return x
+
+
+class SeanetDecoder(nn.Module):
+    """Latents [B, hidden_size, T] -> audio [B, channels, T * hop_length]."""
+
+    def __init__(self, config: CodecConfig):
+        super().__init__()
+        width = config.num_filters * 2 ** len(config.upsampling_ratios)
+        layers: list[nn.Module | None] = [CausalConv1d(config, (config.hidden_size, width), config.kernel_size)]
+        for ratio in config.upsampling_ratios:
+            layers += [None, CausalConvTranspose1d(config, (width, width // 2), ratio, pre="elu")]
+            width //= 2
+            layers += [ResBlock(config, width, config.dilation_growth_rate**j) for j in range(config.num_residual_layers)]
+        layers += [None, CausalConv1d(config, (width, config.audio_channels), config.last_kernel_size, pre="elu")]
+        self.layers = _numbered(layers)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        for layer in self.layers.values():
+            x = layer(x, call)
+        return x
+
+
+def fill_tail(x: Tensor, lengths: Tensor, pad_mode: str) -> Tensor:
+    """Make x [B, C, T] beyond each row's length what the row alone would be padded with."""
+    inside = (torch.arange(x.shape[-1], device=x.device) < lengths[:, None])[:, None]  # [B, 1, T]
+    if pad_mode == "constant":
+        return torch.where(inside, x, 0)
+    last = (lengths - 1).clamp(0, x.shape[-1] - 1)[:, None, None].expand(-1, x.shape[1], 1)
+    return torch.where(inside, x, x.gather(2, last))
+
+
+def _numbered(layers: list[nn.Module | None]) -> nn.ModuleDict:
+    """Layers under their index; None holds the number of an activation that is fused into the next layer."""
+    return nn.ModuleDict({str(i): layer for i, layer in enumerate(layers) if layer is not None})

@@ -1,0 +1,148 @@
+"""StreamState: everything that a batch of streams carries, explicit and owned by the caller. A leaf: torch only.
+
+Buffers are allocated once and keep their addresses; implementations change them in place. Each direction (audio to
+codes, codes to audio) is a `Lane`: the named buffers of its layers and, per stream, how many positions its transformer
+has seen. Audio that does not fill a frame yet waits in `pending`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Lane:
+    """The state of one direction of a batch of streams.
+
+    `buffers` maps a layer's name to a tensor whose first dimension is the batch; `offset` [B] int64 counts transformer
+    positions seen; `active` [B] bool says which rows the step at hand advances.
+    """
+
+    buffers: dict[str, Tensor]
+    offset: Tensor
+    active: Tensor
+
+    @property
+    def first(self) -> Tensor:
+        """[B] bool: streams that have seen nothing yet."""
+        return self.offset == 0
+
+    def advance(self, positions: int) -> None:
+        """Count `positions` more for the active rows, once all layers have run."""
+        self.offset += self.active * positions
+
+    def reset(self, mask: Tensor) -> None:
+        """Bring the rows of `mask` [B] bool back to the start of a stream."""
+        for buffer in self.buffers.values():
+            buffer[mask] = 0
+        self.offset[mask] = 0
+
+
+class StreamState:
+    """Both directions of `batch_size` streams; made by `Mimi.new_state`.
+
+    exec_mask: [B] bool, set by the caller in place: rows that are False are left as they are by encode, decode and
+        flush; what comes out for them is -1 (codes) or 0 (audio).
+    pending: [B, C, frame_size] samples waiting for their frame to fill; pending_length: [B] int64, on the CPU.
+    """
+
+    def __init__(self, encode: Lane, decode: Lane, pending: Tensor):
+        self.encode = encode
+        self.decode = decode
+        self.pending = pending
+        self.pending_length = torch.zeros(pending.shape[0], dtype=torch.int64)
+        self.exec_mask = torch.ones(pending.shape[0], dtype=torch.bool, device=pending.device)
+
+    @property
+    def batch_size(self) -> int:
+        return self.pending.shape[0]
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Start the streams of `mask` [B] bool anew (all of them without it); their `exec_mask` becomes True."""
+        if mask is None:
+            mask = torch.ones(self.batch_size, dtype=torch.bool)
+        if mask.shape != (self.batch_size,) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must be a bool tensor of shape ({self.batch_size},), got {mask.dtype} {tuple(mask.shape)}"
+            )
+        here = mask.to(self.exec_mask.device)
+        self.encode.reset(here)
+        self.decode.reset(here)
+        self.pending[here] = 0
+        self.exec_mask[here] = True
+        self.pending_length[mask.cpu()] = 0
+
+    def push(self, audio: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Take audio [B, C, N] in and give whole frames out: [B, C, T * frame_size] and frames per row [B] on the CPU.
+
+        None for the frames says that every row has all T. Rows whose `exec_mask` is False take nothing and give 0.
+        """
+        size, samples = self.pending.shape[-1], audio.shape[-1]
+        if samples % size == 0 and not self.pending_length.any():
+            return audio, None
+        active = self.exec_mask.cpu()
+        have = torch.where(active, self.pending_length + samples, 0)
+        frames = have // size  # 0 where not active
+        total = int(frames.max())
+        buffer = torch.cat([self.pending, audio], dim=-1)  # the first pending_length of pending count
+        held = self.pending_length.to(audio.device)[:, None]
+        steps = torch.arange(total * size, device=audio.device)
+        whole = _pick(buffer, torch.where(steps < held, steps, steps - held + size))
+        left = torch.arange(size, device=audio.device) + (frames * size).to(audio.device)[:, None]
+        rest = _pick(buffer, torch.where(left < held, left, left - held + size))
+        self.pending.copy_(torch.where(self.exec_mask[:, None, None], rest, self.pending))
+        self.pending_length.copy_(torch.where(active, have - frames * size, self.pending_length))
+        return whole, frames
+
+    def pop_partial(self) -> tuple[Tensor, Tensor]:
+        """The samples held back, completed with zeros: [B, C, frame_size] and frames per row (0 or 1) on the CPU."""
+        active = self.exec_mask.cpu()
+        frames = (active & (self.pending_length > 0)).long()
+        inside = torch.arange(self.pending.shape[-1]) < self.pending_length[:, None]
+        audio = torch.where(inside[:, None].to(self.pending.device), self.pending, 0)
+        self.pending_length.copy_(torch.where(active, 0, self.pending_length))
+        return audio[..., : int(frames.max()) * audio.shape[-1]], frames
+
+    def clone(self) -> StreamState:
+        """An independent copy: both go on from here without seeing one another."""
+        lanes = [
+            Lane({k: v.clone() for k, v in lane.buffers.items()}, lane.offset.clone(), lane.active.clone())
+            for lane in (self.encode, self.decode)
+        ]
+        copy = StreamState(*lanes, self.pending.clone())
+        copy.pending_length.copy_(self.pending_length)
+        copy.exec_mask.copy_(self.exec_mask)
+        return copy
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors by name, ready for `safetensors.torch.save_file`. They are the state's own, not copies."""
+        tensors = {"pending": self.pending, "pending_length": self.pending_length, "exec_mask": self.exec_mask}
+        for prefix, lane in (("encode", self.encode), ("decode", self.decode)):
+            tensors[f"{prefix}.offset"] = lane.offset
+            tensors |= {f"{prefix}.{name}": buffer for name, buffer in lane.buffers.items()}
+        return tensors
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the values of a `state_dict()` of the same model, batch size and dtype; nothing changes on error."""
+        own = self.state_dict()
+        wrong = [f"missing {name}" for name in own.keys() - tensors.keys()]
+        wrong += [f"unknown {name}" for name in tensors.keys() - own.keys()]
+        for name in own.keys() & tensors.keys():
+            mine, theirs = own[name], tensors[name]
+            if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+                wrong.append(
+                    f"{name} must be {mine.dtype} {tuple(mine.shape)}, got {theirs.dtype} {tuple(theirs.shape)}"
+                )
+        if wrong:
+            raise ValueError("this state does not fit: " + "; ".join(sorted(wrong)))
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def _pick(buffer: Tensor, index: Tensor) -> Tensor:
+    """Samples of buffer [B, C, N] at index [B or 1, M], indices past the end clamped."""
+    index = index.clamp(max=buffer.shape[-1] - 1)[:, None].expand(buffer.shape[0], buffer.shape[1], -1)
+    return buffer.gather(2, index)

@@ -1,0 +1,319 @@
+"""Checkpoints in and out, safetensors only: transformers' (flat, and nested as in 5.x state dicts) and Kyutai's.
+
+`load` finds a checkpoint, brings its names to the model's own (which are transformers' flat ones) and fills the model.
+What the two families disagree about stands in `kyutai.py`; weight norm, folded or not, is folded here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import dispatch, kyutai
+from .config import CodecConfig
+from .model import Mimi
+
+State = dict[str, Tensor]
+
+NESTED = (  # state dicts of transformers >= 5.20 -> flat
+    (r"^encoder\.encoder_seanet\.", "encoder."),
+    (r"^decoder\.decoder_seanet\.", "decoder."),
+    (r"^encoder\.(encoder_transformer|downsample)\.", r"\1."),
+    (r"^decoder\.(decoder_transformer|upsample)\.", r"\1."),
+)
+LISTED = 20  # keys an error names before it only counts
+
+
+def load(
+    source: str | Path = "kyutai/mimi",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    impl: dispatch.Impl = "auto",
+    num_codebooks: int | None = None,
+) -> Mimi:
+    """A codec ready for inference: in eval mode, its parameters not requiring gradients.
+
+    Args:
+        source: a directory or `.safetensors` file of transformers' or Kyutai's, a hub id ("kyutai/mimi"), or
+            "random[:seed]", a Mimi with random weights.
+        device, dtype: where and in what precision it runs; codebooks and their search stay fp32.
+        impl: "auto", "reference", "triton", "cpu", or a dict per op.
+        num_codebooks: codebooks that `encode` yields, by default all of the model's (32 for kyutai/mimi).
+
+    Raises ValueError for a source that is not there or not a Mimi, or whose keys do not fit, all listed at once.
+    """
+    if match := re.fullmatch(r"random(?::(\d+))?", str(source)):
+        model = random(CodecConfig(), int(match[1] or 0))
+    else:
+        config, state = read_checkpoint(source)
+        with torch.device("meta"):
+            model = Mimi(config)
+        fill(model, state)
+    model.impl = impl
+    dispatch.check_impl(impl)
+    if num_codebooks is not None:
+        model.num_codebooks = num_codebooks
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def random(config: CodecConfig, seed: int = 0) -> Mimi:
+    """A codec with random weights, the same for the same seed on every machine; its codes vary with the audio."""
+    with torch.device("meta"):
+        model = Mimi(config)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: torch.Size, std: float) -> Tensor:
+        return torch.empty(shape).normal_(std=std, generator=generator)
+
+    state = {}
+    for name, tensor in model.state_dict().items():
+        kind = name.rsplit(".", 1)[1]
+        if kind == "scale":
+            state[name] = torch.full(tensor.shape, config.layer_scale_initial_scale)
+        elif kind in ("cluster_usage", "initialized") or (kind == "weight" and tensor.dim() == 1):
+            state[name] = torch.ones(tensor.shape)
+        elif kind == "embed_sum":
+            state[name] = normal(tensor.shape, 0.05)
+        elif kind == "bias":
+            state[name] = torch.zeros(tensor.shape)
+        else:
+            state[name] = normal(tensor.shape, tensor[0].numel() ** -0.5)
+    if config.has_decoder:
+        state[f"decoder.layers.{_last_layer(state)}.conv.weight"] *= 0.1  # audio that stays within [-1, 1]
+    fill(model, state)
+    return model
+
+
+def fill(model: Mimi, state: Mapping[str, Tensor]) -> None:
+    """Put a flat state into a model (which may stand on the meta device); all misfits are listed in one error."""
+    own = model.state_dict()
+    dropped = tuple(
+        prefix
+        for half, prefixes in (
+            (model.encoder, ("encoder.", "encoder_transformer.", "downsample.")),
+            (model.decoder, ("decoder.", "decoder_transformer.", "upsample.")),
+        )
+        if half is None
+        for prefix in prefixes
+    )
+    state = {name: tensor for name, tensor in state.items() if not (dropped and name.startswith(dropped))}
+    wrong = [f"missing {name}" for name in own if name not in state]
+    wrong += [f"unknown {name}" for name in state if name not in own]
+    wrong += [
+        f"{name} must be {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(wrong[:LISTED])}{more}")
+    wide = {name: tensor.float() if tensor.dtype.itemsize < 4 else tensor for name, tensor in state.items()}
+    model.load_state_dict(wide, assign=True)
+
+
+def read_checkpoint(source: str | Path) -> tuple[CodecConfig, State]:
+    """Configuration and flat state dict of a directory, a file, or a hub id."""
+    path = Path(source)
+    if path.is_dir():
+        files, config_file = _files_of_directory(path)
+    elif path.exists() or path.suffix or str(source).count("/") != 1:
+        files, config_file = [path], path.parent / "config.json"
+    else:
+        files, config_file = _files_of_hub(str(source))
+    state: State = {}
+    for file in files:
+        state |= read_safetensors(file)
+    state = to_flat(state)
+    if config_file.is_file() and _model_type(config_file) in ("mimi", "mimi_encoder", "mimi_decoder"):
+        config = CodecConfig.from_json(config_file)
+    else:
+        config = infer_config(state)
+    if kyutai.is_kyutai(state):
+        state = kyutai.to_flat(state, config)
+    return config, state
+
+
+def read_safetensors(path: str | Path) -> State:
+    """All tensors of a file, memory-mapped. Raises ValueError where there is none, or it is cut or of another kind."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no model at {str(path)!r}: pass a directory, a .safetensors file, a hub id or random:0")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not a .safetensors file; pickled checkpoints can run code and are not read")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error})") from None
+
+
+def to_flat(state: State) -> State:
+    """Nested names to flat ones, live weight norm folded. Kyutai's names are left for `kyutai.to_flat`."""
+    flat = {}
+    for name, tensor in state.items():
+        for pattern, replacement in NESTED:
+            name = re.sub(pattern, replacement, name)
+        flat[name] = tensor
+    return fold_weight_norm(flat)
+
+
+def fold_weight_norm(state: State) -> State:
+    """`weight = g * v / |v|` in place of the pair, in PyTorch's old (`weight_g`) and new (`parametrizations`) spelling."""
+    spellings = {"parametrizations.weight.original0": "parametrizations.weight.original1", "weight_g": "weight_v"}
+    folded = dict(state)
+    for name in state:
+        for g_name, v_name in spellings.items():
+            base = name.removesuffix(g_name)
+            if base != name and base + v_name in state:
+                g, v = folded.pop(name), folded.pop(base + v_name)
+                folded[base + "weight"] = torch._weight_norm(v, g, 0)
+    return folded
+
+
+def infer_config(state: Mapping[str, Tensor]) -> CodecConfig:
+    """The configuration that the shapes tell; what they do not (heads of 64, window, RoPE base) is Mimi's."""
+    if kyutai.is_kyutai(state):
+        state = kyutai.shapes_of_flat(state)
+    try:
+        first, last = state["encoder.layers.0.conv.weight"], state["decoder.layers.0.conv.weight"]
+        upsampling = [w for n, w in _sorted_layers(state, r"decoder\.layers\.(\d+)\.conv\.weight") if n][:-1]
+        blocks = _sorted_layers(state, r"decoder\.layers\.(\d+)\.block\.1\.conv\.weight")
+        q_proj = state["encoder_transformer.layers.0.self_attn.q_proj.weight"]
+        k_proj = state["encoder_transformer.layers.0.self_attn.k_proj.weight"]
+        semantic = len(_sorted_layers(state, r"quantizer\.semantic\w+\.layers\.(\d+)\.codebook\.embed_sum"))
+        acoustic = len(_sorted_layers(state, r"quantizer\.acoustic\w+\.layers\.(\d+)\.codebook\.embed_sum"))
+        codebook = state["quantizer.semantic_residual_vector_quantizer.layers.0.codebook.embed_sum"]
+    except KeyError as error:
+        raise ValueError(f"this is not a Mimi checkpoint: it has no {error.args[0]} and no config.json stands beside") from None
+    hidden = last.shape[1]
+    head_dim = 64 if q_proj.shape[0] % 64 == 0 else q_proj.shape[0] // CodecConfig.num_attention_heads
+    upsample = state.get("upsample.conv.weight")
+    ratios = [w.shape[2] // 2 for w in upsampling]
+    hop = 1
+    for ratio in ratios:
+        hop *= ratio
+    return CodecConfig(
+        audio_channels=first.shape[1],
+        hidden_size=hidden,
+        num_filters=first.shape[0],
+        num_residual_layers=len(blocks) // len(ratios),
+        upsampling_ratios=ratios,
+        kernel_size=first.shape[2],
+        last_kernel_size=state["decoder.layers." + str(_last_layer(state)) + ".conv.weight"].shape[2],
+        residual_kernel_size=blocks[0][1].shape[2],
+        compress=blocks[0][1].shape[1] // blocks[0][1].shape[0],
+        codebook_size=codebook.shape[0],
+        codebook_dim=codebook.shape[1],
+        vector_quantization_hidden_dimension=codebook.shape[1],
+        num_quantizers=semantic + acoustic,
+        num_semantic_quantizers=semantic,
+        use_conv_shortcut=any(".shortcut." in name for name in state),
+        upsample_groups=hidden // upsample.shape[1] if upsample is not None else hidden,
+        num_hidden_layers=len(_sorted_layers(state, r"encoder_transformer\.layers\.(\d+)\.self_attn\.q_proj\.weight")),
+        intermediate_size=state["encoder_transformer.layers.0.mlp.fc1.weight"].shape[0],
+        num_attention_heads=q_proj.shape[0] // head_dim,
+        num_key_value_heads=k_proj.shape[0] // head_dim,
+        head_dim=head_dim,
+        attention_bias="encoder_transformer.layers.0.self_attn.q_proj.bias" in state,
+        frame_rate=None if upsample is not None else CodecConfig.sampling_rate / hop,
+    )
+
+
+def save_pretrained(model: Mimi, directory: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` as transformers' `MimiModel.from_pretrained` reads them."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(fold_weight_norm(model.state_dict()), directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+
+
+def save_kyutai(model: Mimi, path: str | Path) -> None:
+    """Write one `.safetensors` file in Kyutai's layout, which moshi and rustymimi read.
+
+    Raises ValueError for what that layout cannot hold (attention biases, heads that do not fill the width).
+    """
+    _write(kyutai.from_flat(fold_weight_norm(model.state_dict()), model.config), Path(path))
+
+
+def fingerprint(model: Mimi) -> str:
+    """Sixteen hex digits that tell the quantizer's weights: codes are exchangeable between models that share them.
+
+    The encoder and the decoder do not count (a fine-tuned decoder still reads the codes), nor does the precision the
+    model runs in, since the codebooks stay fp32.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.quantizer.state_dict().items()):
+        if name.endswith(("embed_sum", "cluster_usage")):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def _write(state: State, path: Path) -> None:
+    """Whole or not at all: written beside its place, then moved there."""
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, part, {"format": "pt"})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _files_of_directory(path: Path) -> tuple[list[Path], Path]:
+    config, index = path / "config.json", path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [path / name for name in names], config
+    if (path / "model.safetensors").is_file() and _model_type(config) in (None, "mimi", "mimi_encoder", "mimi_decoder"):
+        return [path / "model.safetensors"], config
+    found = sorted(path.glob("tokenizer-*.safetensors"))
+    if len(found) != 1:
+        raise ValueError(f"{path} holds no model.safetensors of a Mimi and {len(found)} tokenizer-*.safetensors")
+    return found, config
+
+
+def _files_of_hub(name: str) -> tuple[list[Path], Path]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    def fetch(file: str) -> Path:
+        return Path(hf_hub_download(name, file))
+
+    try:
+        config = fetch("config.json")
+        values = json.loads(config.read_text())
+        if values.get("model_type") not in ("mimi", "mimi_encoder", "mimi_decoder"):  # a repository of Kyutai's
+            return [fetch(values.get("mimi_name", kyutai.FILE_NAME))], config
+        try:
+            return [fetch("model.safetensors")], config
+        except EntryNotFoundError:
+            index = json.loads(fetch("model.safetensors.index.json").read_text())
+            return [fetch(part) for part in sorted(set(index["weight_map"].values()))], config
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"cannot fetch {name!r} from the hub ({type(error).__name__}: {reason}); offline, pass a local directory, "
+            "a .safetensors file, or random:0"
+        ) from None
+
+
+def _model_type(config: Path) -> str | None:
+    return json.loads(config.read_text()).get("model_type") if config.is_file() else None
+
+
+def _sorted_layers(state: Mapping[str, Tensor], pattern: str) -> list[tuple[int, Tensor]]:
+    found = [(int(match[1]), tensor) for name, tensor in state.items() if (match := re.fullmatch(pattern, name))]
+    return sorted(found, key=lambda item: item[0])
+
+
+def _last_layer(state: Mapping[str, Tensor]) -> int:
+    return _sorted_layers(state, r"decoder\.layers\.(\d+)\.conv\.weight")[-1][0]

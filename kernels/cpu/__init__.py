@@ -1,0 +1,1 @@
+"""Tuned CPU implementations, one file per op, each with `unsupported(target)`."""

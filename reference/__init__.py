@@ -1,0 +1,1 @@
+"""Readable PyTorch oracles, one file per op. Imported only as `fastmimi.reference`."""

@@ -1,0 +1,39 @@
+"""Reference of `causal_conv_transpose1d`: [activation ->] transposed convolution, overlap-add, bias, trim.
+
+    y[b, o, t * stride + k] += weight[c, o, k] * pre(x)[b, c, t],   then + bias[o]
+
+A full transposed convolution yields (T - 1) * stride + K samples. Offline, `trim` of them go left and right. Streaming
+(`overlap` [B, C_out, K - stride], mutated in place for the active rows), T * stride come out, and the tail, still
+without bias, is added to the head of the next call. Follows moshi's `StreamingConvTranspose1d`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .causal_conv1d import ACTIVATIONS
+
+
+def causal_conv_transpose1d(
+    x: Tensor,  # [B, C, T]
+    weight: Tensor,  # [C, C_out / groups, K]
+    bias: Tensor | None = None,  # [C_out]
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    trim: tuple[int, int] = (0, 0),
+    pre: str = "none",
+    overlap: Tensor | None = None,  # [B, C_out, K - stride], mutated
+    active: Tensor | None = None,  # [B] bool
+) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride)
+    x = ACTIVATIONS[pre](x)
+    if overlap is None:
+        y = F.conv_transpose1d(x, weight, bias, stride=stride, groups=groups)
+        return y[..., trim[0] : y.shape[-1] - trim[1]]
+    y = F.conv_transpose1d(x, weight, None, stride=stride, groups=groups)
+    tail = overlap.shape[-1]
+    if tail:
+        y[..., :tail] += overlap
+        overlap.copy_(torch.where(active[:, None, None], y[..., -tail:], overlap))
+        y = y[..., :-tail]
+    return y if bias is None else y + bias[:, None]

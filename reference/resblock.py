@@ -1,0 +1,32 @@
+"""Reference of `resblock`, a SEANet residual unit: ELU, dilated conv, ELU, conv k1, + input (or + conv k1 of it).
+
+Follows transformers' `MimiResnetBlock` and moshi's `SEANetResnetBlock`; only the first convolution has a history.
+"""
+
+from torch import Tensor
+
+from .causal_conv1d import causal_conv1d
+
+
+def resblock(
+    x: Tensor,  # [B, C, T]
+    weight1: Tensor,  # [C / compress, C, K]
+    bias1: Tensor,
+    weight2: Tensor,  # [C, C / compress, 1]
+    bias2: Tensor,
+    *,
+    dilation: int = 1,
+    pad: tuple[int, int] = (0, 0),
+    pad_mode: str = "constant",
+    shortcut_weight: Tensor | None = None,  # [C, C, 1]
+    shortcut_bias: Tensor | None = None,
+    history: Tensor | None = None,  # [B, C, pad[0]], mutated
+    first: Tensor | None = None,  # [B] bool
+    active: Tensor | None = None,  # [B] bool
+) -> Tensor:  # [B, C, T]
+    skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
+    hidden = causal_conv1d(
+        x, weight1, bias1, dilation=dilation, pad=pad, pad_mode=pad_mode, pre="elu",
+        history=history, first=first, active=active,
+    )  # fmt: skip
+    return causal_conv1d(hidden, weight2, bias2, pre="elu", residual=skip)

@@ -1,0 +1,80 @@
+"""Reference of `window_attention`: RoPE on q and k, then causal attention over the last `window` positions.
+
+    position of query i of row b:  offset[b] + i;   it attends to positions (p - window, p]
+
+Work and memory are linear in T: queries go in blocks, and a block meets only the keys its band can reach.
+Streaming, `cache_k` and `cache_v` are rings of `window` slots, position p in slot p % window, already rotated; the
+last T positions are written in place for the active rows. Both RoPE layouts: half-rotated (transformers) and
+interleaved (Kyutai). Angles and rotation are fp32 whatever the dtype, as in moshi.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 256  # queries per block
+
+
+def window_attention(
+    q: Tensor,  # [B, H, T, D]
+    k: Tensor,  # [B, H_kv, T, D], H a multiple of H_kv
+    v: Tensor,  # [B, H_kv, T, D]
+    inv_freq: Tensor,  # [D / 2] fp32
+    *,
+    window: int,
+    rope_scale: float = 1.0,
+    interleaved: bool = False,
+    dropout: float = 0.0,
+    offset: Tensor | None = None,  # [B] int64: positions already seen
+    cache_k: Tensor | None = None,  # [B, H_kv, window, D], mutated
+    cache_v: Tensor | None = None,
+    active: Tensor | None = None,  # [B] bool
+) -> Tensor:  # [B, H, T, D]
+    batch, heads, length, dim = q.shape
+    steps = torch.arange(length, device=q.device)
+    positions = steps[None] if offset is None else offset[:, None] + steps  # [1 or B, T]
+    q, k = (rotate(x, positions, inv_freq, rope_scale, interleaved) for x in (q, k))
+
+    past = 0 if cache_k is None else window - 1  # keys that stand before the first query
+    if cache_k is not None:
+        old_positions = offset[:, None] + torch.arange(-past, 0, device=q.device)  # [B, past]
+        slots = (old_positions % window)[:, None, :, None].expand(-1, k.shape[1], -1, dim)
+        old_k, old_v = cache_k.gather(2, slots), cache_v.gather(2, slots)
+        _write_ring(cache_k, k, positions, active)
+        _write_ring(cache_v, v, positions, active)
+        k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    blocks = []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        first_key, last_key = max(0, start + past - window + 1), stop + past
+        query_index = torch.arange(start, stop, device=q.device)[:, None] + past
+        key_index = torch.arange(first_key, last_key, device=q.device)
+        visible = (key_index <= query_index) & (key_index > query_index - window)  # [block, keys]
+        if cache_k is not None:  # keys before the start of a stream do not exist
+            visible = visible & (offset[:, None] - past + key_index >= 0)[:, None, None]  # [B, 1, block, keys]
+        blocks.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:stop], k[:, :, first_key:last_key], v[:, :, first_key:last_key], visible, dropout
+            )
+        )
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, scale: float, interleaved: bool) -> Tensor:
+    """RoPE: x [B, H, T, D] turned by positions [B, T] * inv_freq [D / 2]; pairs (i, i + D/2), or (2i, 2i + 1)."""
+    angles = (positions[..., None].float() * inv_freq)[:, None]  # [B, 1, T, D / 2]
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    y = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return y.to(x.dtype)
+
+
+def _write_ring(cache: Tensor, x: Tensor, positions: Tensor, active: Tensor) -> None:
+    """Put x [B, H, T, D] into the ring [B, H, W, D] at slots position % W, in the active rows only."""
+    window = cache.shape[2]
+    x, positions = x[:, :, -window:], positions[:, -window:]
+    slots = (positions % window)[:, None, :, None].expand_as(x)
+    cache.scatter_(2, slots, torch.where(active[:, None, None, None], x, cache.gather(2, slots)))
