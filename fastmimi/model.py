@@ -6,6 +6,7 @@ other libraries (compat/) are thin over it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from .seanet import CausalConv1d, CausalConvTranspose1d, SeanetDecoder, SeanetEn
 from .state import Lane, StreamState
 from .transformer import Transformer
 
+Transform = Callable[[Tensor, Call], Tensor]  # latents [B, hidden, T] -> the same
 TILE_SAMPLES = 96_000  # samples of audio (all rows together) that pass the convolutions at once: 4 s of mono
 
 
@@ -274,10 +276,12 @@ class Mimi(nn.Module):
             tiles.append(self._encode_step(part, lane, inside))
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
 
-    def _encode_step(self, audio: Tensor, lane: Lane | None, lengths: Tensor | None) -> Tensor:
-        """Audio [B, C, N] -> latents [B, hidden, ceil(N / frame_size)]."""
+    def _encode_step(
+        self, audio: Tensor, lane: Lane | None, lengths: Tensor | None, transformer: Transform | None = None
+    ) -> Tensor:
+        """Audio [B, C, N] -> latents [B, hidden, ceil(N / frame_size)]; a face may bring its own transformer."""
         call = Call(self._ops(), lane, lengths)
-        x = self.encoder_transformer(self.encoder(audio, call), call)
+        x = (transformer or self.encoder_transformer)(self.encoder(audio, call), call)
         positions = x.shape[-1]
         x = x if self.downsample is None else self.downsample(x, call)
         if lane is not None:
@@ -294,7 +298,6 @@ class Mimi(nn.Module):
         are left alone and yield 0, whatever their codes.
         Raises ValueError for a wrong shape, dtype or mask, and for codes outside [0, codebook_size).
         """
-        checks.has_part(self.decoder, "decoder", "decode")
         ignored = None
         if state is not None:
             self._check_state(state, codes.shape[0], padding_mask)
@@ -315,10 +318,10 @@ class Mimi(nn.Module):
 
     def decode_latent(self, latents: Tensor, *, state: StreamState | None = None) -> Tensor:
         """Latents [B, hidden_size, T] -> audio [B, channels, T * frame_size]; differentiable offline."""
-        checks.has_part(self.decoder, "decoder", "decode_latent")
         return self._audio(checks.latents(latents, self.config).to(self.device, self.dtype), state, None)
 
     def _audio(self, latents: Tensor, state: StreamState | None, padding_mask: Tensor | None) -> Tensor:
+        checks.has_part(self.decoder, "decoder", "decode")
         if state is not None:
             self._check_state(state, latents.shape[0], padding_mask)
             with torch.no_grad():
@@ -352,12 +355,12 @@ class Mimi(nn.Module):
             audio[..., start * self.frame_size : stop * self.frame_size] = self._decode_step(latents[..., start:stop], lane)
         return audio
 
-    def _decode_step(self, latents: Tensor, lane: Lane | None) -> Tensor:
-        """Latents [B, hidden, T] -> audio [B, C, T * frame_size]."""
+    def _decode_step(self, latents: Tensor, lane: Lane | None, transformer: Transform | None = None) -> Tensor:
+        """Latents [B, hidden, T] -> audio [B, C, T * frame_size]; a face may bring its own transformer."""
         call = Call(self._ops(), lane)
         x = latents if self.upsample is None else self.upsample(latents, call)
         positions = x.shape[-1]
-        x = self.decoder(self.decoder_transformer(x, call), call)
+        x = self.decoder((transformer or self.decoder_transformer)(x, call), call)
         if lane is not None:
             lane.advance(positions)
         return x

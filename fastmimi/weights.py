@@ -87,8 +87,6 @@ def random(config: CodecConfig, seed: int = 0) -> Mimi:
             state[name] = torch.zeros(tensor.shape)
         else:
             state[name] = normal(tensor.shape, tensor[0].numel() ** -0.5)
-    if config.has_decoder:
-        state[f"decoder.layers.{_last_layer(state)}.conv.weight"] *= 0.1  # audio that stays within [-1, 1]
     fill(model, state)
     return model
 

@@ -1,0 +1,393 @@
+"""The transformers face: `MimiModel` and its halves, drop-in subclasses of transformers' own.
+
+Being subclasses, they are saved, loaded, moved, cast and found by `isinstance` as the originals are; the computing is
+`fastmimi.Mimi`'s, bound to the same parameters (binding.py). Codes and audio equal the peer's on the same weights but
+where it is improved on:
+
+- `padding_mask` counts: each item's codes and audio are those of the item alone (the peer ignores it);
+- streaming takes any chunk: samples that fill no frame yet wait in the `padding_cache` (the peer loses them);
+- gradients reach the encoder through `forward`, past the quantizer (straight-through; the peer's stop at the codes);
+- long audio runs in tiles, in bounded memory; codebooks stay fp32 in half-precision models.
+
+An incomplete last frame is padded layer by layer, as the peer does it. What needs the peer's modules runs on them:
+hidden states and attentions, key-value caches (its transformer, between our convolutions), its own padding caches, and
+models spread over several devices.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.mimi import modeling_mimi as peer
+
+from ..model import Mimi
+from ..ops import Call
+from ..quantizer import apply_in_full_precision, centroids
+from ..ragged import Ragged
+from .binding import Binding
+
+MimiConfig = transformers.MimiConfig
+HALVES = hasattr(peer, "MimiEncoderModel")  # transformers >= 5.20: encoder and decoder are models of their own
+
+
+class PaddingCache(peer.MimiConv1dPaddingCache):
+    """The convolutions' streaming state, with the samples that fill no frame yet."""
+
+    def __init__(self, core: Mimi, batch_size: int):
+        super().__init__(0, [], [], [])
+        self.state = core.new_state(batch_size)
+
+
+class Codebook(peer.MimiEuclideanCodebook):
+    """The peer's codebook, whose entries neither lose precision nor go stale."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Codebook:
+        return apply_in_full_precision(self, fn)
+
+    @property
+    def embed(self) -> Tensor:
+        return centroids(self)
+
+
+class Bound:
+    """What the three models share: the core, bound on first use to whatever modules the model has by then."""
+
+    impl = "auto"  # which implementation runs each op: "auto", "reference", "triton", "cpu", or a dict per op
+    _keep_in_fp32_modules = ["codebook"]
+    _keep_in_fp32_modules_strict = ["codebook"]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False  # transformers' conversions between checkpoint layouts are meant for these models too
+
+    def _core(self) -> Mimi:
+        binding = self.__dict__.get("_binding")
+        if binding is None or not binding.current():
+            binding = self.__dict__["_binding"] = Binding(self)
+        return binding.follow(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_binding"}  # copies make their own
+
+    def _on_peer(self, kwargs: dict, cache: Any = None) -> bool:
+        """Whether the request is one that only the peer's modules can answer."""
+        if cache is not None and not isinstance(cache, PaddingCache):
+            return True  # a cache of per-layer history, the peer's own or another model's copy of it
+        wants_states = HALVES and any(
+            kwargs.get(name) or (kwargs.get(name) is None and getattr(self.config, name, False))
+            for name in ("output_hidden_states", "output_attentions")
+        )
+        return wants_states or len({p.device for p in self.parameters()}) > 1
+
+    def _latents_in_steps(
+        self, core: Mimi, audio: Tensor, past: Any, cache: PaddingCache | None, streaming: bool, transformer: nn.Module
+    ) -> tuple[Tensor, Any]:
+        """Latents [B, hidden, T] and the key-value cache, through the peer's transformer."""
+        lane = None
+        if cache is not None:
+            audio, _ = cache.state.push(audio.to(core.device, core.dtype))
+            lane = cache.state.encode
+        result = [past]
+
+        def transform(x: Tensor, call: Call) -> Tensor:
+            return _through(transformer, x, result, use_cache=streaming)
+
+        if audio.shape[-1] == 0:
+            return audio.new_empty(audio.shape[0], core.config.hidden_size, 0), past
+        return core._encode_step(audio, lane, None, transform), result[0]
+
+    def _frames(self, padding_mask: Tensor | None, frames: int) -> Ragged | None:
+        """The frames that a mask of samples leaves, if it leaves any out and speaks of these codes."""
+        if padding_mask is None or padding_mask.bool().all():
+            return None
+        ragged = Ragged.of(padding_mask).frames(self._core().frame_size)
+        return ragged if ragged.total == frames else None
+
+    def _decoded(self, core: Mimi, latents: Tensor, padding_mask: Tensor | None, past: Any, transformer: nn.Module) -> Any:
+        """Audio [B, C, N] of latents [B, hidden, T], cut to the mask's length, and the key-value cache."""
+        frames = self._frames(padding_mask, latents.shape[-1])
+        result = [past]
+        if past is not None or self.config.use_cache:
+            audio = core._decode_step(latents, None, lambda x, call: _through(transformer, x, result))
+        else:
+            audio = core._audio(latents, None, None if frames is None else frames.mask.to(latents.device))
+        if frames is not None:  # each item's audio stands where its mask does
+            samples = Ragged.of(padding_mask.to(audio.device))
+            audio = frames.times(core.frame_size).align(audio)
+            audio = torch.where(samples.mask[:, None], samples.restore(audio[..., : samples.total]), 0)
+        if padding_mask is not None and padding_mask.shape[-1] < audio.shape[-1]:
+            audio = audio[..., : padding_mask.shape[-1]]
+        return audio, result[0]
+
+    def get_encoded_length(self, input_length: Tensor | int) -> Tensor:
+        """Frames of codes for so many samples, an incomplete last frame counted whole."""
+        return -(-torch.as_tensor(input_length) // self._core().frame_size)
+
+
+def _through(transformer: nn.Module, x: Tensor, past: list[Any], **kwargs: Any) -> Tensor:
+    """[B, hidden, T] through the peer's transformer; `past` holds its key-value cache, before and after."""
+    output = transformer(x.transpose(1, 2), past_key_values=past[0], return_dict=True, **kwargs)
+    past[0] = output.past_key_values
+    return output.last_hidden_state.transpose(1, 2)
+
+
+def _answer(output: Any, return_dict: bool | None, config: Any) -> Any:
+    """The output, or the tuple that the installed transformers makes of it."""
+    if return_dict if return_dict is not None else config.return_dict:
+        return output
+    return output.to_tuple() if HALVES else tuple(getattr(output, name) for name in output.__dataclass_fields__)
+
+
+class MimiModel(Bound, peer.MimiModel):
+    """Drop-in for `transformers.MimiModel`; see there for the arguments, and above for what is better."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        _adopt(self)
+
+    def encode(
+        self,
+        input_values: Tensor,
+        padding_mask: Tensor | None = None,
+        num_quantizers: int | None = None,
+        encoder_past_key_values: Any = None,
+        padding_cache: Any = None,
+        use_streaming: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Audio [B, channels, N] -> `MimiEncoderOutput` with codes [B, K, ceil(N / frame_size)].
+
+        With `use_streaming`, hand the caches of one call to the next; a chunk of any length yields the frames it
+        completes. Codes beyond an item's mask are 0: `get_audio_codes_mask` tells which.
+        """
+        if self._on_peer(kwargs, padding_cache):
+            return super().encode(
+                input_values, padding_mask, num_quantizers, encoder_past_key_values, padding_cache, use_streaming,
+                return_dict=return_dict, **kwargs,
+            )  # fmt: skip
+        core = self._core()
+        count = self.config.num_quantizers if num_quantizers is None else num_quantizers
+        streaming = self.config.use_streaming if use_streaming is None else use_streaming
+        past = encoder_past_key_values
+        if streaming or past is not None or padding_cache is not None:
+            with torch.no_grad():
+                if streaming and padding_cache is None:
+                    padding_cache = PaddingCache(core, input_values.shape[0])
+                transformer = _submodule(self, "encoder_transformer")
+                latents, past = self._latents_in_steps(core, input_values, past, padding_cache, streaming, transformer)
+                codes = core.quantize(latents, count)
+        else:
+            mask = None if padding_mask is None or padding_mask.bool().all() else padding_mask
+            codes = core.encode(input_values, padding_mask=mask, num_codebooks=count, last_frame="layers").clamp_(min=0)
+        return _answer(peer.MimiEncoderOutput(codes, past, padding_cache), return_dict, self.config)
+
+    def decode(
+        self,
+        audio_codes: Tensor,
+        padding_mask: Tensor | None = None,
+        decoder_past_key_values: Any = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Codes [B, K, T] -> `MimiDecoderOutput` with audio [B, channels, T * frame_size], cut to the mask's length."""
+        if self._on_peer(kwargs):
+            return super().decode(audio_codes, padding_mask, decoder_past_key_values, return_dict=return_dict, **kwargs)
+        core = self._core()
+        transformer = _submodule(self, "decoder_transformer")
+        latents = core.dequantize(audio_codes)
+        audio, past = self._decoded(core, latents, padding_mask, decoder_past_key_values, transformer)
+        return _answer(peer.MimiDecoderOutput(audio, past), return_dict, self.config)
+
+    def forward(
+        self,
+        input_values: Tensor,
+        padding_mask: Tensor | None = None,
+        num_quantizers: int | None = None,
+        audio_codes: Tensor | None = None,
+        encoder_past_key_values: Any = None,
+        decoder_past_key_values: Any = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Audio [B, channels, N] -> `MimiOutput` with codes and audio of the same length; differentiable end to end."""
+        if padding_mask is None:
+            padding_mask = torch.ones_like(input_values, dtype=torch.bool)
+        plain = audio_codes is None and encoder_past_key_values is None and not self._on_peer(kwargs)
+        if plain and torch.is_grad_enabled() and not self.config.use_streaming:
+            core = self._core()
+            count = self.config.num_quantizers if num_quantizers is None else num_quantizers
+            mask = None if padding_mask.bool().all() else padding_mask
+            audio_codes, latents = core.straight_through(input_values, count, padding_mask=mask, last_frame="layers")
+            if mask is not None:
+                audio_codes = torch.where(core.frame_mask(mask)[:, None], audio_codes, 0)
+            transformer = _submodule(self, "decoder_transformer")
+            audio, past = self._decoded(core, latents, padding_mask, decoder_past_key_values, transformer)
+        else:
+            if audio_codes is None:
+                encoded = self.encode(
+                    input_values, padding_mask, num_quantizers, encoder_past_key_values, return_dict=True, **kwargs
+                )
+                audio_codes, encoder_past_key_values = encoded.audio_codes, encoded.encoder_past_key_values
+            decoded = self.decode(audio_codes, padding_mask, decoder_past_key_values, return_dict=True, **kwargs)
+            audio, past = decoded.audio_values, decoded.decoder_past_key_values
+        return _answer(peer.MimiOutput(audio_codes, audio, encoder_past_key_values, past), return_dict, self.config)
+
+    if HALVES:  # there read-only properties: subclasses drop parts by `self.upsample = None`
+
+        def _set_part(self, name: str, value: nn.Module | None) -> None:
+            half = self.encoder if name in ("encoder_transformer", "downsample") else self.decoder
+            if half is not None:
+                setattr(half, name, value)
+
+        encoder_transformer, decoder_transformer, downsample, upsample = (
+            property(lambda self, n=name: _submodule(self, n), lambda self, value, n=name: self._set_part(n, value))
+            for name in ("encoder_transformer", "decoder_transformer", "downsample", "upsample")
+        )
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if isinstance(getattr(type(self), name, None), property) and isinstance(value, nn.Module):
+                getattr(type(self), name).fset(self, value)  # nn.Module would register it as a child
+            else:
+                super().__setattr__(name, value)
+
+
+if HALVES:
+
+    class MimiEncoderModel(Bound, peer.MimiEncoderModel):
+        """Drop-in for `transformers.MimiEncoderModel`: audio to continuous latents."""
+
+        def forward(
+            self,
+            input_values: Tensor,
+            padding_mask: Tensor | None = None,
+            past_key_values: Any = None,
+            padding_cache: Any = None,
+            use_streaming: bool | None = None,
+            return_dict: bool | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            """Audio [B, channels, N] -> `MimiEncoderModelOutput` with latents [B, hidden_size, ceil(N / frame_size)]."""
+            if self._on_peer(kwargs, padding_cache):
+                return super().forward(
+                    input_values, padding_mask, past_key_values, padding_cache, use_streaming,
+                    return_dict=return_dict, **kwargs,
+                )  # fmt: skip
+            core = self._core()
+            streaming = self.config.use_streaming if use_streaming is None else use_streaming
+            past = past_key_values
+            if streaming or past is not None or padding_cache is not None:
+                if streaming and padding_cache is None:
+                    padding_cache = PaddingCache(core, input_values.shape[0])
+                with torch.set_grad_enabled(torch.is_grad_enabled() and padding_cache is None):
+                    latents, past = self._latents_in_steps(
+                        core, input_values, past, padding_cache, streaming, self.encoder_transformer
+                    )
+            else:
+                mask = None if padding_mask is None or padding_mask.bool().all() else padding_mask
+                latents = core.encode_to_latent(input_values, padding_mask=mask, last_frame="layers")
+            output = peer.MimiEncoderModelOutput(latents=latents, past_key_values=past, padding_cache=padding_cache)
+            return _answer(output, return_dict, self.config)
+
+    class MimiDecoderModel(Bound, peer.MimiDecoderModel):
+        """Drop-in for `transformers.MimiDecoderModel`: continuous latents to audio."""
+
+        def forward(
+            self,
+            latents: Tensor,
+            padding_mask: Tensor | None = None,
+            past_key_values: Any = None,
+            return_dict: bool | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            """Latents [B, hidden_size, T] -> `MimiDecoderOutput` with audio [B, channels, T * frame_size]."""
+            if self._on_peer(kwargs):
+                return super().forward(latents, padding_mask, past_key_values, return_dict=return_dict, **kwargs)
+            core = self._core()
+            audio, past = self._decoded(core, latents, padding_mask, past_key_values, self.decoder_transformer)
+            return _answer(peer.MimiDecoderOutput(audio, past), return_dict, self.config)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("MimiEncoderModel", "MimiDecoderModel"):
+        raise AttributeError(
+            f"{name} needs a transformers that has it (5.20 or newer), and {transformers.__version__} is installed"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """A part of a `MimiModel` by its flat name, in either layout."""
+    if name in model._modules:
+        return model._modules[name]
+    half = model._modules.get("encoder" if name in ("encoder_transformer", "downsample") else "decoder")
+    return None if half is None else getattr(half, name)
+
+
+# Inside larger models
+
+
+def replace_mimi(model: nn.Module) -> nn.Module:
+    """Make every transformers Mimi in `model` (or `model` itself) a fastmimi one, in place, and return `model`.
+
+    The modules and their parameters stay the same objects; only what computes with them changes. Subclasses keep what
+    they override. `restore_mimi` undoes it.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, PEERS) and not isinstance(module, Bound):
+            module.__class__ = _replacement(type(module))
+            _adopt(module)
+    return model
+
+
+def restore_mimi(model: nn.Module) -> nn.Module:
+    """Undo `replace_mimi`, in place, and return `model`; models made as fastmimi's stay so."""
+    for module in list(model.modules()):
+        if (original := getattr(type(module), "_replaces", None)) is not None:
+            module.__class__ = original
+            module.__dict__.pop("_binding", None)
+            for part in module.modules():
+                if type(part) is Codebook:
+                    part.__class__ = peer.MimiEuclideanCodebook
+                    part._embed = None
+    return model
+
+
+def register_auto_model() -> None:
+    """Make transformers' `AutoModel` build fastmimi's `MimiModel` from a Mimi configuration or checkpoint."""
+    transformers.AutoModel.register(MimiConfig, MimiModel, exist_ok=True)
+
+
+PEERS = (peer.MimiModel, *((peer.MimiEncoderModel, peer.MimiDecoderModel) if HALVES else ()))
+
+
+def _adopt(model: nn.Module) -> None:
+    """Give the parts of a model their fastmimi classes: codebooks, and where they are models, its halves."""
+    for module in model.modules():
+        if type(module) is peer.MimiEuclideanCodebook:
+            module.__class__ = Codebook
+        elif module is not model and type(module) in PEERS:
+            module.__class__ = _replacement(type(module)) if hasattr(type(model), "_replaces") else _ours(type(module))
+
+
+def _ours(cls: type) -> type:
+    """The fastmimi model in place of the peer's `cls`."""
+    return {"MimiModel": MimiModel, **_halves()}[cls.__name__]
+
+
+def _halves() -> dict[str, type]:
+    return {"MimiEncoderModel": MimiEncoderModel, "MimiDecoderModel": MimiDecoderModel} if HALVES else {}
+
+
+@lru_cache(maxsize=64)
+def _replacement(cls: type) -> type:
+    """A class that computes as fastmimi's and is otherwise `cls`, which it remembers."""
+    if cls in PEERS:
+        bases: tuple[type, ...] = (_ours(cls),)
+    else:  # a subclass: its own overrides first, then ours, then the peer's
+        bases = (cls, next(_ours(base) for base in cls.__mro__ if base in PEERS))
+    return type(cls.__name__, bases, {"_replaces": cls, "__module__": cls.__module__, "__doc__": cls.__doc__})
