@@ -55,7 +55,8 @@ def rope_frequencies(config: CodecConfig) -> tuple[Tensor, float]:
         raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, got {kind!r}")
     values = config.to_dict()
     values.pop("rope_theta")
-    inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](MimiConfig(**values), torch.device("cpu"))
+    with torch.device("cpu"):  # the model itself may be made on the meta device
+        inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](MimiConfig(**values), torch.device("cpu"))
     return inv_freq.float(), float(scale)
 
 

@@ -57,8 +57,6 @@ class Bound:
     """What the three models share: the core, bound on first use to whatever modules the model has by then."""
 
     impl = "auto"  # which implementation runs each op: "auto", "reference", "triton", "cpu", or a dict per op
-    _keep_in_fp32_modules = ["codebook"]
-    _keep_in_fp32_modules_strict = ["codebook"]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -148,6 +146,8 @@ class MimiModel(Bound, peer.MimiModel):
     def __init__(self, config: Any):
         super().__init__(config)
         _adopt(self)
+        # in fp16 as in bf16; not on the class, as transformers 4 refuses names under which are buffers only
+        self._keep_in_fp32_modules_strict = {"codebook"}
 
     def encode(
         self,

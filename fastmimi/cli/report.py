@@ -1,0 +1,219 @@
+"""What the commands print: results on stdout; notes, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..audio import AudioFile
+    from ..dispatch import Choice
+    from ..tokens import Tokens
+    from ..transcode import Clock
+
+Rows = list[tuple[str, str]]
+Blocks = Iterable["np.ndarray"]
+
+SHOWN_CODEBOOKS, SHOWN_FRAMES = 3, 10
+PIPE_WIDTH = 160  # columns where stdout is no terminal
+
+
+def show(*groups: Rows) -> None:
+    """Lines of a label and a text."""
+    for label, text in (row for rows in groups for row in rows):
+        typer.echo(f"{label:<9}{text}")
+
+
+def note(text: str) -> None:
+    typer.echo(f"note: {text}", err=True)
+
+
+def note_random(model: str) -> None:
+    if re.fullmatch(r"(\w+-)?random(:\d+)?", model):
+        note(
+            f"{model} has random weights: the decoded audio is noise, by design; for speech pass "
+            "--model kyutai/mimi (or no --model), which fetches trained weights"
+        )
+
+
+# Rows of what was done
+
+
+def of_input(file: AudioFile) -> Rows:
+    return [("input", f"{file.path}: {_describe(file)}, {_size(file.path)}")]
+
+
+def of_codes(tokens: Tokens) -> Rows:
+    """The shape, and the first frames of the first codebooks."""
+    more = " ..." if tokens.num_frames > SHOWN_FRAMES else ""
+    excerpt = [
+        ("", f"  {number:>2}: {' '.join(f'{code:>4}' for code in row[:SHOWN_FRAMES])}{more}")
+        for number, row in enumerate(tokens.codes[:SHOWN_CODEBOOKS], 1)
+    ]
+    if tokens.num_codebooks > SHOWN_CODEBOOKS:
+        excerpt.append(("", "  ..."))
+    return [("codes", f"{_shape(tokens)}, {tokens.duration:.2f} s"), *excerpt]
+
+
+def of_tokens(tokens: Tokens, path: Path | None) -> Rows:
+    """Where they are and how much they take; without a path, how much they would."""
+    where = str(path) if path is not None else "not written (--tokens FILE)"
+    size = _size(path) if path is not None else f"{len(tokens.to_bytes()):,} bytes"
+    return [("tokens", f"{where}: {size}, {_rate(tokens)}")]
+
+
+def of_speed(label: str, clock: Clock, tokens: Tokens, stream: bool) -> Rows:
+    text = f"{clock.seconds:.2f} s, {tokens.duration / clock.seconds:.1f} times real time"
+    if stream:
+        mean, frame = clock.seconds / clock.steps * 1000, 1000 / tokens.frame_rate
+        text += f"; a frame of {frame:g} ms took {mean:.1f} ms, the slowest {clock.slowest * 1000:.1f} ms"
+    return [(label, text)]
+
+
+def of_output(path: Path, tokens: Tokens) -> Rows:
+    return [("output", f"{path}: {tokens.duration:.2f} s, {tokens.sample_rate} Hz, {_size(path)}")]
+
+
+def of_picture(path: Path | None) -> Rows:
+    return [("picture", f"{path}: {_size(path)}")] if path is not None else []
+
+
+def _describe(file: AudioFile) -> str:
+    plural = "" if file.channels == 1 else "s"
+    kind = f"{file.format} {file.subtype}"
+    return f"{file.duration:.2f} s, {file.sample_rate} Hz, {file.channels} channel{plural}, {kind}"
+
+
+def _shape(tokens: Tokens) -> str:
+    return f"{tokens.num_codebooks} codebooks x {tokens.num_frames} frames, entries of {tokens.codebook_size}"
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size:,} bytes"
+
+
+def _rate(tokens: Tokens) -> str:
+    if tokens.packed:
+        return f"{tokens.kbps:.2f} kbps, packed in {tokens.bits_per_code} bits a code"
+    return f"{tokens.kbps:.2f} kbps as {tokens.stored_type}"
+
+
+# Tables
+
+
+def tokens(tokens: Tokens, path: Path) -> None:
+    _table(
+        "token file",
+        [
+            ("file", f"{path}, {_size(path)}"),
+            ("duration", f"{tokens.duration:.3f} s, {tokens.length} samples at {tokens.sample_rate} Hz"),
+            ("codes", _shape(tokens)),
+            ("frames", f"{tokens.frame_rate:g} a second, of {tokens.frame_size} samples"),
+            ("bitrate", _rate(tokens)),
+            ("model", tokens.model),
+            ("fingerprint", tokens.fingerprint),
+        ],
+    )
+
+
+def audio(file: AudioFile) -> None:
+    _table(
+        "audio file",
+        [
+            ("file", f"{file.path}, {_size(file.path)}"),
+            ("format", f"{file.format} {file.subtype}"),
+            ("rate", f"{file.sample_rate} Hz"),
+            ("channels", str(file.channels)),
+            ("duration", f"{file.duration:.3f} s, {file.frames} samples"),
+            ("bitrate", f"{file.path.stat().st_size * 8 / file.duration / 1000:.1f} kbps"),
+        ],
+    )
+
+
+def checkpoint(path: Path) -> None:
+    from ..weights import fingerprint, load
+
+    with busy(f"loading {path}"):
+        codec = load(path)
+    config = codec.config
+    parts = {
+        name: sum(p.numel() for module in modules if module is not None for p in module.state_dict().values())
+        for name, modules in (
+            ("encoder", (codec.encoder, codec.encoder_transformer, codec.downsample)),
+            ("decoder", (codec.decoder, codec.decoder_transformer, codec.upsample)),
+            ("quantizer", (codec.quantizer,)),
+        )
+    }
+    listed = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items() if count)
+    books = f"{codec.total_codebooks}, {config.num_semantic_quantizers} of them semantic"
+    rows = {
+        "file": str(path),
+        "parameters": f"{sum(parts.values()) / 1e6:.2f} M: {listed}",
+        "audio": f"{codec.sample_rate} Hz, channels: {config.audio_channels}",
+        "frames": f"{codec.frame_rate:g} a second, of {codec.frame_size} samples",
+        "codebooks": f"{books}, of {config.codebook_size} entries",
+        "convolutions": f"{config.num_filters} filters, ratios {config.upsampling_ratios}",
+        "transformers": f"{config.num_hidden_layers} layers of {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, window of {config.sliding_window}",
+        "streams": "yes" if config.streamable else config.not_streamable_because,
+        "fingerprint": fingerprint(codec),
+    }
+    _table("checkpoint", [*rows.items()])
+
+
+def dispatch(choices: list[Choice], title: str) -> None:
+    """The dispatch table."""
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for column in ("op", "runs", "because", "passed over"):
+        table.add_column(column)
+    for choice in choices:
+        passed_over = "\n".join(f"{name}: {why}" for name, why in choice.passed_over)
+        table.add_row(choice.op, choice.chosen, choice.reason, passed_over)
+    _stdout().print(table)
+
+
+def _table(title: str, rows: Rows) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for label, text in rows:
+        table.add_row(label, text)
+    _stdout().print(table)
+
+
+def _stdout() -> Console:
+    # file names are no markup; a pipe has no width, and lines broken at 80 are hard to search
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+# While it takes
+
+
+def busy(text: str) -> AbstractContextManager[object]:
+    """A spinner where stderr is a terminal."""
+    return Console(stderr=True, markup=False).status(text)
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[Blocks], Blocks]]:
+    """Gives a function that passes blocks on and shows on a bar how many of `total` samples have passed."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+
+        def watch(blocks: Blocks) -> Blocks:
+            for block in blocks:
+                yield block
+                bar.advance(task, len(block))
+
+        yield watch

@@ -1,0 +1,157 @@
+"""What the commands do: checks before any work, loading, encoding, decoding, drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import dispatch, plot, transcode, weights
+from ..audio import AudioFile, AudioWriter, output_format, probe, read_blocks
+from ..files import check_output
+from ..model import Mimi
+from ..tokens import Tokens
+from . import report
+
+__all__ = ["Tokens", "output_format", "probe"]  # what the commands take from here as it is
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Coded:
+    tokens: Tokens
+    track: plot.Track  # the beginning of what was encoded
+    clock: transcode.Clock
+
+
+@dataclass
+class Decoded:
+    track: plot.Track  # the beginning of what came out
+    clock: transcode.Clock
+
+
+# Checks
+
+
+def check_paths(inputs: list[Path], outputs: Iterable[Path | None]) -> None:
+    """Every output can be written, and none is an input or another output."""
+    taken = list(inputs)
+    for path in outputs:
+        if path is not None:
+            check_output(path, taken)
+            taken.append(path)
+
+
+def picture(path: Path | None) -> str:
+    """The format of the picture, '' where none is asked for."""
+    return "" if path is None else plot.check(path)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def device_type(name: str) -> str:
+    """'cuda' for 'cuda:1'; whether there is one does not matter."""
+    try:
+        return torch.device(name).type
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda, cuda:1..., got {name!r}") from None
+
+
+def device_of(name: str) -> torch.device:
+    """A device that this machine has; ValueError otherwise."""
+    kind, device = device_type(name), torch.device(name)
+    if kind == "cpu":
+        return device
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None or accelerator.type != kind:
+        there = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
+        raise ValueError(f"device {name!r} was asked for, and PyTorch finds only {there} on this machine")
+    if (device.index or 0) >= torch.accelerator.device_count():
+        raise ValueError(f"device {name!r} was asked for, and there are {torch.accelerator.device_count()}")
+    return device
+
+
+def check_fit(tokens: Tokens, codec: Mimi, source: Path, model: str, *, force: bool) -> None:
+    """The codes were made with this codec's quantizer (or `force`), for audio of its rate and frames."""
+    fingerprint = weights.fingerprint(codec)
+    if tokens.fingerprint != fingerprint and not force:
+        raise ValueError(
+            f"{source} was made with {tokens.model} (fingerprint {tokens.fingerprint}), and {model} has "
+            f"other weights (fingerprint {fingerprint}): pass --model {tokens.model}, or --force to decode anyway"
+        )
+    made_for, is_for = (tokens.sample_rate, tokens.frame_size), (codec.sample_rate, codec.frame_size)
+    if made_for != is_for:
+        raise ValueError(
+            f"{source} is for frames of {made_for[1]} samples at {made_for[0]} Hz, and {model} decodes to "
+            f"frames of {is_for[1]} at {is_for[0]} Hz"
+        )
+
+
+# Work
+
+
+def load(model: str, device: str, dtype: str, impl: str, codebooks: int | None = None) -> Mimi:
+    """The codec; what can be checked without its weights is checked before they are fetched."""
+    where, kind = device_of(device), dtype_of(dtype)
+    dispatch.explain(where.type, kind, impl)  # raises where the implementation cannot run
+    with report.busy(f"loading {model}"):
+        return weights.load(model, device=where, dtype=kind, impl=impl, num_codebooks=codebooks)
+
+
+def encode(codec: Mimi, file: AudioFile, model: str, *, packed: bool, stream: bool) -> Coded:
+    channels = codec.config.audio_channels
+    if channels == 1 < file.channels:
+        report.note(f"{file.path} has {file.channels} channels; their mean is encoded")
+    track, clock = plot.Track(round(plot.SECONDS * codec.sample_rate)), transcode.Clock()
+    blocks = read_blocks(file, codec.sample_rate, channels)
+    with report.progress("encoding", file.length_at(codec.sample_rate)) as watch:
+        codes = transcode.encode(codec, track.tee(watch(blocks)), clock, frame_by_frame=stream)
+    tokens = Tokens(
+        codes,
+        codebook_size=codec.config.codebook_size,
+        sample_rate=codec.sample_rate,
+        frame_rate=codec.frame_rate,
+        frame_size=codec.frame_size,
+        length=track.total,
+        fingerprint=weights.fingerprint(codec),
+        model=model,
+        packed=packed,
+    )
+    return Coded(tokens, track, clock)
+
+
+def decode(codec: Mimi, tokens: Tokens, target: Path, kind: tuple[str, str], *, stream: bool) -> Decoded:
+    track, clock = plot.Track(round(plot.SECONDS * codec.sample_rate)), transcode.Clock()
+    blocks = transcode.decode(codec, tokens.codes, tokens.length, clock, frame_by_frame=stream)
+    with (
+        AudioWriter(target, kind, codec.sample_rate, codec.config.audio_channels) as writer,
+        report.progress("decoding", tokens.length) as watch,
+    ):
+        for block in track.tee(watch(blocks)):
+            writer.write(block)
+    if writer.clipped:
+        report.note(
+            f"{writer.clipped} samples outside [-1, 1] were clipped; a wav file of floats would keep them"
+        )
+    return Decoded(track, clock)
+
+
+def draw(target: Path, kind: str, tokens: Tokens, tracks: dict[str, plot.Track], source: Path) -> None:
+    with report.busy("drawing"):
+        plot.draw(
+            target,
+            kind,
+            tokens.codes,
+            {name: track.audio for name, track in tracks.items()},
+            sample_rate=tokens.sample_rate,
+            frame_size=tokens.frame_size,
+            codebook_size=tokens.codebook_size,
+            title=f"{source.name}, {tokens.num_codebooks} codebooks of {tokens.model}",
+        )

@@ -1,0 +1,349 @@
+"""moshi's interface to Mimi, thin over `fastmimi.Mimi` and `StreamState`; no moshi needed.
+
+`from fastmimi.compat import moshi as loaders` takes the place of `from moshi.models import loaders`. Codes are moshi's,
+audio is moshi's to fp32 rounding. What differs, on purpose:
+
+- Streaming takes chunks of any length (moshi raises on anything but whole frames): the rest waits for the next call, a
+  call that completes no frame gives codes [B, K, 0], and `flush` completes the last frame with zeros.
+- Every position attends to itself and the 249 before it, streaming as offline. moshi does so offline; its streaming
+  ring of 250 takes the keys of a whole call before the first query looks, so that beyond 10 s the position that has n
+  more after it in its call sees 250 - n: one frame (two positions) per call gives 249, 250, five frames 241 ... 250.
+- Rows that `set_exec_mask` rules out get codes 0 and audio 0 (moshi: whatever came of their samples), which a language
+  model can embed. A row that is not ruled out but has no frame yet, possible only where rows got different numbers of
+  samples, has -1 there.
+- `forward` takes any length (moshi: whole frames). Its codebooks never move: in training mode too it is moshi's with
+  `freeze_quantizer`, penalty 0 and no metrics.
+- `get_streaming_state` is one `StreamState` under the name "", not one object for each module.
+- Weights come from safetensors only; without a file they are random but not empty. `state_dict` has fastmimi's names;
+  `model.core.save_kyutai(path)` writes moshi's.
+- Wrong arguments raise ValueError, calls out of order RuntimeError (moshi: AssertionError, or none).
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, kyutai, weights
+from ..config import CodecConfig
+from ..model import Mimi
+from ..state import StreamState
+
+SAMPLE_RATE = 24_000  # Hz
+FRAME_RATE = 12.5  # Hz
+MIMI_NAME = kyutai.FILE_NAME
+DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"  # holds MIMI_NAME
+
+DEFAULTS: dict[str, dict[str, Any]] = {  # of moshi's classes, for what a mimi_config leaves out
+    "seanet": {
+        **{"channels": 1, "dimension": 128, "n_filters": 32, "n_residual_layers": 3, "ratios": [8, 5, 4, 2]},
+        **{
+            "kernel_size": 7,
+            "last_kernel_size": 7,
+            "residual_kernel_size": 3,
+            "dilation_base": 2,
+            "compress": 2,
+        },
+        **{"activation": "ELU", "activation_params": {"alpha": 1.0}, "true_skip": True},
+        **{"causal": False, "pad_mode": "reflect", "mask_fn": None, "mask_position": None},
+        **{
+            "norm": "none",
+            "norm_params": {},
+            "disable_norm_outer_blocks": 0,
+        },  # weight norm is folded on loading
+    },
+    "quantizer": {
+        **{"dimension": 128, "input_dimension": None, "output_dimension": None},
+        **{"n_q": 8, "n_q_semantic": 1, "bins": 1024},
+        **{
+            "q_dropout": False,
+            "no_quantization_rate": 0.0,
+            "decay": 0.99,
+        },  # these and the next are for training
+        **{"threshold_usage_ratio": 0.1, "replaced_usage_ratio": 1.0},
+    },
+    "transformer": {
+        **{"d_model": None, "input_dimension": None, "output_dimensions": None, "conv_layout": False},
+        **{"num_heads": None, "num_layers": None, "dim_feedforward": 2048, "kv_repeat": 1},
+        **{"causal": False, "context": None, "positional_embedding": "sin", "max_period": 10_000},
+        **{"norm": "layer_norm", "layer_scale": None, "gating": "none", "weights_per_step": 0},
+        **{"skip_self_attn": False, "cross_attention": False, "quantize": False, "checkpointing": False},
+    },
+}
+
+
+@dataclass
+class QuantizedResult:
+    """What `MimiModel.forward` gives; moshi's fields.
+
+    x: audio [B, channels, N]; codes: [B, K, T] int64; bandwidth: kbit/s of the codes, a scalar tensor; penalty: the
+    commitment loss, a scalar tensor; metrics: of the training of codebooks, here always empty.
+    """
+
+    x: Tensor
+    codes: Tensor
+    bandwidth: Tensor
+    penalty: Tensor | None = None
+    metrics: dict = field(default_factory=dict)
+
+
+def get_mimi(
+    filename: str | Path | None,
+    mimi_config: dict | None = None,
+    device: torch.device | str = "cpu",
+    num_codebooks: int = 8,
+) -> MimiModel:
+    """A Mimi in eval mode with the weights of a `.safetensors` file in Kyutai's layout, or random ones for None.
+
+    `mimi_config` is moshi's dict with `seanet`, `quantizer` and `transformer`; by default Kyutai's Mimi.
+    Raises ValueError for a file that is not there, not safetensors or does not fit, for a configuration that there is
+    no model for, and for a number of codebooks that it does not have.
+    """
+    config = CodecConfig() if mimi_config is None else codec_config(mimi_config)
+    if filename is None:
+        core = weights.random(config)
+    else:
+        state = weights.to_flat(weights.read_safetensors(filename))
+        with torch.device("meta"):
+            core = Mimi(config)
+        weights.fill(core, kyutai.to_flat(state, config) if kyutai.is_kyutai(state) else state)
+    core.num_codebooks = num_codebooks
+    return MimiModel(core).to(device).eval()
+
+
+def codec_config(mimi_config: dict) -> CodecConfig:
+    """moshi's `mimi_config` as ours; raises ValueError, naming the key, for what there is no model for."""
+    if missing := [
+        key for key in ("sample_rate", "channels", "frame_rate", *DEFAULTS) if key not in mimi_config
+    ]:
+        raise ValueError(f"mimi_config has no {', '.join(missing)}")
+    seanet, quantizer, transformer = (_part(mimi_config, name) for name in DEFAULTS)
+    hidden, heads = seanet["dimension"], transformer["num_heads"]
+    _require("", mimi_config, channels=seanet["channels"])
+    _require("seanet", seanet, activation="ELU", activation_params={"alpha": 1.0}, causal=True, mask_fn=None)
+    _require("quantizer", quantizer, input_dimension=hidden, output_dimension=hidden)
+    _require(
+        "transformer", transformer, d_model=hidden, input_dimension=hidden, output_dimensions=[hidden],
+        conv_layout=True, causal=True, positional_embedding="rope", norm="layer_norm", gating="none",
+        weights_per_step=0, skip_self_attn=False, cross_attention=False, quantize=False,
+    )  # fmt: skip
+    for name in ("num_heads", "num_layers", "context", "layer_scale"):
+        if transformer[name] is None:
+            raise ValueError(f"mimi_config['transformer'][{name!r}] must be given")
+    if seanet["pad_mode"] not in ("constant", "replicate"):
+        raise ValueError(
+            f"mimi_config['seanet']['pad_mode'] must be constant or replicate, got {seanet['pad_mode']!r}"
+        )
+    if quantizer["dimension"] == hidden:
+        raise ValueError(
+            f"mimi_config['quantizer']['dimension'] must differ from seanet's, both are {hidden}"
+        )
+    if heads % transformer["kv_repeat"]:
+        raise ValueError(
+            f"mimi_config['transformer']['kv_repeat'] must divide the {heads} heads, got {transformer['kv_repeat']}"
+        )
+    return CodecConfig(
+        sampling_rate=mimi_config["sample_rate"],
+        frame_rate=mimi_config["frame_rate"],
+        audio_channels=seanet["channels"],
+        hidden_size=hidden,
+        num_filters=seanet["n_filters"],
+        num_residual_layers=seanet["n_residual_layers"],
+        upsampling_ratios=seanet["ratios"],
+        kernel_size=seanet["kernel_size"],
+        last_kernel_size=seanet["last_kernel_size"],
+        residual_kernel_size=seanet["residual_kernel_size"],
+        dilation_growth_rate=seanet["dilation_base"],
+        compress=seanet["compress"],
+        pad_mode=seanet["pad_mode"],
+        use_conv_shortcut=not seanet["true_skip"],
+        codebook_size=quantizer["bins"],
+        codebook_dim=quantizer["dimension"],
+        vector_quantization_hidden_dimension=quantizer["dimension"],
+        num_quantizers=quantizer["n_q"],
+        num_semantic_quantizers=quantizer["n_q_semantic"],
+        upsample_groups=hidden,
+        num_hidden_layers=transformer["num_layers"],
+        intermediate_size=transformer["dim_feedforward"],
+        num_attention_heads=heads,
+        num_key_value_heads=heads // transformer["kv_repeat"],
+        sliding_window=transformer["context"],
+        layer_scale_initial_scale=transformer["layer_scale"],
+        rope_parameters={"rope_type": "default", "rope_theta": float(transformer["max_period"])},
+    )
+
+
+def _part(mimi_config: dict, part: str) -> dict[str, Any]:
+    """One part of a mimi_config, with moshi's defaults for what it leaves out."""
+    if unknown := sorted(mimi_config[part].keys() - DEFAULTS[part].keys()):
+        raise ValueError(f"mimi_config[{part!r}] has keys that there is no model for: {', '.join(unknown)}")
+    return DEFAULTS[part] | mimi_config[part]
+
+
+def _require(part: str, values: dict[str, Any], **wanted: Any) -> None:
+    for name, value in wanted.items():
+        got = list(values[name]) if isinstance(values[name], tuple) else values[name]
+        if got != value:
+            where = f"[{part!r}][{name!r}]" if part else f"[{name!r}]"
+            raise ValueError(f"mimi_config{where} must be {value!r}, got {got!r}")
+
+
+class MimiModel(nn.Module):
+    """The codec behind moshi's methods; `core` is the `fastmimi.Mimi`.
+
+    Audio is [B, channels, N] float at `sample_rate` Hz, codes [B, K, T] int64 and latents [B, dimension, T] at
+    `frame_rate` Hz. As in moshi the parameters require gradients, so wrap inference in `torch.no_grad()`.
+    """
+
+    def __init__(self, core: Mimi):
+        super().__init__()
+        self.core = core
+        self._state: StreamState | None = None
+
+    # What the codec is
+
+    @property
+    def channels(self) -> int:
+        return self.core.config.audio_channels
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return self.core.sample_rate
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames of codes per second."""
+        return self.core.frame_rate
+
+    @property
+    def frame_size(self) -> int:
+        """Samples per frame of codes."""
+        return self.core.frame_size
+
+    @property
+    def total_codebooks(self) -> int:
+        """How many codebooks there are."""
+        return self.core.total_codebooks
+
+    @property
+    def num_codebooks(self) -> int:
+        """How many codebooks `encode` yields."""
+        return self.core.num_codebooks
+
+    def set_num_codebooks(self, n: int) -> None:
+        """Let `encode` yield n codebooks, from the semantic ones up to all. Raises ValueError otherwise."""
+        self.core.num_codebooks = n
+
+    @property
+    def cardinality(self) -> int:
+        """Entries of each codebook."""
+        return self.core.config.codebook_size
+
+    # Audio to codes and back
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Audio [B, channels, N] -> codes [B, K, T]; offline T = ceil(N / frame_size), the last frame zero-padded.
+
+        Streaming, T is the number of frames that N more samples complete.
+        """
+        return self._codes(self.core.encode(x, state=self._state))
+
+    def flush(self) -> Tensor:
+        """Streaming: codes [B, K, 1] of the samples held back, completed with zeros; [B, K, 0] where there are none."""
+        return self._codes(self.core.flush(self._streaming("flush")))
+
+    def _codes(self, codes: Tensor) -> Tensor:
+        """Codes with 0 in the rows that are ruled out."""
+        return codes if self._state is None else torch.where(self._state.exec_mask[:, None, None], codes, 0)
+
+    def encode_to_latent(self, x: Tensor, quantize: bool = True) -> Tensor:
+        """Audio [B, channels, N] -> latents [B, dimension, T], as the quantizer gives them back or before it."""
+        if quantize:
+            return self.decode_latent(self.encode(x))
+        return self.core.encode_to_latent(x, state=self._state)
+
+    def decode_latent(self, codes: Tensor) -> Tensor:
+        """Codes [B, K, T] -> latents [B, dimension, T]."""
+        return self.core.dequantize(codes)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, K, T] -> audio [B, channels, T * frame_size]. Raises ValueError for codes out of range."""
+        return self.core.decode(codes, state=self._state)
+
+    def forward(self, x: Tensor) -> QuantizedResult:
+        """Audio [B, channels, N] -> the same through the codec, with codes. Gradients pass the quantizer unchanged."""
+        if self._state is None:
+            codes, latents = self.core.straight_through(x)
+            audio = self.core.decode_latent(latents)[..., : x.shape[-1]]
+        else:
+            codes = self.encode(x)
+            audio = self.decode(codes)
+        rate = codes.shape[1] * math.log2(self.cardinality) * self.frame_rate / 1000
+        return QuantizedResult(
+            audio, codes, torch.tensor(rate).to(audio), torch.zeros((), device=audio.device)
+        )
+
+    # Streams
+
+    @property
+    def is_streaming(self) -> bool:
+        return self._state is not None
+
+    def streaming(self, batch_size: int) -> ExitStack:
+        """Begin `batch_size` streams now, both directions; leaving the context that is returned ends them.
+
+        Raises RuntimeError while streaming, ValueError for a configuration that cannot stream.
+        """
+        if self._state is not None:
+            raise RuntimeError("this model is already streaming: leave the context of streaming() first")
+        self._state = self.core.new_state(batch_size)
+        stack = ExitStack()
+        stack.callback(self._stop_streaming)
+        return stack
+
+    def streaming_forever(self, batch_size: int) -> None:
+        """Begin `batch_size` streams that nothing ends."""
+        self.streaming(batch_size)
+
+    def reset_streaming(self, reset_mask: Tensor | None = None) -> None:
+        """Start the streams of `reset_mask` [B] bool anew, all of them without it; they count again in `exec_mask`."""
+        self._streaming("reset_streaming").reset(reset_mask)
+
+    def set_exec_mask(self, exec_mask: Tensor) -> None:
+        """Rows [B] bool that the following calls advance; the others stay as they are and give 0."""
+        state = self._streaming("set_exec_mask")
+        if exec_mask.shape != state.exec_mask.shape:
+            raise ValueError(f"exec_mask must have shape ({state.batch_size},), got {tuple(exec_mask.shape)}")
+        state.exec_mask.copy_(exec_mask)
+
+    def get_streaming_state(self) -> dict[str, StreamState | None]:
+        """The state itself, which goes on changing with the stream (take its `clone()` to keep a moment), under ""."""
+        return {"": self._state}
+
+    def set_streaming_state(self, state: dict[str, StreamState | None]) -> None:
+        """Go on from what `get_streaming_state` gave; None ends streaming.
+
+        Raises RuntimeError for other names, ValueError for a state of another model, device or dtype.
+        """
+        if state.keys() != {""}:
+            raise RuntimeError(f"a streaming state has the one name '', got {sorted(state)}")
+        if (new := state[""]) is not None:
+            batch = new.batch_size if isinstance(new, StreamState) else 0
+            shape = (batch, self.channels, self.frame_size)
+            checks.state(new, shape, self.core.device, self.core.dtype)
+        self._state = new
+
+    def _stop_streaming(self) -> None:
+        self._state = None
+
+    def _streaming(self, method: str) -> StreamState:
+        if self._state is None:
+            raise RuntimeError(f"{method} needs a streaming model: call streaming(batch_size) first")
+        return self._state

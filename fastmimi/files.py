@@ -1,0 +1,56 @@
+"""Files that are written whole or not at all, and the checks of paths before any work is done. A leaf."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(target: str | Path) -> Iterator[Path]:
+    """A temporary name beside `target` to write to; renamed to it at the end, removed on any error.
+
+    A symbolic link is followed, so that it stays one. Until the end an existing target is untouched.
+    """
+    target = Path(os.path.realpath(target))
+    part = target.with_name(f".{secrets.token_hex(6)}.part")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_input(path: Path) -> Path:
+    """A file that is there, holds something and can be read; ValueError with one sentence otherwise."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path} cannot be read: permission denied")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    return path
+
+
+def check_output(path: Path, inputs: Iterable[Path] = ()) -> Path:
+    """A target that can be written and is none of the inputs; ValueError with one sentence otherwise."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: there is no directory {folder}")
+    if path.exists() and not path.is_file():  # a directory; a device, which must not be replaced by a file
+        raise ValueError(
+            f"cannot write {path}: it is {'a directory' if path.is_dir() else 'not a plain file'}"
+        )
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: permission denied")
+    for other in inputs:
+        if os.path.realpath(path) == os.path.realpath(other) or (
+            path.exists() and other.exists() and path.samefile(other)
+        ):
+            raise ValueError(f"cannot write {path}: it is also {other}, another file of this command")
+    return path

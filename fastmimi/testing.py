@@ -1,0 +1,80 @@
+"""What tests and benchmarks share: configurations, random models, inputs, measures of agreement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import CodecConfig
+from .model import Mimi
+from .weights import random
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_filters": 4,
+    "codebook_size": 64,
+    "codebook_dim": 16,
+    "vector_quantization_hidden_dimension": 16,
+    "num_quantizers": 6,
+    "upsample_groups": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "sliding_window": 24,
+}
+
+# Arguments of transformers' `MimiConfig`, each turning one thing of the architecture.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mimi": {},
+    "small": SMALL,
+    "ratios": {**SMALL, "upsampling_ratios": [5, 4, 2], "kernel_size": 5, "last_kernel_size": 5},
+    "residual_layers": {**SMALL, "num_residual_layers": 3, "dilation_growth_rate": 3, "residual_kernel_size": 5},
+    "shortcut": {**SMALL, "use_conv_shortcut": True, "compress": 4},
+    "semantic": {**SMALL, "num_semantic_quantizers": 2, "num_quantizers": 5},
+    "attention": {**SMALL, "num_key_value_heads": 2, "attention_bias": True, "head_dim": 12, "hidden_act": "relu"},
+    "rope": {**SMALL, "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
+    "unprojected": {**SMALL, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32, "upsample_groups": 1},
+    "stereo": {**SMALL, "audio_channels": 2},
+    "replicate": {**SMALL, "pad_mode": "replicate"},
+    "reflect": {**SMALL, "pad_mode": "reflect"},
+    "not_causal": {**SMALL, "use_causal_conv": False},
+    "not_causal_reflect": {**SMALL, "use_causal_conv": False, "pad_mode": "reflect"},
+    "trim": {**SMALL, "trim_right_ratio": 0.5},
+}
+STREAMABLE = [name for name, values in CONFIGS.items() if name != "mimi" and CodecConfig.from_dict(values).streamable]
+
+
+def lengths(frame_size: int, sample_rate: int = 24_000) -> list[int]:
+    """Samples that try the edges of frames, and 10.5 s, longer than the attention window."""
+    return [1, frame_size - 1, frame_size, frame_size + 1, int(10.5 * sample_rate)]
+
+
+def small_model(name: str = "small", seed: int = 0, **changes: Any) -> Mimi:
+    """A codec of one of the `CONFIGS`, random weights, ready for inference."""
+    return random(CodecConfig.from_dict({**CONFIGS[name], **changes}), seed).eval().requires_grad_(False)
+
+
+def noise(*shape: int, seed: int = 0, scale: float = 0.3) -> Tensor:
+    """Normal noise, the same for the same seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    """Largest difference over the truth's peak."""
+    assert x.shape == truth.shape, f"{tuple(x.shape)} is not {tuple(truth.shape)}"
+    if not truth.numel():
+        return 0.0
+    return ((x.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
+
+
+def chunks(total: int, seed: int, longest: int) -> list[int]:
+    """Random chunk lengths from 0 to `longest` that add up to `total`."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes: list[int] = []
+    while sum(sizes) < total:
+        size = int(torch.randint(0, longest + 1, (1,), generator=generator))
+        sizes.append(min(size, total - sum(sizes)))
+    return sizes

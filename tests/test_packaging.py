@@ -1,0 +1,218 @@
+"""The wheel holds every module and works away from the repository; importing fastmimi loads nothing heavy.
+
+The wheel is built from a copy of the sources, as a build leaves files behind, and installed in a fresh
+environment. That one finds torch and the other dependencies in the site-packages of this one, named after its
+own in a .pth file: Python searches such a folder but does not read the .pth files in it, so that an editable
+fastmimi here stays out of sight.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fastmimi", "kernels", "reference")
+
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+import fastmimi
+files, failed = {"fastmimi": fastmimi.__file__}, {}
+for module in pkgutil.walk_packages(fastmimi.__path__, "fastmimi.", onerror=lambda name: None):
+    if module.name == "fastmimi.__main__":
+        continue
+    try:
+        files[module.name] = importlib.import_module(module.name).__file__
+    except ImportError as error:
+        failed[module.name] = str(error)
+json.dump({"files": files, "failed": failed, "version": fastmimi.__version__}, sys.stdout)
+"""
+
+
+def run(*command: object, cwd: Path) -> str:
+    """Standard output of a command; a failure shows what it said."""
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))[:200]}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def modules() -> set[str]:
+    """Every module of the repository under the name that users import."""
+    paths = [
+        path.relative_to(ROOT) for top in ("fastmimi", "kernels", "reference") for path in python_files(top)
+    ]
+    names = [path.with_suffix("").parts for path in paths]
+    names = [name if name[0] == "fastmimi" else ("fastmimi", *name) for name in names]
+    return {".".join(name[:-1] if name[-1] == "__init__" else name) for name in names}
+
+
+def python_files(top: str) -> list[Path]:
+    found = []
+    for folder, folders, files in os.walk(ROOT / top):  # does not follow links: each file once
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the package is built from, links kept as links."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    isolation = ["--no-build-isolation"] if setuptools_can_build() else []
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", *isolation, "-w", folder, source, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def setuptools_can_build() -> bool:
+    """What [build-system] in pyproject.toml asks for; it also makes wheels without the `wheel` package."""
+    try:
+        return int(version("setuptools").partition(".")[0]) >= 77
+    except PackageNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment with the wheel in it."""
+    fresh = tmp_path_factory.mktemp("fresh")
+    venv.create(fresh, with_pip=False, symlinks=os.name != "nt")
+    python = python_of(fresh)
+    paths = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site_packages = Path(run(python, "-I", "-c", paths, cwd=fresh).strip())
+    ours = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site_packages / "dependencies.pth").write_text("\n".join(ours) + "\n")
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-index",
+        wheel,
+        cwd=fresh,
+    )
+    return fresh
+
+
+def python_of(environment: Path) -> Path:
+    return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def wheel_files(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_wheel_holds_every_module(wheel: Path) -> None:
+    files = {name for name in wheel_files(wheel) if name.endswith(".py")}
+    names = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files}
+    assert names == modules()
+
+
+def test_the_wheel_holds_assets_types_and_licence(wheel: Path) -> None:
+    files = wheel_files(wheel)
+    assets = {f"fastmimi/assets/{path.name}" for path in (ROOT / "fastmimi/assets").iterdir()}
+    assert any(name.endswith(".ogg") for name in assets)
+    assert assets | {"fastmimi/py.typed"} <= files
+    assert any(name.endswith("licenses/LICENSE") for name in files)
+
+
+def test_the_wheel_takes_one_top_level_name(wheel: Path) -> None:
+    """`kernels` and `reference` stand at the top of the repository, never of site-packages."""
+    tops = {name.partition("/")[0] for name in wheel_files(wheel)}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fastmimi"}
+
+
+def test_a_source_distribution_builds_the_same_wheel(wheel: Path, source: Path, tmp_path: Path) -> None:
+    """The links become folders in an sdist."""
+    if not setuptools_can_build():
+        pytest.skip("setuptools >= 77 is not installed here")
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path, cwd=source)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    command = ("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist)
+    run(sys.executable, "-m", "pip", *command, cwd=tmp_path)
+    assert wheel_files(next(tmp_path.glob("*.whl"))) == wheel_files(wheel)
+
+
+def test_every_module_imports_away_from_the_repository(installed: Path, tmp_path: Path) -> None:
+    found = json.loads(run(python_of(installed), "-I", "-c", IMPORT_ALL, cwd=tmp_path))
+    unavailable = {name for name, why in found["failed"].items() if triton_is_absent() and "triton" in why}
+    assert {name: why for name, why in found["failed"].items() if name not in unavailable} == {}
+    assert found["files"].keys() | unavailable == modules() - {"fastmimi.__main__"}
+    strays = [file for file in found["files"].values() if not Path(file).is_relative_to(installed)]
+    assert strays == []
+    assert f'version = "{found["version"]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def triton_is_absent() -> bool:
+    """True where there are no wheels of Triton; elsewhere it is one of the package's requirements."""
+    return not sys.platform.startswith("linux")
+
+
+def test_public_names_resolve(installed: Path, tmp_path: Path) -> None:
+    code = "import fastmimi; print([name for name in fastmimi.__all__ if getattr(fastmimi, name) is None])"
+    assert run(python_of(installed), "-I", "-c", code, cwd=tmp_path).strip() == "[]"
+
+
+def test_the_console_script_runs(installed: Path, tmp_path: Path) -> None:
+    said = run(python_of(installed).with_name("fastmimi"), "--help", cwd=tmp_path)
+    for command in ("encode", "decode", "roundtrip", "info", "explain"):
+        assert command in said
+
+
+def test_import_fastmimi_loads_nothing_heavy() -> None:
+    """Said as modules, not as seconds: beyond torch, only the standard library and fastmimi itself."""
+    code = (
+        "import json, sys, torch; before = set(sys.modules); import fastmimi; "
+        "json.dump(sorted({name.partition('.')[0] for name in set(sys.modules) - before}), sys.stdout)"
+    )
+    loaded = set(json.loads(run(sys.executable, "-c", code, cwd=ROOT)))
+    assert loaded - sys.stdlib_module_names == {"fastmimi"}
+
+
+def test_the_reference_needs_no_triton() -> None:
+    """Triton blocked as if it were not installed: every reference imports, and a model built on them runs."""
+    names = sorted(name for name in modules() if name.startswith("fastmimi.reference."))
+    assert names
+    code = (
+        "import sys; sys.modules['triton'] = None; import importlib, json, torch\n"
+        f"for name in {names}: importlib.import_module(name)\n"
+        "import fastmimi\n"
+        "mimi = fastmimi.load('random:0', impl='reference')\n"
+        "audio = mimi.decode(mimi.encode(torch.zeros(1, 1, 1920)))\n"
+        "assert audio.shape == (1, 1, 1920), audio.shape\n"
+        "assert not [name for name in sys.modules if name.startswith('fastmimi.kernels')]\n"
+    )
+    run(sys.executable, "-c", code, cwd=ROOT)
+
+
+def test_transformers_imports_beside_the_rooms() -> None:
+    """transformers probes for a package named `kernels`; from the repository's root it finds our folder."""
+    code = "import kernels; from transformers import MimiConfig, MimiModel"
+    run(sys.executable, "-c", code, cwd=ROOT)

@@ -1,0 +1,108 @@
+"""The core against transformers' `MimiModel` on the same weights: codes identical, audio within 1e-5 of the peak."""
+
+import re
+
+import pytest
+import torch
+
+from fastmimi.config import CodecConfig
+from fastmimi.model import Mimi
+from fastmimi.testing import CONFIGS, lengths, noise, relative_error
+from fastmimi.weights import fill, to_flat
+
+transformers = pytest.importorskip("transformers")
+
+
+def peer_and_core(name):
+    torch.manual_seed(0)
+    peer = transformers.MimiModel(transformers.MimiConfig(**CONFIGS[name])).eval().requires_grad_(False)
+    for key, buffer in peer.named_buffers():
+        if key.endswith("embed_sum"):
+            buffer.normal_(std=0.3)
+        if key.endswith("cluster_usage"):
+            buffer.uniform_(0.5, 2.0)
+    for key, parameter in peer.named_parameters():
+        if key.endswith("layer_scale.scale"):
+            parameter.uniform_(0.2, 1.0)  # so that the transformers count
+    core = Mimi(CodecConfig.from_dict(peer.config.to_dict()))
+    fill(core, to_flat(peer.state_dict()))
+    return peer, core.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request):
+    return peer_and_core(request.param)
+
+
+def check_ties(core, audio, codes, other, last_frame="layers"):
+    """Codes are identical, or where they first part, the two entries are equally near (fp64, 1e-6 relative)."""
+    for row, frame in {(int(b), int(t)) for b, _, t in (codes != other).nonzero()}:
+        latent = core.encode_to_latent(audio, last_frame=last_frame)[row, :, frame]
+        assert _tie(core, latent, codes[row, :, frame], other[row, :, frame]), f"row {row}, frame {frame}"
+
+
+def _tie(core, latent, mine, theirs):
+    first = int((mine != theirs).nonzero()[0])
+    semantic = core.config.num_semantic_quantizers
+    part, level = (core.quantizer.semantic_residual_vector_quantizer, first)
+    if first >= semantic:
+        part, level, mine, theirs = (
+            core.quantizer.acoustic_residual_vector_quantizer, first - semantic, mine[semantic:], theirs[semantic:],
+        )  # fmt: skip
+    books = part.codebooks().double()
+    residual = part.project(latent[None, :, None])[0, :, 0].double()
+    for i in range(level):
+        residual = residual - books[i, mine[i]]
+    a, b = ((residual - books[level, code[level]]).square().sum() for code in (mine, theirs))
+    return abs(a - b) <= 1e-6 * max(a, b)
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_codes_and_audio(pair, index):
+    peer, core = pair
+    samples = lengths(core.frame_size)[index]
+    audio = noise(2 if samples < 10_000 else 1, core.config.audio_channels, samples, seed=index)
+    for count in (core.config.num_semantic_quantizers, min(8, core.total_codebooks), core.total_codebooks):
+        theirs = peer.encode(audio, num_quantizers=count).audio_codes
+        mine = core.encode(audio, num_codebooks=count, last_frame="layers")
+        assert mine.shape == theirs.shape
+        check_ties(core, audio, mine, theirs)
+        assert relative_error(core.decode(theirs), peer.decode(theirs).audio_values) < 1e-5
+
+
+def test_both_roundings_of_the_last_frame_agree_on_whole_frames(pair):
+    _, core = pair
+    audio = noise(1, core.config.audio_channels, 3 * core.frame_size)
+    assert torch.equal(core.encode(audio), core.encode(audio, last_frame="layers"))
+
+
+def test_latents(pair):
+    peer, core = pair
+    audio = noise(1, core.config.audio_channels, 5 * core.frame_size + 7)
+    encoder = getattr(peer, "encoder", None)
+    if not hasattr(encoder, "encoder_seanet"):
+        pytest.skip("this transformers has no MimiEncoderModel to give its latents")
+    assert relative_error(core.encode_to_latent(audio, last_frame="layers"), encoder(audio).latents) < 1e-5
+
+
+def test_without_resampling():
+    """At the rate of the SEANet latents there is no downsampling; the peer builds that but cannot run it."""
+    config = transformers.MimiConfig(**CONFIGS["small"], frame_rate=25)
+    torch.manual_seed(0)
+    peer = transformers.MimiModel(config).eval().requires_grad_(False)
+    for key, buffer in peer.named_buffers():
+        if key.endswith("embed_sum"):
+            buffer.normal_(std=0.3)
+    core = Mimi(CodecConfig.from_dict(config.to_dict()))
+    fill(core, to_flat(peer.state_dict()))
+    core = core.eval().requires_grad_(False)
+    assert core.downsample is None and core.upsample is None and core.frame_size == 960
+    audio = noise(1, 1, 4000)
+    part = {re.sub(r"^(en|de)coder\.", "", name): module for name, module in peer.named_modules()}
+    encoder = part.get("encoder_seanet", peer.encoder)
+    decoder = part.get("decoder_seanet", peer.decoder)
+    latents = part["encoder_transformer"](encoder(audio).transpose(1, 2)).last_hidden_state.transpose(1, 2)
+    codes = peer.quantizer.encode(latents).transpose(0, 1)
+    assert torch.equal(core.encode(audio, last_frame="layers"), codes)
+    latents = part["decoder_transformer"](peer.quantizer.decode(codes).transpose(1, 2)).last_hidden_state
+    assert relative_error(core.decode(codes), decoder(latents.transpose(1, 2))) < 1e-5

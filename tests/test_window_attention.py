@@ -1,0 +1,100 @@
+"""The reference of window_attention against a dense fp64 softmax over written-out rotations and masks."""
+
+import pytest
+import torch
+
+from fastmimi.reference import window_attention as module
+from fastmimi.reference.window_attention import window_attention
+from fastmimi.testing import noise, relative_error
+
+INV_FREQ = 1.0 / (10_000.0 ** (torch.arange(0, 8, 2) / 8))
+
+
+def case(length, heads=4, kv_heads=2, batch=2):
+    q = noise(batch, heads, length, 8, seed=1, scale=1.0)
+    k, v = (noise(batch, kv_heads, length, 8, seed=s, scale=1.0) for s in (2, 3))
+    return q, k, v
+
+
+def dense(q, k, v, window, interleaved=False, scale=1.0):
+    """One query at a time; rotation as a complex product."""
+    pair = (lambda x: (x[..., 0::2], x[..., 1::2])) if interleaved else (lambda x: x.double().chunk(2, dim=-1))
+
+    def rotated(x):
+        real, imaginary = pair(x.double())
+        angle = torch.arange(x.shape[2])[:, None] * INV_FREQ.double()
+        return torch.complex(real.contiguous(), imaginary.contiguous()) * torch.polar(torch.full_like(angle, scale), angle)
+
+    q, k, v = rotated(q), rotated(k).repeat_interleave(2, dim=1), v.double().repeat_interleave(2, dim=1)
+    rows = []
+    for i in range(q.shape[2]):
+        keys = slice(max(0, i - window + 1), i + 1)
+        scores = (q[:, :, i, None].conj() * k[:, :, keys]).real.sum(-1) / 8**0.5
+        rows.append((scores.softmax(-1)[..., None] * v[:, :, keys]).sum(2))
+    return torch.stack(rows, dim=2)
+
+
+@pytest.mark.parametrize("length, window", [(1, 5), (4, 5), (23, 5), (23, 1), (23, 100)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_whole(length, window, interleaved):
+    q, k, v = case(length)
+    mine = window_attention(q, k, v, INV_FREQ, window=window, interleaved=interleaved, rope_scale=1.1)
+    assert relative_error(mine, dense(q, k, v, window, interleaved, scale=1.1)) < 1e-6
+
+
+def test_blocks_equal_one_block(monkeypatch):
+    q, k, v = case(50)
+    whole = window_attention(q, k, v, INV_FREQ, window=7)
+    monkeypatch.setattr(module, "BLOCK", 8)
+    assert relative_error(window_attention(q, k, v, INV_FREQ, window=7), whole) < 1e-6
+
+
+@pytest.mark.parametrize("window", [1, 5, 30])
+@pytest.mark.parametrize("sizes", [[1] * 40, [3, 1, 7, 29], [40]])
+def test_chunks_equal_the_whole_and_masked_rows_stay(window, sizes):
+    q, k, v = case(40, batch=3)
+    whole = window_attention(q, k, v, INV_FREQ, window=window)
+    cache_k, cache_v = (torch.full((3, 2, window, 8), float("nan")) for _ in range(2))
+    cache_k[2] = cache_v[2] = 7.0
+    cache_k[:2], cache_v[:2] = 0.0, 0.0
+    offset, active = torch.zeros(3, dtype=torch.int64), torch.tensor([True, True, False])
+    pieces = []
+    for qs, ks, vs in zip(*(t.split(sizes, dim=2) for t in (q, k, v)), strict=True):
+        pieces.append(
+            window_attention(qs, ks, vs, INV_FREQ, window=window, offset=offset, cache_k=cache_k, cache_v=cache_v,
+                             active=active)
+        )  # fmt: skip
+        offset += active * qs.shape[2]
+    assert relative_error(torch.cat(pieces, dim=2)[:2], whole[:2]) < 1e-6
+    assert (cache_k[2] == 7.0).all() and (cache_v[2] == 7.0).all()
+
+
+def test_rows_at_their_own_positions():
+    """A row that joins later attends to its own past only."""
+    q, k, v = case(9)
+    cache_k, cache_v = torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 8)
+    offset = torch.zeros(2, dtype=torch.int64)
+    both = torch.tensor([True, True])
+    state = {"offset": offset, "cache_k": cache_k, "cache_v": cache_v}
+    window_attention(q[:, :, :4], k[:, :, :4], v[:, :, :4], INV_FREQ, window=5, active=~both | both, **state)
+    offset[0] += 4  # row 1 is reset: its offset stays 0, whatever its ring holds
+    later = window_attention(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], INV_FREQ, window=5, active=both, **state)
+    assert relative_error(later[:1], window_attention(q, k, v, INV_FREQ, window=5)[:1, :, 4:]) < 1e-6
+    alone = window_attention(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], INV_FREQ, window=5)
+    assert relative_error(later[1:], alone[1:]) < 1e-6
+
+
+def test_half_precision_rotates_in_full():
+    """At position 5000, bf16 angles would be off by whole turns."""
+    q, k, v = (t.bfloat16() for t in case(1, batch=1))
+    state = {"cache_k": torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16), "active": torch.tensor([True])}
+    window_attention(q, k, v, INV_FREQ, window=4, offset=torch.tensor([5000]), cache_v=state["cache_k"].clone(), **state)
+    angle = 5000 * INV_FREQ.double()
+    a, b = k[0, :, 0].double().chunk(2, dim=-1)
+    truth = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+    assert relative_error(state["cache_k"][0, :, 5000 % 4], truth) < 2**-7
+
+
+def test_gradients():
+    inputs = [t.double().requires_grad_() for t in case(6, batch=1)]
+    assert torch.autograd.gradcheck(lambda *a: window_attention(*a, INV_FREQ, window=3), inputs)
