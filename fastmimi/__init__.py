@@ -13,19 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compat.transformers import (
-        MimiConfig,
-        MimiDecoderModel,
-        MimiEncoderModel,
-        MimiModel,
-        replace_mimi,
-        restore_mimi,
-    )
+    from .compat.replace import replace_mimi, restore_mimi
+    from .compat.transformers import MimiConfig, MimiDecoderModel, MimiEncoderModel, MimiModel
     from .config import CodecConfig
     from .dispatch import explain
     from .model import Mimi
     from .state import StreamState
-    from .weights import load
+    from .weights import load, save_kyutai, save_pretrained
 
 _HOMES = {
     "CodecConfig": "config",
@@ -37,8 +31,10 @@ _HOMES = {
     "StreamState": "state",
     "explain": "dispatch",
     "load": "weights",
-    "replace_mimi": "compat.transformers",
-    "restore_mimi": "compat.transformers",
+    "replace_mimi": "compat.replace",
+    "restore_mimi": "compat.replace",
+    "save_kyutai": "weights",
+    "save_pretrained": "weights",
 }
 __all__ = [
     "CodecConfig",
@@ -52,6 +48,8 @@ __all__ = [
     "load",
     "replace_mimi",
     "restore_mimi",
+    "save_kyutai",
+    "save_pretrained",
 ]
 
 

@@ -40,7 +40,9 @@ def codes(x: Tensor, config: CodecConfig, ignored: Tensor | None) -> Tensor:
     x = x.long()
     if ignored is not None:
         if ignored.shape != (x.shape[0], x.shape[2]):
-            raise ValueError(f"padding_mask must be [batch, frames] = {(x.shape[0], x.shape[2])}, got {tuple(ignored.shape)}")
+            raise ValueError(
+                f"padding_mask must be [batch, frames] = {(x.shape[0], x.shape[2])}, got {tuple(ignored.shape)}"
+            )
         x = torch.where(ignored[:, None].to(x.device), 0, x)
     if x.numel() and not torch.compiler.is_compiling():
         low, high = (value.item() for value in x.aminmax())
@@ -78,7 +80,9 @@ def state(state: StreamState, shape: tuple[int, ...], device: torch.device, dtyp
         raise ValueError(f"state must come from new_state(), got {type(state).__name__}")
     pending = state.pending
     if tuple(pending.shape) != shape:
-        raise ValueError(f"the state is for {pending.shape[0]} streams of frames {tuple(pending.shape[1:])}, got {shape}")
+        raise ValueError(
+            f"the state is for {pending.shape[0]} streams of frames {tuple(pending.shape[1:])}, got {shape}"
+        )
     if pending.device != device or pending.dtype != dtype:
         raise ValueError(
             f"the state is {pending.dtype} on {pending.device}, the model {dtype} on {device}: make a new_state()"

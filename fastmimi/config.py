@@ -46,7 +46,7 @@ class CodecConfig:
     intermediate_size: int = 2048
     num_attention_heads: int = 8
     num_key_value_heads: int = 8
-    head_dim: int | None = None
+    head_dim: int = 0  # 0: the heads fill the width
     hidden_act: str = "gelu"
     max_position_embeddings: int = 8000
     initializer_range: float = 0.02
@@ -56,7 +56,7 @@ class CodecConfig:
     attention_dropout: float = 0.0
     layer_scale_initial_scale: float = 0.01
     attention_bias: bool = False
-    frame_rate: float | None = None
+    frame_rate: float = 0.0  # 0: half the rate of the SEANet latents
     has_encoder: bool = True
     has_decoder: bool = True
 
@@ -64,8 +64,7 @@ class CodecConfig:
         self.upsampling_ratios = list(self.upsampling_ratios or [8, 6, 5, 4])
         self.codebook_dim = self.codebook_dim or self.hidden_size
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.frame_rate is None:
-            self.frame_rate = self.sampling_rate / (2 * self.hop_length)
+        self.frame_rate = self.frame_rate or self.sampling_rate / (2 * self.hop_length)
         self._validate()
 
     def _validate(self) -> None:
@@ -127,11 +126,13 @@ class CodecConfig:
             return "this configuration cannot stream: use_causal_conv=False lets every output see the future"
         if self.pad_mode == "reflect":
             return "this configuration cannot stream: pad_mode='reflect' mirrors samples that have not arrived yet"
-        return f"this configuration cannot stream: trim_right_ratio={self.trim_right_ratio} makes the decoder look ahead"
+        return (
+            f"this configuration cannot stream: trim_right_ratio={self.trim_right_ratio} makes the decoder look ahead"
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CodecConfig:
-        """Read transformers' `config.json` (4.57 to 5.x) or `CodecConfig.to_dict()`; fields it does not know are left."""
+        """Read transformers' `config.json` (4.57 to 5.x) or `CodecConfig.to_dict()`; unknown fields are left out."""
         values = dict(values)
         if values.get("rope_parameters") is None:
             values.pop("rope_parameters", None)

@@ -69,7 +69,9 @@ def explain(device: str = "cpu", dtype: torch.dtype = torch.float32, impl: Impl 
 def _bind(target: Target, impl: str | tuple[tuple[str, str], ...]) -> Ops:
     wanted = impl if isinstance(impl, str) else dict(impl)
     table = explain(target.device, target.dtype, wanted)
-    return Ops(**{row.op: getattr(importlib.import_module(f"{CANDIDATES[row.chosen]}.{row.op}"), row.op) for row in table})
+    return Ops(
+        **{row.op: getattr(importlib.import_module(f"{CANDIDATES[row.chosen]}.{row.op}"), row.op) for row in table}
+    )
 
 
 def _wanted(op: str, impl: Impl) -> str:
@@ -82,7 +84,7 @@ def _choose(op: str, target: Target, wanted: str) -> Choice:
         if sentence is not None:
             raise RuntimeError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
         return Choice(op, wanted, "asked for by impl=", ())
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for name in CANDIDATES:
         sentence = _why_not(name, op, target)
         if sentence is None:

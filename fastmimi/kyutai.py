@@ -71,10 +71,11 @@ def is_kyutai(state: Mapping[str, Any]) -> bool:
 
 def to_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Tensor]:
     """Kyutai's state dict, in any of its spellings -> the flat one."""
-    flat = {}
+    flat: dict[str, Tensor] = {}
+    rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     for name, tensor in state.items():
         name = _substitute(_substitute(name, SPELLINGS), NAMES)
-        if name.endswith(".in_projs.0.weight"):
+        if name.endswith(".in_projs.0.weight") and len(tensor) == rows:  # else `weights.fill` lists it
             base = name.removesuffix("in_projs.0.weight")
             flat |= {f"{base}{part}_proj.weight": t for part, t in _split_projections(tensor, config).items()}
         else:
@@ -84,7 +85,7 @@ def to_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Tenso
 
 def shapes_of_flat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Flat names to tensors of the right shapes, before a configuration is known: q and k are not permuted."""
-    flat = {}
+    flat: dict[str, Tensor] = {}
     for name, tensor in state.items():
         name = _substitute(_substitute(name, SPELLINGS), NAMES)
         if name.endswith(".in_projs.0.weight"):
@@ -99,7 +100,7 @@ def shapes_of_flat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Tensor]:
-    """The flat state dict -> Kyutai's, in the spelling of the released files, the one that moshi and rustymimi share."""
+    """The flat state dict -> Kyutai's, in the spelling of the released files, which moshi and rustymimi share."""
     if config.attention_bias or config.num_attention_heads * config.head_dim != config.hidden_size:
         raise ValueError(
             "Kyutai's layout has no attention biases and heads that fill the width; got attention_bias="
@@ -111,7 +112,9 @@ def from_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Ten
         if name.endswith(".q_proj.weight"):
             base = name.removesuffix("q_proj.weight")
             rows = [_to_pairs(state[f"{base}{part}_proj.weight"], config.head_dim) for part in "qk"]
-            out[_kyutai_name(base, transposed) + "in_proj_weight"] = torch.cat([*rows, state[f"{base}v_proj.weight"]])
+            out[_kyutai_name(base, transposed) + "in_proj_weight"] = torch.cat(
+                [*rows, state[f"{base}v_proj.weight"]]
+            )
         elif not name.endswith((".k_proj.weight", ".v_proj.weight")):
             out[_kyutai_name(name, transposed)] = tensor
     return out

@@ -22,6 +22,9 @@ EPSILON = 1e-5  # least usage of an entry, as in both peers
 class Codebook(nn.Module):
     """The running sums of one level: `embed_sum` [S, D] and `cluster_usage` [S]; peer: `MimiEuclideanCodebook`."""
 
+    embed_sum: Tensor
+    cluster_usage: Tensor
+
     def __init__(self, config: CodecConfig):
         super().__init__()
         self.register_buffer("initialized", torch.ones(1))
@@ -42,7 +45,7 @@ def apply_in_full_precision(module: nn.Module, fn: Callable[[Tensor], Tensor]) -
     return module
 
 
-def centroids(codebook: nn.Module) -> Tensor:
+def centroids(codebook: Any) -> Tensor:
     """Entries [S, D] of a codebook's running sums, in fp32 or better."""
     wide = torch.promote_types(codebook.embed_sum.dtype, torch.float32)
     return codebook.embed_sum.to(wide) / codebook.cluster_usage.to(wide).clamp(min=EPSILON)[:, None]
@@ -74,7 +77,7 @@ class Level(nn.Module):
 
 
 class ResidualQuantizer(nn.Module):
-    """Latents [B, hidden, T] -> projected to [.., D] -> codes [B, L, T], and back; peer: `MimiResidualVectorQuantizer`."""
+    """Latents [B, hidden, T] -> codes [B, L, T] in a space of D, and back; peer: `MimiResidualVectorQuantizer`."""
 
     def __init__(self, config: CodecConfig, levels: int):
         super().__init__()
@@ -89,14 +92,17 @@ class ResidualQuantizer(nn.Module):
 
     def codebooks(self) -> Tensor:
         """Centroids of all levels [L, S, D]; computed once, and again after any change of the running sums."""
-        sums = [t for level in self.layers for t in (level.codebook.embed_sum, level.codebook.cluster_usage)]
+        sums = [t for book in self._books() for t in (book.embed_sum, book.cluster_usage)]
         if any(t.is_inference() for t in sums):  # they count no versions, so a change could not be seen
-            return torch.stack([centroids(level.codebook) for level in self.layers])
+            return torch.stack([centroids(book) for book in self._books()])
         if self._packed is None or not self._packed[0].matches(sums):
             with torch.inference_mode(False), torch.no_grad():
-                packed = torch.stack([centroids(level.codebook) for level in self.layers])
+                packed = torch.stack([centroids(book) for book in self._books()])
             self._packed = (Snapshot(sums), packed)
         return self._packed[1]
+
+    def _books(self) -> list[Any]:
+        return [level.codebook for level in self.layers]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # snapshots hold weak references, which do not pickle

@@ -7,6 +7,7 @@ before the convolutions and are fused into them, which is why the numbering of `
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +49,9 @@ class CausalConv1d(nn.Module):
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         return {self.name: (batch, self.conv.in_channels, self.padding(0)[0])}
 
-    def padded(self, x: Tensor, call: Call) -> dict:
+    def padded(self, x: Tensor, call: Call) -> dict[str, Any]:
         """The arguments of an op that say how x [B, C, T] is extended left and right."""
-        arguments = {"pad": self.padding(x.shape[-1]), "pad_mode": self.pad_mode}
+        arguments: dict[str, Any] = {"pad": self.padding(x.shape[-1]), "pad_mode": self.pad_mode}
         if call.lane is not None:
             history = call.lane.buffers[self.name]
             arguments |= {"history": history, "first": call.lane.first, "active": call.lane.active}
@@ -118,7 +119,8 @@ class ResBlock(nn.Module):
         self.shortcut = CausalConv1d(config, (dim, dim), 1) if config.use_conv_shortcut else None
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        first, second = self.block["1"], self.block["3"]
+        first: Any = self.block["1"]
+        second: Any = self.block["3"]
         skip = {}
         if self.shortcut is not None:
             skip = {"shortcut_weight": self.shortcut.conv.weight, "shortcut_bias": self.shortcut.conv.bias}
@@ -136,7 +138,9 @@ class SeanetEncoder(nn.Module):
         width = config.num_filters
         layers: list[nn.Module | None] = [CausalConv1d(config, (config.audio_channels, width), config.kernel_size)]
         for ratio in reversed(config.upsampling_ratios):
-            layers += [ResBlock(config, width, config.dilation_growth_rate**j) for j in range(config.num_residual_layers)]
+            layers += [
+                ResBlock(config, width, config.dilation_growth_rate**j) for j in range(config.num_residual_layers)
+            ]
             layers += [None, CausalConv1d(config, (width, 2 * width), 2 * ratio, stride=ratio, pre="elu")]
             width *= 2
         layers += [None, CausalConv1d(config, (width, config.hidden_size), config.last_kernel_size, pre="elu")]
@@ -158,7 +162,9 @@ class SeanetDecoder(nn.Module):
         for ratio in config.upsampling_ratios:
             layers += [None, CausalConvTranspose1d(config, (width, width // 2), ratio, pre="elu")]
             width //= 2
-            layers += [ResBlock(config, width, config.dilation_growth_rate**j) for j in range(config.num_residual_layers)]
+            layers += [
+                ResBlock(config, width, config.dilation_growth_rate**j) for j in range(config.num_residual_layers)
+            ]
         layers += [None, CausalConv1d(config, (width, config.audio_channels), config.last_kernel_size, pre="elu")]
         self.layers = _numbered(layers)
 

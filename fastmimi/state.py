@@ -80,26 +80,30 @@ class StreamState:
 
         None for the frames says that every row has all T. Rows whose `exec_mask` is False take nothing and give 0.
         """
-        size, samples = self.pending.shape[-1], audio.shape[-1]
-        if samples % size == 0 and not self.pending_length.any():
+        size, held = self.pending.shape[-1], int(self.pending_length[0])
+        in_step = bool((self.pending_length == held).all())
+        if in_step and held == 0 and audio.shape[-1] % size == 0:
             return audio, None
         active = self.exec_mask.cpu()
-        held = int(self.pending_length[0])
-        if active.all() and (self.pending_length == held).all():  # the rows are in step, as they mostly are
-            buffer = torch.cat([self.pending[..., :held], audio], dim=-1)
-            left = buffer.shape[-1] % size
-            self.pending[..., :left] = buffer[..., buffer.shape[-1] - left :]
-            self.pending_length.fill_(left)
-            return buffer[..., : buffer.shape[-1] - left], None
-        have = torch.where(active, self.pending_length + samples, 0)
+        if not (in_step and active.all()):
+            return self._push_drifted(audio, active)
+        buffer = torch.cat([self.pending[..., :held], audio], dim=-1)
+        left = buffer.shape[-1] % size
+        self.pending[..., :left] = buffer[..., buffer.shape[-1] - left :]
+        self.pending_length.fill_(left)
+        return buffer[..., : buffer.shape[-1] - left], None
+
+    def _push_drifted(self, audio: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """`push` for rows that hold different numbers of samples, or of which some (not `active`) take none."""
+        size, device = self.pending.shape[-1], audio.device
+        have = torch.where(active, self.pending_length + audio.shape[-1], 0)
         frames = have // size  # 0 where not active
-        total = int(frames.max())
-        buffer = torch.cat([self.pending, audio], dim=-1)  # the first pending_length of pending count
-        held = self.pending_length.to(audio.device)[:, None]
-        steps = torch.arange(total * size, device=audio.device)
+        buffer = torch.cat([self.pending, audio], dim=-1)  # of `pending`, the first `held` samples count
+        held = self.pending_length.to(device)[:, None]
+        steps = torch.arange(int(frames.max()) * size, device=device)
         whole = _pick(buffer, torch.where(steps < held, steps, steps - held + size))
-        left = torch.arange(size, device=audio.device) + (frames * size).to(audio.device)[:, None]
-        rest = _pick(buffer, torch.where(left < held, left, left - held + size))
+        steps = torch.arange(size, device=device) + (frames * size).to(device)[:, None]
+        rest = _pick(buffer, torch.where(steps < held, steps, steps - held + size))
         self.pending.copy_(torch.where(self.exec_mask[:, None, None], rest, self.pending))
         self.pending_length.copy_(torch.where(active, have - frames * size, self.pending_length))
         return whole, frames
@@ -119,7 +123,7 @@ class StreamState:
             Lane({k: v.clone() for k, v in lane.buffers.items()}, lane.offset.clone(), lane.active.clone())
             for lane in (self.encode, self.decode)
         ]
-        copy = StreamState(*lanes, self.pending.clone())
+        copy = StreamState(lanes[0], lanes[1], self.pending.clone())
         copy.pending_length.copy_(self.pending_length)
         copy.exec_mask.copy_(self.exec_mask)
         return copy
@@ -133,7 +137,7 @@ class StreamState:
         return tensors
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the values of a `state_dict()` of the same model, batch size and dtype; nothing changes on error."""
+        """Take over the values of a `state_dict()` of the same model, batch and dtype; nothing changes on error."""
         own = self.state_dict()
         wrong = [f"missing {name}" for name in own.keys() - tensors.keys()]
         wrong += [f"unknown {name}" for name in tensors.keys() - own.keys()]

@@ -86,12 +86,14 @@ class Attention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        state = {}
+        state: dict[str, Tensor] = {}
         if (lane := call.lane) is not None:
             rings = {f"cache_{kind}": lane.buffers[f"{self.name}.{kind}"] for kind in "kv"}
             state = {"offset": lane.offset, "active": lane.active, **rings}
         dropout = self.dropout if self.training else 0.0
-        y = call.ops.window_attention(q, k, v, rope[0], window=self.window, rope_scale=rope[1], dropout=dropout, **state)
+        y = call.ops.window_attention(
+            q, k, v, rope[0], window=self.window, rope_scale=rope[1], dropout=dropout, **state
+        )
         return self.o_proj(y.transpose(1, 2).flatten(-2))
 
 

@@ -165,7 +165,7 @@ def to_flat(state: State) -> State:
 
 
 def fold_weight_norm(state: State) -> State:
-    """`weight = g * v / |v|` in place of the pair, in PyTorch's old (`weight_g`) and new (`parametrizations`) spelling."""
+    """`weight = g * v / |v|` in place of the pair, in PyTorch's old spelling or its new one."""
     spellings = {"parametrizations.weight.original0": "parametrizations.weight.original1", "weight_g": "weight_v"}
     folded = dict(state)
     for name in state:
@@ -191,7 +191,9 @@ def infer_config(state: Mapping[str, Tensor]) -> CodecConfig:
         acoustic = len(_sorted_layers(state, r"quantizer\.acoustic\w+\.layers\.(\d+)\.codebook\.embed_sum"))
         codebook = state["quantizer.semantic_residual_vector_quantizer.layers.0.codebook.embed_sum"]
     except KeyError as error:
-        raise ValueError(f"this is not a Mimi checkpoint: it has no {error.args[0]} and no config.json stands beside") from None
+        raise ValueError(
+            f"this is not a Mimi checkpoint: it has no {error.args[0]} and no config.json stands beside"
+        ) from None
     hidden = last.shape[1]
     head_dim = 64 if q_proj.shape[0] % 64 == 0 else q_proj.shape[0] // CodecConfig.num_attention_heads
     upsample = state.get("upsample.conv.weight")
@@ -222,7 +224,7 @@ def infer_config(state: Mapping[str, Tensor]) -> CodecConfig:
         num_key_value_heads=k_proj.shape[0] // head_dim,
         head_dim=head_dim,
         attention_bias="encoder_transformer.layers.0.self_attn.q_proj.bias" in state,
-        frame_rate=None if upsample is not None else CodecConfig.sampling_rate / hop,
+        frame_rate=0.0 if upsample is not None else CodecConfig.sampling_rate / hop,
     )
 
 

@@ -41,8 +41,9 @@ def causal_conv1d(
     return y if residual is None else y + residual
 
 
-def with_history(x: Tensor, history: Tensor, first: Tensor, active: Tensor, pad_mode: str) -> Tensor:
+def with_history(x: Tensor, history: Tensor, first: Tensor | None, active: Tensor | None, pad_mode: str) -> Tensor:
     """x [B, C, T] behind its history [B, C, P] -> [B, C, P + T]; the history moves on where `active`."""
+    assert first is not None and active is not None, "a history comes with `first` and `active`"
     length = history.shape[-1]
     past = history
     if pad_mode == "replicate" and length:

@@ -31,6 +31,7 @@ def causal_conv_transpose1d(
         y = F.conv_transpose1d(x, weight, bias, stride=stride, groups=groups)
         return y[..., trim[0] : y.shape[-1] - trim[1]]
     y = F.conv_transpose1d(x, weight, None, stride=stride, groups=groups)
+    assert active is not None, "an overlap comes with `active`"
     tail = overlap.shape[-1]
     if tail:
         y[..., :tail] += overlap

@@ -30,13 +30,14 @@ def window_attention(
     cache_v: Tensor | None = None,
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, H, T, D]
-    batch, heads, length, dim = q.shape
+    _, heads, length, dim = q.shape
     steps = torch.arange(length, device=q.device)
     positions = steps[None] if offset is None else offset[:, None] + steps  # [1 or B, T]
     q, k = (rotate(x, positions, inv_freq, rope_scale, interleaved) for x in (q, k))
 
     past = 0 if cache_k is None else window - 1  # keys that stand before the first query
     if cache_k is not None:
+        assert cache_v is not None and offset is not None and active is not None, "a cache comes with its state"
         old_positions = offset[:, None] + torch.arange(-past, 0, device=q.device)  # [B, past]
         slots = (old_positions % window)[:, None, :, None].expand(-1, k.shape[1], -1, dim)
         old_k, old_v = cache_k.gather(2, slots), cache_v.gather(2, slots)
@@ -52,7 +53,7 @@ def window_attention(
         query_index = torch.arange(start, stop, device=q.device)[:, None] + past
         key_index = torch.arange(first_key, last_key, device=q.device)
         visible = (key_index <= query_index) & (key_index > query_index - window)  # [block, keys]
-        if cache_k is not None:  # keys before the start of a stream do not exist
+        if offset is not None:  # keys before the start of a stream do not exist
             visible = visible & (offset[:, None] - past + key_index >= 0)[:, None, None]  # [B, 1, block, keys]
         blocks.append(
             F.scaled_dot_product_attention(

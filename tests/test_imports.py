@@ -28,7 +28,7 @@ ROOM_MAY_USE = {
 }
 LEAVES = {"config", "state", "ops"}
 # The model and its parts import, of ours, one another and nothing around them.
-MODEL_SIDE = {*LEAVES, "model", "jodio", "dispatch", "checks", "quantizer", "ragged", "seanet", "transformer"}
+MODEL_SIDE = {*LEAVES, "model", "jodio", "dispatch", "checks", "codec", "quantizer", "ragged", "seanet", "transformer"}
 DOORS = {  # who may import these, beside themselves; "" is fastmimi/__init__
     "compat": {"cli", ""},
     "train": set(),

@@ -49,9 +49,7 @@ def run(*command: object, cwd: Path) -> str:
 
 def modules() -> set[str]:
     """Every module of the repository under the name that users import."""
-    paths = [
-        path.relative_to(ROOT) for top in ("fastmimi", "kernels", "reference") for path in python_files(top)
-    ]
+    paths = [path.relative_to(ROOT) for top in ("fastmimi", "kernels", "reference") for path in python_files(top)]
     names = [path.with_suffix("").parts for path in paths]
     names = [name if name[0] == "fastmimi" else ("fastmimi", *name) for name in names]
     return {".".join(name[:-1] if name[-1] == "__init__" else name) for name in names}

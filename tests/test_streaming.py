@@ -8,7 +8,6 @@ from safetensors.torch import load, save
 
 from fastmimi.testing import STREAMABLE, chunks, noise, relative_error, small_model
 
-
 FAST = {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
 MODEL = small_model(**FAST)
 
@@ -48,9 +47,7 @@ def test_any_chunking_equals_the_whole(model, longest):
 
 def test_one_sample_at_a_time(small):
     audio = noise(1, 1, small.frame_size + 3)
-    assert torch.equal(
-        encode_in(small, audio, [1] * audio.shape[-1], small.new_state(1)), small.encode(audio)
-    )
+    assert torch.equal(encode_in(small, audio, [1] * audio.shape[-1], small.new_state(1)), small.encode(audio))
 
 
 def test_flush_yields_nothing_after_whole_frames(small):

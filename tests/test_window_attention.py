@@ -23,7 +23,9 @@ def dense(q, k, v, window, interleaved=False, scale=1.0):
     def rotated(x):
         real, imaginary = pair(x.double())
         angle = torch.arange(x.shape[2])[:, None] * INV_FREQ.double()
-        return torch.complex(real.contiguous(), imaginary.contiguous()) * torch.polar(torch.full_like(angle, scale), angle)
+        return torch.complex(real.contiguous(), imaginary.contiguous()) * torch.polar(
+            torch.full_like(angle, scale), angle
+        )
 
     q, k, v = rotated(q), rotated(k).repeat_interleave(2, dim=1), v.double().repeat_interleave(2, dim=1)
     rows = []
@@ -88,7 +90,9 @@ def test_half_precision_rotates_in_full():
     """At position 5000, bf16 angles would be off by whole turns."""
     q, k, v = (t.bfloat16() for t in case(1, batch=1))
     state = {"cache_k": torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16), "active": torch.tensor([True])}
-    window_attention(q, k, v, INV_FREQ, window=4, offset=torch.tensor([5000]), cache_v=state["cache_k"].clone(), **state)
+    window_attention(
+        q, k, v, INV_FREQ, window=4, offset=torch.tensor([5000]), cache_v=state["cache_k"].clone(), **state
+    )
     angle = 5000 * INV_FREQ.double()
     a, b = k[0, :, 0].double().chunk(2, dim=-1)
     truth = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)

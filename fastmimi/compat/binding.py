@@ -1,12 +1,14 @@
 """Binding: a core `Mimi` that computes with the modules of a transformers model, sharing every parameter.
 
-The core's leaves (convolutions, linears, norms, codebooks) are replaced by the peer's own, so that `.to`, `load_state_dict`,
-adapters, weight norm and optimizers act on both. Where the peer's modules have since been replaced, it is bound anew.
+The core's leaves (convolutions, linears, norms, codebooks) are replaced by the peer's own, so that `.to`, adapters,
+`load_state_dict`, weight norm and optimizers act on both. Where the peer's modules have since been replaced, it is
+bound anew.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +26,7 @@ NESTED = (  # flat path -> path in transformers >= 5.20, whose halves are models
 class Binding:
     """The core of one peer model; `current()` says whether the peer still has the modules it was made from."""
 
-    def __init__(self, peer: nn.Module):
+    def __init__(self, peer: Any):
         self._edges: dict[tuple[int, str], tuple[nn.Module, str, nn.Module | None]] = {}
         config = CodecConfig.from_dict(peer.config.to_dict())
         stride = config.latent_stride > 1
@@ -46,7 +48,7 @@ class Binding:
     def current(self) -> bool:
         return all(parent._modules.get(name) is child for parent, name, child in self._edges.values())
 
-    def follow(self, peer: nn.Module) -> Mimi:
+    def follow(self, peer: Any) -> Mimi:
         """The core, in the peer's mode."""
         for mine, theirs in self._transformers:
             mine.gradient_checkpointing = getattr(theirs, "gradient_checkpointing", False)
@@ -55,17 +57,19 @@ class Binding:
         self.core.impl = peer.impl
         return self.core
 
-    def _has(self, peer: nn.Module, *paths: str) -> bool:
+    def _has(self, peer: Any, *paths: str) -> bool:
         return all(self._find(peer, path) is not None for path in paths)
 
-    def _find(self, peer: nn.Module, path: str) -> nn.Module | None:
+    def _find(self, peer: Any, path: str) -> nn.Module | None:
         """The peer's module under a flat path, and a note of every step there."""
         for candidate in dict.fromkeys((path, _nested(path), _nested(path).partition(".")[2])):
             module: nn.Module | None = peer
             steps = candidate.split(".")
-            found = []
+            found: list[tuple[nn.Module, str, nn.Module | None]] = []
             for step in steps:
-                child = module._modules.get(step) if module is not None else None
+                if module is None:
+                    break
+                child = module._modules.get(step)
                 found.append((module, step, child))
                 module = child
             if module is not None:

@@ -16,7 +16,7 @@ models spread over several devices.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.mimi import modeling_mimi as peer
 
+from ..dispatch import Impl
 from ..model import Mimi
 from ..ops import Call
 from ..quantizer import apply_in_full_precision, centroids
@@ -53,10 +54,11 @@ class Codebook(peer.MimiEuclideanCodebook):
         return centroids(self)
 
 
-class Bound:
+class Bound(nn.Module):
     """What the three models share: the core, bound on first use to whatever modules the model has by then."""
 
-    impl = "auto"  # which implementation runs each op: "auto", "reference", "triton", "cpu", or a dict per op
+    config: Any
+    impl: Impl = "auto"  # which implementation runs each op: "auto", "reference", "triton", "cpu", or a dict per op
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -82,7 +84,7 @@ class Bound:
         return wants_states or len({p.device for p in self.parameters()}) > 1
 
     def _latents_in_steps(
-        self, core: Mimi, audio: Tensor, past: Any, cache: PaddingCache | None, streaming: bool, transformer: nn.Module
+        self, core: Mimi, audio: Tensor, past: Any, cache: PaddingCache | None, streaming: bool, transformer: Any
     ) -> tuple[Tensor, Any]:
         """Latents [B, hidden, T] and the key-value cache, through the peer's transformer."""
         lane = None
@@ -105,7 +107,7 @@ class Bound:
         ragged = Ragged.of(padding_mask).frames(self._core().frame_size)
         return ragged if ragged.total == frames else None
 
-    def _decoded(self, core: Mimi, latents: Tensor, padding_mask: Tensor | None, past: Any, transformer: nn.Module) -> Any:
+    def _decoded(self, core: Mimi, latents: Tensor, padding_mask: Tensor | None, past: Any, transformer: Any) -> Any:
         """Audio [B, C, N] of latents [B, hidden, T], cut to the mask's length, and the key-value cache."""
         frames = self._frames(padding_mask, latents.shape[-1])
         result = [past]
@@ -113,7 +115,7 @@ class Bound:
             audio = core._decode_step(latents, None, lambda x, call: _through(transformer, x, result))
         else:
             audio = core._audio(latents, None, None if frames is None else frames.mask.to(latents.device))
-        if frames is not None:  # each item's audio stands where its mask does
+        if frames is not None and padding_mask is not None:  # each item's audio stands where its mask does
             samples = Ragged.of(padding_mask.to(audio.device))
             audio = frames.times(core.frame_size).align(audio)
             audio = torch.where(samples.mask[:, None], samples.restore(audio[..., : samples.total]), 0)
@@ -126,7 +128,7 @@ class Bound:
         return -(-torch.as_tensor(input_length) // self._core().frame_size)
 
 
-def _through(transformer: nn.Module, x: Tensor, past: list[Any], **kwargs: Any) -> Tensor:
+def _through(transformer: Any, x: Tensor, past: list[Any], **kwargs: Any) -> Tensor:
     """[B, hidden, T] through the peer's transformer; `past` holds its key-value cache, before and after."""
     output = transformer(x.transpose(1, 2), past_key_values=past[0], return_dict=True, **kwargs)
     past[0] = output.past_key_values
@@ -145,7 +147,7 @@ class MimiModel(Bound, peer.MimiModel):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        _adopt(self)
+        adopt(self)
         # in fp16 as in bf16; not on the class, as transformers 4 refuses names under which are buffers only
         self._keep_in_fp32_modules_strict = {"codebook"}
 
@@ -244,9 +246,19 @@ class MimiModel(Bound, peer.MimiModel):
             if half is not None:
                 setattr(half, name, value)
 
-        encoder_transformer, decoder_transformer, downsample, upsample = (
-            property(lambda self, n=name: _submodule(self, n), lambda self, value, n=name: self._set_part(n, value))
-            for name in ("encoder_transformer", "decoder_transformer", "downsample", "upsample")
+        encoder_transformer = property(
+            lambda self: _submodule(self, "encoder_transformer"),
+            lambda self, part: self._set_part("encoder_transformer", part),
+        )
+        decoder_transformer = property(
+            lambda self: _submodule(self, "decoder_transformer"),
+            lambda self, part: self._set_part("decoder_transformer", part),
+        )
+        downsample = property(
+            lambda self: _submodule(self, "downsample"), lambda self, part: self._set_part("downsample", part)
+        )
+        upsample = property(
+            lambda self: _submodule(self, "upsample"), lambda self, part: self._set_part("upsample", part)
         )
 
         def __setattr__(self, name: str, value: Any) -> None:
@@ -271,7 +283,7 @@ if HALVES:
             return_dict: bool | None = None,
             **kwargs: Any,
         ) -> Any:
-            """Audio [B, channels, N] -> `MimiEncoderModelOutput` with latents [B, hidden_size, ceil(N / frame_size)]."""
+            """Audio [B, channels, N] -> `MimiEncoderModelOutput` with latents [B, hidden, ceil(N / frame_size)]."""
             if self._on_peer(kwargs, padding_cache):
                 return super().forward(
                     input_values, padding_mask, past_key_values, padding_cache, use_streaming,
@@ -320,7 +332,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+def _submodule(model: nn.Module, name: str) -> Any:
     """A part of a `MimiModel` by its flat name, in either layout."""
     if name in model._modules:
         return model._modules[name]
@@ -328,66 +340,23 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     return None if half is None else getattr(half, name)
 
 
-# Inside larger models
-
-
-def replace_mimi(model: nn.Module) -> nn.Module:
-    """Make every transformers Mimi in `model` (or `model` itself) a fastmimi one, in place, and return `model`.
-
-    The modules and their parameters stay the same objects; only what computes with them changes. Subclasses keep what
-    they override. `restore_mimi` undoes it.
-    """
-    for module in list(model.modules()):
-        if isinstance(module, PEERS) and not isinstance(module, Bound):
-            module.__class__ = _replacement(type(module))
-            _adopt(module)
-    return model
-
-
-def restore_mimi(model: nn.Module) -> nn.Module:
-    """Undo `replace_mimi`, in place, and return `model`; models made as fastmimi's stay so."""
-    for module in list(model.modules()):
-        if (original := getattr(type(module), "_replaces", None)) is not None:
-            module.__class__ = original
-            module.__dict__.pop("_binding", None)
-            for part in module.modules():
-                if type(part) is Codebook:
-                    part.__class__ = peer.MimiEuclideanCodebook
-                    part._embed = None
-    return model
-
-
 def register_auto_model() -> None:
     """Make transformers' `AutoModel` build fastmimi's `MimiModel` from a Mimi configuration or checkpoint."""
     transformers.AutoModel.register(MimiConfig, MimiModel, exist_ok=True)
 
 
-PEERS = (peer.MimiModel, *((peer.MimiEncoderModel, peer.MimiDecoderModel) if HALVES else ()))
+PEERS: tuple[type, ...] = (peer.MimiModel, *((peer.MimiEncoderModel, peer.MimiDecoderModel) if HALVES else ()))
 
 
-def _adopt(model: nn.Module) -> None:
-    """Give the parts of a model their fastmimi classes: codebooks, and where they are models, its halves."""
+def ours(cls: type) -> type:
+    """The fastmimi model in place of the peer's `cls`."""
+    return globals()[cls.__name__]
+
+
+def adopt(model: nn.Module, choose: Callable[[type], type] = ours) -> None:
+    """Give the parts of a model their fastmimi classes: codebooks and, where they are models, its halves."""
     for module in model.modules():
         if type(module) is peer.MimiEuclideanCodebook:
             module.__class__ = Codebook
         elif module is not model and type(module) in PEERS:
-            module.__class__ = _replacement(type(module)) if hasattr(type(model), "_replaces") else _ours(type(module))
-
-
-def _ours(cls: type) -> type:
-    """The fastmimi model in place of the peer's `cls`."""
-    return {"MimiModel": MimiModel, **_halves()}[cls.__name__]
-
-
-def _halves() -> dict[str, type]:
-    return {"MimiEncoderModel": MimiEncoderModel, "MimiDecoderModel": MimiDecoderModel} if HALVES else {}
-
-
-@lru_cache(maxsize=64)
-def _replacement(cls: type) -> type:
-    """A class that computes as fastmimi's and is otherwise `cls`, which it remembers."""
-    if cls in PEERS:
-        bases: tuple[type, ...] = (_ours(cls),)
-    else:  # a subclass: its own overrides first, then ours, then the peer's
-        bases = (cls, next(_ours(base) for base in cls.__mro__ if base in PEERS))
-    return type(cls.__name__, bases, {"_replaces": cls, "__module__": cls.__module__, "__doc__": cls.__doc__})
+            module.__class__ = choose(type(module))

@@ -1,0 +1,59 @@
+# Everything happens in .venv; a stamp file in it marks each install step, redone when what it read has changed.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+PACKAGE := pyproject.toml setup.py constraints.txt
+CLIP := fastmimi/assets/198-209-0000.ogg
+
+# moshi pins an old torch: it is installed without its dependencies, and these are what its Mimi needs beside ours.
+MOSHI_NEEDS := einops huggingface_hub safetensors sentencepiece sphn tqdm
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test bench lint types clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/stamp-demo  ## install, then encode and decode a bundled speech clip; results in out/
+	mkdir -p out
+	$(VENV)/bin/fastmimi roundtrip $(CLIP) out/demo.wav --model random:0 --tokens out/demo.safetensors --plot out/demo.png
+
+test: $(VENV)/stamp-test  ## install the test extras and the peers, run the tests and the kernels' parity tests
+	$(PY) -m pytest tests/ --kernels
+
+bench: $(VENV)/stamp-test  ## run the benchmarks: ratios to the reference and to the peers
+	$(PY) -m pytest bench/ --benchmark-only
+
+lint: $(VENV)/stamp-lint  ## ruff: rules and format (seconds; installs ruff alone)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(VENV)/stamp-types  ## mypy over the package
+	$(PY) -m mypy
+
+clean:  ## remove what builds, tests and the demo leave behind (.venv stays: remove it by hand)
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find fastmimi kernels reference tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(VENV)/stamp-venv:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/stamp-demo: $(VENV)/stamp-venv $(PACKAGE)
+	$(INSTALL) -e '.[plot]'
+	touch $@
+
+$(VENV)/stamp-test: $(VENV)/stamp-venv $(PACKAGE) Makefile
+	$(INSTALL) -e '.[test]' rustymimi $(MOSHI_NEEDS)
+	$(INSTALL) --no-deps moshi
+	touch $@
+
+$(VENV)/stamp-lint: $(VENV)/stamp-venv constraints.txt
+	$(INSTALL) ruff
+	touch $@
+
+$(VENV)/stamp-types: $(VENV)/stamp-venv $(PACKAGE)
+	$(INSTALL) -e '.[lint]'
+	touch $@

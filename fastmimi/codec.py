@@ -1,0 +1,371 @@
+"""A codec's API and its machinery: streams, ragged batches, tiles. What computes is the subclass's (model.py).
+
+A subclass holds `encoder`, `decoder` (one may be None) and `quantizer`, lists the parts of each direction, and says how
+audio becomes latents and latents audio, in one pass with or without the state of a lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, dispatch
+from .config import CodecConfig
+from .ops import Call, Ops
+from .quantizer import SplitQuantizer
+from .ragged import Ragged
+from .state import Lane, StreamState
+
+Transform = Callable[[Tensor, Call], Tensor]  # latents [B, hidden, T] -> the same
+TILE_SAMPLES = 96_000  # samples of audio (all rows together) that pass the convolutions at once: 4 s of mono
+
+
+class Codec(nn.Module):
+    """Audio [B, channels, N] float at `sample_rate` Hz <-> codes [B, K, T] int64 at `frame_rate` Hz.
+
+    Args:
+        config: the architecture.
+        impl: which implementation runs each op: "auto", "reference", "triton", "cpu", or a dict per op.
+        num_codebooks: codebooks that `encode` yields; by default all of them.
+    """
+
+    encoder: nn.Module | None
+    decoder: nn.Module | None
+    quantizer: SplitQuantizer
+
+    def __init__(self, config: CodecConfig, impl: dispatch.Impl = "auto", num_codebooks: int | None = None):
+        super().__init__()
+        dispatch.check_impl(impl)
+        self.config = config
+        self.impl = impl
+        self.num_codebooks = config.num_quantizers if num_codebooks is None else num_codebooks
+
+    def _parts(self, direction: str) -> list[nn.Module | None]:
+        """The modules of a direction, "encode" or "decode", whose layers carry state."""
+        raise NotImplementedError
+
+    def _encode_step(self, audio: Tensor, lane: Lane | None, lengths: Tensor | None) -> Tensor:
+        """Audio [B, C, N] -> latents [B, hidden, ceil(N / frame_size)], and the lane moves on."""
+        raise NotImplementedError
+
+    def _decode_step(self, latents: Tensor, lane: Lane | None) -> Tensor:
+        """Latents [B, hidden, T] -> audio [B, C, T * frame_size], and the lane moves on."""
+        raise NotImplementedError
+
+    # What the codec is
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return self.config.sampling_rate
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames of codes per second (12.5)."""
+        return self.config.frame_rate
+
+    @property
+    def frame_size(self) -> int:
+        """Samples per frame of codes (1920)."""
+        return self.config.frame_size
+
+    @property
+    def total_codebooks(self) -> int:
+        """How many codebooks there are."""
+        return self.config.num_quantizers
+
+    @property
+    def num_codebooks(self) -> int:
+        """How many codebooks `encode` yields."""
+        return self._num_codebooks
+
+    @num_codebooks.setter
+    def num_codebooks(self, count: int) -> None:
+        self._num_codebooks = checks.codebook_count(count, self.config)
+
+    @property
+    def device(self) -> torch.device:
+        return self._a_parameter().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._a_parameter().dtype
+
+    def _a_parameter(self) -> Tensor:
+        half: Any = self.encoder if self.encoder is not None else self.decoder
+        return half.layers["0"].conv.weight
+
+    def explain(self) -> list[dispatch.Choice]:
+        """For each op what runs on this device and dtype, why, and why the other candidates do not."""
+        return dispatch.explain(self.device.type, self.dtype, self.impl)
+
+    def _ops(self) -> Ops:
+        return dispatch.bind(self.device.type, self.dtype, self.impl)
+
+    # Streams
+
+    def new_state(self, batch_size: int = 1) -> StreamState:
+        """The state of `batch_size` fresh streams, both directions, on the model's device and in its dtype.
+
+        Raises ValueError where the configuration cannot stream (not causal, mirrored padding) or batch_size < 1.
+        """
+        checks.streamable(self.config)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        with torch.inference_mode(False):  # so that the state can be used in and out of inference mode
+            pending = torch.zeros(
+                batch_size, self.config.audio_channels, self.frame_size, device=self.device, dtype=self.dtype
+            )
+            return StreamState(self._lane(batch_size, "encode"), self._lane(batch_size, "decode"), pending)
+
+    def _lane(self, batch: int, direction: str) -> Lane:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in self._parts(direction):
+            for module in part.modules() if part is not None else ():
+                if hasattr(module, "state_shapes"):
+                    layer: Any = module
+                    shapes |= layer.state_shapes(batch)
+        return Lane(
+            {name: torch.zeros(shape, device=self.device, dtype=self.dtype) for name, shape in shapes.items()},
+            offset=torch.zeros(batch, dtype=torch.int64, device=self.device),
+            active=torch.ones(batch, dtype=torch.bool, device=self.device),
+        )
+
+    # Audio to codes
+
+    @torch.no_grad()
+    def encode(
+        self,
+        audio: Tensor,
+        *,
+        state: StreamState | None = None,
+        padding_mask: Tensor | None = None,
+        num_codebooks: int | None = None,
+        last_frame: str = "waveform",
+    ) -> Tensor:
+        """Audio [B, channels, N] -> codes [B, K, T] int64.
+
+        Offline T = ceil(N / frame_size). With `padding_mask` ([B, N], False where padded, on the left or the right)
+        each row's codes are those of the row alone; frames beyond its end hold -1 (see `frame_mask`).
+        With `state`, any N: whole frames come out, the rest is held back until the next call or `flush`. Rows whose
+        `exec_mask` is False are left alone; where a row has no frame (others had more) its codes are -1.
+        `last_frame` says how an incomplete last frame is completed offline: "waveform" pads the audio with zeros (as
+        moshi, and as `flush` does), "layers" pads the input of each layer (as transformers).
+        Raises ValueError for a wrong shape, dtype, mask, count, or samples that are NaN or infinite.
+        """
+        count = self.num_codebooks if num_codebooks is None else checks.codebook_count(num_codebooks, self.config)
+        latents, valid = self._latents(audio, state, padding_mask, last_frame)
+        return self._codes(latents, valid, count)
+
+    @torch.no_grad()
+    def flush(self, state: StreamState, *, num_codebooks: int | None = None) -> Tensor:
+        """Codes [B, K, 1] of the samples held back, completed with zeros; [B, K, 0] where no stream holds any.
+
+        Ends the utterance of the active streams for encoding; `state.reset` begins the next.
+        """
+        checks.has_part(self.encoder, "encoder", "flush")
+        self._check_state(state, state.batch_size, None)
+        count = self.num_codebooks if num_codebooks is None else checks.codebook_count(num_codebooks, self.config)
+        latents, valid = self._encode_stream(*state.pop_partial(), state)
+        return self._codes(latents, valid, count)
+
+    def encode_to_latent(
+        self,
+        audio: Tensor,
+        *,
+        state: StreamState | None = None,
+        padding_mask: Tensor | None = None,
+        last_frame: str = "waveform",
+    ) -> Tensor:
+        """Audio [B, channels, N] -> latents before quantisation [B, hidden_size, T]; arguments as for `encode`.
+
+        Differentiable offline. Where a row has no frame, its latents are 0.
+        """
+        latents, valid = self._latents(audio, state, padding_mask, last_frame)
+        return latents if valid is None else torch.where(valid[:, None], latents, 0)
+
+    @torch.no_grad()
+    def quantize(self, latents: Tensor, num_codebooks: int | None = None) -> Tensor:
+        """Latents [B, hidden_size, T] -> codes [B, K, T] int64."""
+        count = self.num_codebooks if num_codebooks is None else checks.codebook_count(num_codebooks, self.config)
+        return self._codes(checks.latents(latents, self.config).to(self.dtype), None, count)
+
+    def straight_through(
+        self, audio: Tensor, num_codebooks: int | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Audio -> codes [B, K, T] and the decoder's latents [B, hidden_size, T]; gradients pass the quantizer."""
+        count = self.num_codebooks if num_codebooks is None else checks.codebook_count(num_codebooks, self.config)
+        latents = self.encode_to_latent(audio, **options)
+        return self.quantizer.straight_through(latents, count, Call(self._ops()))
+
+    def frame_mask(self, padding_mask: Tensor) -> Tensor:
+        """Mask of samples [B, N] -> mask of frames [B, T]: where `encode` with that mask puts codes."""
+        return Ragged.of(padding_mask).frames(self.frame_size).mask
+
+    def _codes(self, latents: Tensor, valid: Tensor | None, count: int) -> Tensor:
+        if latents.shape[-1] == 0:
+            return latents.new_empty((latents.shape[0], count, 0), dtype=torch.int64)
+        codes = self.quantizer.encode(latents, count, Call(self._ops()))
+        return codes if valid is None else torch.where(valid[:, None], codes, -1)
+
+    def _latents(
+        self, audio: Tensor, state: StreamState | None, padding_mask: Tensor | None, last_frame: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """Latents [B, hidden, T] and which of them are frames of their row [B, T] (None: all)."""
+        checks.has_part(self.encoder, "encoder", "encode")
+        if last_frame not in ("waveform", "layers"):
+            raise ValueError(f"last_frame must be 'waveform' or 'layers', got {last_frame!r}")
+        audio = checks.audio(audio, self.config).to(self.device, self.dtype)
+        if state is not None:
+            self._check_state(state, audio.shape[0], padding_mask)
+            audio = checks.finite(torch.where(state.exec_mask[:, None, None], audio, 0))
+            return self._encode_stream(*state.push(audio), state)
+        if padding_mask is None:
+            return self._encode_offline(checks.finite(audio), None, last_frame), None
+        ragged = self._ragged(padding_mask, audio)
+        frames = ragged.frames(self.frame_size)
+        audio = checks.finite(ragged.align(audio))
+        if self.config.streamable:
+            latents = self._encode_offline(audio, ragged.lengths, last_frame)
+        else:  # what is beyond a row's end would reach into it: rows of one length go together
+            latents = ragged.by_length(audio, lambda rows: self._encode_offline(rows, None, last_frame), frames)
+        return frames.restore(latents), frames.mask
+
+    def _encode_offline(self, audio: Tensor, lengths: Tensor | None, last_frame: str) -> Tensor:
+        batch, _, samples = audio.shape
+        if last_frame == "waveform":
+            audio = nn.functional.pad(audio, (0, -samples % self.frame_size))
+            lengths = None  # zeros beyond a row's end are what the row alone would be padded with
+        if audio.shape[-1] == 0:
+            return audio.new_empty(batch, self.config.hidden_size, 0)
+        if not self._in_tiles(audio, -(-samples // self.frame_size)):
+            return self._encode_step(audio, None, lengths)
+        return self._encode_tiles(audio, self._lane(batch, "encode"), lengths)
+
+    def _encode_stream(self, audio: Tensor, frames: Tensor | None, state: StreamState) -> tuple[Tensor, Tensor]:
+        """Whole frames of audio [B, C, T * frame_size], of which row b has `frames[b]` (None: all T)."""
+        total = audio.shape[-1] // self.frame_size
+        latents = audio.new_zeros(audio.shape[0], self.config.hidden_size, total)
+        valid = state.exec_mask[:, None].expand(-1, total)
+        if frames is not None:
+            steps = torch.arange(total, device=audio.device)
+            valid = valid & (steps < frames.to(audio.device)[:, None])
+        # rows are in step but where masks have made them drift apart: one run for each number of frames
+        bounds = [0, total] if frames is None else sorted({0, *frames.tolist()})
+        with torch.no_grad():
+            for start, stop in pairwise(bounds):
+                if stop > start:
+                    state.encode.active.copy_(valid[:, start])
+                    run = audio[..., start * self.frame_size : stop * self.frame_size]
+                    latents[..., start:stop] = self._encode_tiles(run, state.encode, None)
+        return latents, valid
+
+    def _encode_tiles(self, audio: Tensor, lane: Lane, lengths: Tensor | None) -> Tensor:
+        tiles, tile = [], self._tile_frames(audio.shape[0]) * self.frame_size
+        for start in range(0, audio.shape[-1], tile):
+            part = audio[..., start : start + tile]
+            inside = None if lengths is None else (lengths - start).clamp(0, part.shape[-1])
+            tiles.append(self._encode_step(part, lane, inside))
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
+
+    # Codes to audio
+
+    def decode(self, codes: Tensor, *, state: StreamState | None = None, padding_mask: Tensor | None = None) -> Tensor:
+        """Codes [B, K, T] of any integer dtype -> audio [B, channels, T * frame_size].
+
+        K may be any number of codebooks from the semantic ones up. With `padding_mask` [B, T] (see `frame_mask`) each
+        row's audio is that of the row alone, and 0 where padded. With `state` any T; rows whose `exec_mask` is False
+        are left alone and yield 0, whatever their codes.
+        Raises ValueError for a wrong shape, dtype or mask, and for codes outside [0, codebook_size).
+        """
+        ignored = None
+        if state is not None:
+            self._check_state(state, codes.shape[0], padding_mask)
+            ignored = ~state.exec_mask[:, None].expand(-1, codes.shape[-1])
+        elif padding_mask is not None:
+            ignored = ~padding_mask.to(codes.device, torch.bool)
+        codes = checks.codes(codes, self.config, ignored)
+        return self._audio(self._dequantize(codes), state, padding_mask)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Codes [B, K, T] -> latents [B, hidden_size, T]."""
+        return self._dequantize(checks.codes(codes, self.config, None))
+
+    def _dequantize(self, codes: Tensor) -> Tensor:
+        if codes.shape[-1] == 0:
+            return torch.empty(codes.shape[0], self.config.hidden_size, 0, device=self.device, dtype=self.dtype)
+        return self.quantizer.decode(codes.to(self.device), self.dtype, Call(self._ops()))
+
+    def decode_latent(self, latents: Tensor, *, state: StreamState | None = None) -> Tensor:
+        """Latents [B, hidden_size, T] -> audio [B, channels, T * frame_size]; differentiable offline."""
+        return self._audio(checks.latents(latents, self.config).to(self.device, self.dtype), state, None)
+
+    def _audio(self, latents: Tensor, state: StreamState | None, padding_mask: Tensor | None) -> Tensor:
+        checks.has_part(self.decoder, "decoder", "decode")
+        if state is not None:
+            self._check_state(state, latents.shape[0], padding_mask)
+            with torch.no_grad():
+                state.decode.active.copy_(state.exec_mask)
+                audio = self._decode_tiles(latents, state.decode)
+                return torch.where(state.exec_mask[:, None, None], audio, 0)
+        if padding_mask is None:
+            return self._decode_offline(latents)
+        frames = self._ragged(padding_mask, latents)
+        samples = frames.times(self.frame_size)
+        latents = frames.align(latents)
+        if self.config.streamable:
+            audio = self._decode_offline(latents)
+        else:
+            audio = frames.by_length(latents, self._decode_offline, samples)
+        return torch.where(samples.mask[:, None], samples.restore(audio), 0)
+
+    def _decode_offline(self, latents: Tensor) -> Tensor:
+        if latents.shape[-1] == 0:
+            return latents.new_empty(latents.shape[0], self.config.audio_channels, 0)
+        if not self._in_tiles(latents, latents.shape[-1]):
+            return self._decode_step(latents, None)
+        return self._decode_tiles(latents, self._lane(len(latents), "decode"))
+
+    def _decode_tiles(self, latents: Tensor, lane: Lane) -> Tensor:
+        batch, _, frames = latents.shape
+        audio = latents.new_empty(batch, self.config.audio_channels, frames * self.frame_size)
+        tile = self._tile_frames(batch)
+        for start in range(0, frames, tile):
+            stop = min(start + tile, frames)
+            audio[..., start * self.frame_size : stop * self.frame_size] = self._decode_step(
+                latents[..., start:stop], lane
+            )
+        return audio
+
+    # Tiles: long audio passes in pieces that carry state, so that memory is bounded; the pieces equal the whole
+
+    def _tile_frames(self, batch: int) -> int:
+        return max(1, TILE_SAMPLES // (batch * self.frame_size))
+
+    def _in_tiles(self, x: Tensor, frames: int) -> bool:
+        """Whether an offline input x of so many frames is long enough for tiles, and nothing forbids them."""
+        if frames <= self._tile_frames(x.shape[0]) or not self.config.streamable:
+            return False
+        # state is written in place, which autograd cannot differentiate through
+        trains = x.requires_grad or any(p.requires_grad for p in self.parameters())
+        return not (torch.is_grad_enabled() and trains)
+
+    # Checks that need the model
+
+    def _check_state(self, state: StreamState, batch: int, padding_mask: Tensor | None) -> None:
+        checks.state(state, (batch, self.config.audio_channels, self.frame_size), self.device, self.dtype)
+        if padding_mask is not None:
+            raise ValueError("padding_mask is for whole utterances; a stream masks rows with state.exec_mask")
+
+    def _ragged(self, padding_mask: Tensor, x: Tensor) -> Ragged:
+        ragged = Ragged.of(padding_mask.to(self.device))
+        if (len(ragged.lengths), ragged.total) != (x.shape[0], x.shape[-1]):
+            raise ValueError(
+                f"padding_mask must be {(x.shape[0], x.shape[-1])} for an input of {tuple(x.shape)}, "
+                f"got {tuple(padding_mask.shape)}"
+            )
+        return ragged

@@ -1,0 +1,81 @@
+"""The --kernels option, threads, hypothesis settings, and the sources that the layout tests read."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernels",
+        action="store_true",
+        help="also run the Triton kernels' parity tests: on the GPU where there is one, else in Triton's interpreter",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernels: runs Triton kernels; needs --kernels")
+    torch.set_num_threads(_threads_per_worker())
+    # No deadline: how long an example takes is the machine's business.
+    hypothesis.settings.register_profile("fastmimi", deadline=None, print_blob=True)
+    hypothesis.settings.load_profile("fastmimi")
+    if config.getoption("--kernels"):
+        _prepare_triton()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--kernels"):
+        reason = "runs Triton kernels: pass --kernels"
+    elif not _has_triton():
+        reason = "runs Triton kernels: there is no Triton for this platform"
+    else:
+        return
+    for item in items:
+        if item.get_closest_marker("kernels"):
+            item.add_marker(pytest.mark.skip(reason=f"{item.name} {reason}"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> dict[str, str]:
+    """{path: source} of every Python file, without links, hidden folders, environments and build outputs."""
+    sources = {}
+    for folder, folders, files in os.walk(ROOT):
+        if "pyvenv.cfg" in files:
+            folders.clear()
+            continue
+        skipped = ("build", "dist", "out", "__pycache__")
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
+        for path in (Path(folder, name) for name in files if name.endswith(".py")):
+            sources[path.relative_to(ROOT).as_posix()] = path.read_text(encoding="utf-8")
+    return sources
+
+
+def _prepare_triton() -> None:
+    """Without a GPU, choose Triton's interpreter; Triton reads the variable when it is first imported."""
+    if sys.platform == "linux" and not _has_triton():
+        raise pytest.UsageError("--kernels needs Triton: pip install triton")
+    if torch.cuda.is_available():
+        return
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("triton was imported before --kernels could choose its interpreter")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _threads_per_worker() -> int:
+    """This process's share of the processors it may use, at most 8: small tensors gain nothing from more."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return max(1, min(8, usable // workers))

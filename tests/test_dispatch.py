@@ -1,0 +1,67 @@
+"""The dispatcher: what it chooses, what it says, what it refuses."""
+
+import pytest
+import torch
+
+import fastmimi
+from fastmimi import dispatch
+from fastmimi.ops import OPS, Ops
+from fastmimi.testing import noise, small_model
+
+
+def test_table_has_a_row_per_op_with_reasons():
+    rows = fastmimi.explain("cpu", torch.float32)
+    assert [row.op for row in rows] == list(OPS) == list(Ops._fields)
+    for row in rows:
+        assert row.chosen in dispatch.CANDIDATES and row.reason
+        assert all(sentence for _, sentence in row.passed_over)
+
+
+def test_reference_can_be_asked_for():
+    rows = fastmimi.explain(impl="reference")
+    assert {row.chosen for row in rows} == {"reference"}
+    rows = fastmimi.explain(impl={"resblock": "reference"})
+    assert {row.reason for row in rows if row.op == "resblock"} == {"asked for by impl="}
+
+
+def test_a_kernel_that_cannot_run_is_an_error_with_its_sentence(monkeypatch):
+    def why_not(candidate, op, target):
+        return None if candidate == "reference" else "it is Sunday"
+
+    monkeypatch.setattr(dispatch, "_why_not", why_not)
+    with pytest.raises(RuntimeError, match="rvq_encode was asked to run as 'triton', which it cannot: it is Sunday"):
+        dispatch.explain("cpu", torch.float32, {"rvq_encode": "triton"})
+
+
+def test_auto_takes_the_first_that_can_and_records_the_others(monkeypatch):
+    def why_not(candidate, op, target):
+        return "not today" if candidate == "triton" else None
+
+    monkeypatch.setattr(dispatch, "_why_not", why_not)
+    row = dispatch.explain("cpu", torch.float32)[0]
+    assert row.chosen == "cpu" and row.passed_over == (("triton", "not today"),)
+
+
+def test_an_import_error_of_our_own_is_not_hidden(monkeypatch):
+    def broken(name):
+        raise ImportError("a bug")
+
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch.importlib, "import_module", broken)
+    with pytest.raises(ImportError, match="a bug"):
+        dispatch.explain("cpu", torch.float32)
+
+
+@pytest.mark.parametrize("impl, sentence", [("fast", "got 'fast'"), ({"softmax": "cpu"}, "unknown op 'softmax'")])
+def test_bad_impl(impl, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        fastmimi.load("random:0", impl=impl)
+
+
+def test_impl_reaches_the_model():
+    model = small_model(upsampling_ratios=[4, 3, 2])
+    audio = noise(1, 1, 480)
+    auto = model.encode(audio)
+    model.impl = "reference"
+    assert torch.equal(model.encode(audio), auto)
+    assert {row.chosen for row in model.explain()} == {"reference"}

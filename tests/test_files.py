@@ -1,0 +1,92 @@
+"""Files written whole or not at all, and the checks of paths."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fastmimi.files import check_input, check_output, replacing
+
+
+def test_the_target_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    with replacing(target) as part:
+        part.write_text("new")
+        assert part.parent == tmp_path
+        assert not target.exists()
+    assert target.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_the_target_as_it_was(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(error), replacing(target) as part:  # noqa: PT012 (the error comes from within)
+        part.write_text("half")
+        raise error
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_an_error_before_anything_is_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="early"), replacing(tmp_path / "a.txt"):
+        raise ValueError("early")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "link.txt"
+    link.symlink_to(tmp_path / "there" / "a.txt")
+    with replacing(link) as part:
+        part.write_text("new")
+    assert link.is_symlink()
+    assert (tmp_path / "there" / "a.txt").read_text() == "new"
+
+
+def test_a_name_of_full_length_has_a_temporary_one(tmp_path: Path) -> None:
+    target = tmp_path / ("a" * 255)
+    with replacing(target) as part:
+        part.write_text("new")
+    assert target.read_text() == "new"
+
+
+def test_inputs_are_checked(tmp_path: Path) -> None:
+    empty, full = tmp_path / "empty", tmp_path / "full"
+    empty.touch()
+    full.write_text("x")
+    assert check_input(full) == full
+    for path, sentence in ((tmp_path / "no", "does not exist"), (tmp_path, "is not a file"), (empty, "is empty")):
+        with pytest.raises(ValueError, match=rf"^{path} {sentence}$"):
+            check_input(path)
+
+
+def test_outputs_are_checked(tmp_path: Path) -> None:
+    here, link = tmp_path / "here", tmp_path / "link"
+    here.write_text("x")
+    link.hardlink_to(here)
+    assert check_output(here) == here
+    assert check_output(tmp_path / "new", [here]) == tmp_path / "new"
+    bad = (
+        (tmp_path / "no" / "a", [], "there is no directory"),
+        (tmp_path, [], "it is a directory"),
+        (Path(os.devnull), [], "it is not a plain file"),
+        (here, [here], "is the same file"),
+        (link, [here], "is the same file"),
+        (tmp_path / "new", [tmp_path / "x" / ".." / "new"], "is the same file"),
+    )
+    for path, inputs, sentence in bad:
+        with pytest.raises(ValueError, match=f"^cannot write {path}: .*{sentence}"):
+            check_output(path, inputs)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_what_is_write_protected_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    target.chmod(0o444)
+    with pytest.raises(ValueError, match="permission denied"):
+        check_output(target)
