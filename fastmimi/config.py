@@ -153,10 +153,7 @@ class CodecConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> CodecConfig:
         """Read a `config.json`. Raises ValueError where it is not JSON or describes another model."""
-        try:
-            values = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        values = read_json(path)
         if values.get("model_type", "mimi") not in ("mimi", "mimi_encoder", "mimi_decoder"):
             raise ValueError(f"{path} describes a {values['model_type']!r} model, not Mimi")
         return cls.from_dict(values)
@@ -171,3 +168,14 @@ class CodecConfig:
         if self.frame_rate == self.sampling_rate / (2 * self.hop_length):
             del values["frame_rate"]  # derived: transformers 5 accepts it only as a legacy argument
         return {"model_type": "mimi", "architectures": ["MimiModel"], **values}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, naming the file, where there is none."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values

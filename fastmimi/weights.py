@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import dispatch, kyutai
-from .config import CodecConfig
+from .config import CodecConfig, read_json
 from .model import Mimi
 
 State = dict[str, Tensor]
@@ -271,7 +271,7 @@ def _write(state: State, path: Path) -> None:
 def _files_of_directory(path: Path) -> tuple[list[Path], Path]:
     config, index = path / "config.json", path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         return [path / name for name in names], config
     if (path / "model.safetensors").is_file() and _model_type(config) in (None, "mimi", "mimi_encoder", "mimi_decoder"):
         return [path / "model.safetensors"], config
@@ -290,13 +290,13 @@ def _files_of_hub(name: str) -> tuple[list[Path], Path]:
 
     try:
         config = fetch("config.json")
-        values = json.loads(config.read_text())
+        values = read_json(config)
         if values.get("model_type") not in ("mimi", "mimi_encoder", "mimi_decoder"):  # a repository of Kyutai's
             return [fetch(values.get("mimi_name", kyutai.FILE_NAME))], config
         try:
             return [fetch("model.safetensors")], config
         except EntryNotFoundError:
-            index = json.loads(fetch("model.safetensors.index.json").read_text())
+            index = read_json(fetch("model.safetensors.index.json"))
             return [fetch(part) for part in sorted(set(index["weight_map"].values()))], config
     except (OSError, HfHubHTTPError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -307,7 +307,7 @@ def _files_of_hub(name: str) -> tuple[list[Path], Path]:
 
 
 def _model_type(config: Path) -> str | None:
-    return json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    return read_json(config).get("model_type") if config.is_file() else None
 
 
 def _sorted_layers(state: Mapping[str, Tensor], pattern: str) -> list[tuple[int, Tensor]]:

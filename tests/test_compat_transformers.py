@@ -1,0 +1,404 @@
+"""The transformers face against its peer, field by field, on the same weights; and what is better than the peer."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import fastmimi  # noqa: E402
+from fastmimi.compat import transformers as face  # noqa: E402
+from fastmimi.testing import CONFIGS, SMALL, noise, relative_error  # noqa: E402
+
+peer_module = transformers.models.mimi.modeling_mimi
+HALVES = face.HALVES
+NAMES = ["small", "ratios", "residual_layers", "attention", "replicate", "not_causal", "semantic"]
+needs_halves = pytest.mark.skipif(not HALVES, reason="this transformers has no MimiEncoderModel")
+
+
+def make_peer(name="small", **changes):
+    torch.manual_seed(0)
+    peer = transformers.MimiModel(transformers.MimiConfig(**{**CONFIGS[name], **changes})).eval()
+    for key, buffer in peer.named_buffers():
+        if key.endswith("embed_sum"):
+            buffer.normal_(std=0.3)
+    return peer
+
+
+def pair(name="small", **changes):
+    peer = make_peer(name, **changes)
+    mine = fastmimi.MimiModel(peer.config).eval()
+    mine.load_state_dict(peer.state_dict())
+    return mine, peer
+
+
+@pytest.fixture(scope="module")
+def models():
+    return pair()
+
+
+def check_same(mine, theirs):
+    """Two outputs, or tuples of them: same type, same fields, codes identical, floats within 1e-5."""
+    if isinstance(theirs, torch.Tensor):
+        assert mine.dtype == theirs.dtype
+        if theirs.is_floating_point():
+            assert relative_error(mine.detach(), theirs.detach()) < 1e-5
+        else:
+            assert torch.equal(mine, theirs)
+    elif isinstance(theirs, transformers.cache_utils.Cache):
+        assert mine.get_seq_length() == theirs.get_seq_length()
+    elif hasattr(theirs, "items"):
+        assert type(mine) is type(theirs) and list(mine.keys()) == list(theirs.keys())
+        for key in theirs:
+            check_same(mine[key], theirs[key])
+    elif isinstance(theirs, tuple):
+        assert len(mine) == len(theirs)
+        for a, b in zip(mine, theirs, strict=True):
+            check_same(a, b)
+    else:
+        assert isinstance(theirs, peer_module.MimiConv1dPaddingCache | None) and isinstance(mine, type(theirs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_fields(name):
+    mine, peer = pair(name)
+    for samples in (1, 1919, 1920, 1921, 30_000):
+        audio = noise(2, 1, samples)
+        codes = peer.encode(audio).audio_codes
+        for return_dict in (None, True, False):
+            options = {"return_dict": return_dict}
+            check_same(mine(audio, **options), peer(audio, **options))
+            check_same(mine.encode(audio, num_quantizers=3, **options), peer.encode(audio, num_quantizers=3, **options))
+            check_same(mine.decode(codes, **options), peer.decode(codes, **options))
+        check_same(mine(audio, audio_codes=codes[:, :4]), peer(audio, audio_codes=codes[:, :4]))
+        mask = torch.ones(2, 1, samples)
+        check_same(mine.decode(codes, mask), peer.decode(codes, mask))
+
+
+def test_signatures_begin_as_the_peers():
+    for method in ("forward", "encode", "decode"):
+        mine = [p for p in inspect.signature(getattr(fastmimi.MimiModel, method)).parameters if p != "return_dict"]
+        theirs = [
+            p for p in inspect.signature(getattr(transformers.MimiModel, method)).parameters if p != "return_dict"
+        ]
+        assert mine[: len(theirs) - ("kwargs" in theirs)] == [p for p in theirs if p != "kwargs"]
+
+
+@torch.no_grad()
+def test_feature_extractor_inputs(models):
+    mine, peer = models
+    extractor = transformers.EncodecFeatureExtractor(feature_size=1, sampling_rate=24_000)
+    audio = [noise(3000, seed=1).numpy(), noise(3000, seed=2).numpy()]
+    inputs = extractor(raw_audio=audio, sampling_rate=24_000, return_tensors="pt")
+    check_same(mine(**inputs), peer(**inputs))
+
+
+@torch.no_grad()
+def test_lengths_and_masks_of_codes(models):
+    mine, peer = models
+    lengths = torch.tensor([0, 1, 1919, 1920, 1921, 100_000])
+    assert torch.equal(mine.get_encoded_length(lengths), peer.get_encoded_length(lengths))
+    mask = torch.arange(5000) < torch.tensor([[5000], [10], [2000]])
+    for side in ("right", "left"):
+        assert torch.equal(mine.get_audio_codes_mask(mask, side), peer.get_audio_codes_mask(mask, side))
+
+
+def stream(model, audio, sizes):
+    past = cache = None
+    codes = []
+    for piece in audio.split(sizes, dim=-1):
+        out = model.encode(piece, encoder_past_key_values=past, padding_cache=cache, use_streaming=True)
+        past, cache = out.encoder_past_key_values, out.padding_cache
+        codes.append(out.audio_codes)
+    return torch.cat(codes, dim=-1), past, cache
+
+
+@pytest.mark.parametrize("name", ["small", "replicate"])
+@torch.no_grad()
+def test_streaming_with_caches(name):
+    """On whole frames as the peer does it; on any chunks, nothing is lost."""
+    mine, peer = pair(name)
+    audio = noise(2, 1, 1920 * 30)
+    theirs, their_past, _ = stream(peer, audio, [1920 * 3] * 10)
+    codes, past, cache = stream(mine, audio, [1920 * 3] * 10)
+    assert torch.equal(codes, theirs)
+    assert past.get_seq_length() == their_past.get_seq_length()
+    assert isinstance(cache, peer_module.MimiConv1dPaddingCache)
+    odd, _, _ = stream(mine, audio, [1000] * 57 + [600])
+    assert torch.equal(odd, theirs)
+    assert torch.equal(mine.encode(audio).audio_codes, theirs)
+
+
+@torch.no_grad()
+def test_the_peers_own_padding_cache_is_served(models):
+    """As made by another model's code (KyutaiSpeechToText has its own copy of the class)."""
+    mine, peer = models
+    audio = noise(1, 1, 1920 * 4)
+    _, past, cache = stream(peer, audio, [1920 * 4])
+    options = {"encoder_past_key_values": past, "padding_cache": cache, "use_streaming": True}
+    theirs = peer.encode(audio, **copy.deepcopy(options))
+    check_same(mine.encode(audio, **options).audio_codes, theirs.audio_codes)
+
+
+@torch.no_grad()
+def test_key_value_caches_of_the_decoder():
+    mine, peer = pair(use_cache=True)
+    codes = torch.randint(0, 64, (1, 6, 20), generator=torch.Generator().manual_seed(0))
+    first = [model.decode(codes[..., :12]) for model in (mine, peer)]
+    check_same(*first)
+    second = [m.decode(codes[..., 12:], decoder_past_key_values=f[1]) for m, f in zip((mine, peer), first, strict=True)]
+    check_same(*second)
+    check_same(mine(noise(1, 1, 4000)), peer(noise(1, 1, 4000)))
+
+
+@needs_halves
+@pytest.mark.parametrize("wanted", ["output_hidden_states", "output_attentions"])
+@torch.no_grad()
+def test_hidden_states_and_attentions(models, wanted):
+    mine, peer = models
+    if wanted == "output_attentions":
+        for model in models:
+            model.set_attn_implementation("eager")
+    audio, options = noise(1, 1, 4000), {wanted: True}
+    check_same(mine.encode(audio, **options), peer.encode(audio, **options))
+    codes = peer.encode(audio).audio_codes
+    check_same(mine.decode(codes, **options), peer.decode(codes, **options))
+
+
+@needs_halves
+@torch.no_grad()
+def test_halves(tmp_path):
+    mine, peer = pair()
+    audio, latents = noise(2, 1, 5000), noise(2, 32, 3)
+    assert type(mine.encoder) is fastmimi.MimiEncoderModel and type(mine.decoder) is fastmimi.MimiDecoderModel
+    check_same(mine.encoder(audio), peer.encoder(audio))
+    check_same(mine.decoder(latents), peer.decoder(latents))
+    check_same(mine.encoder(audio, return_dict=False), peer.encoder(audio, return_dict=False))
+    peer.save_pretrained(tmp_path)
+    for ours, theirs, given in (
+        (fastmimi.MimiEncoderModel, transformers.MimiEncoderModel, audio),
+        (fastmimi.MimiDecoderModel, transformers.MimiDecoderModel, latents),
+    ):
+        a, b = ours.from_pretrained(tmp_path), theirs.from_pretrained(tmp_path)
+        check_same(a(given), b(given))
+    mine = fastmimi.MimiEncoderModel.from_pretrained(tmp_path)
+    pieces, past, cache = [], None, None
+    for piece in noise(1, 1, 1920 * 6).split(1000, dim=-1):
+        out = mine(piece, past_key_values=past, padding_cache=cache, use_streaming=True)
+        past, cache = out.past_key_values, out.padding_cache
+        pieces.append(out.latents)
+    assert relative_error(torch.cat(pieces, dim=-1), mine(noise(1, 1, 1920 * 6)).latents) < 1e-5
+    only = fastmimi.MimiModel(transformers.MimiConfig(**SMALL, decoder_config=None))
+    assert only.encode(audio).audio_codes.shape == (2, 6, 3)
+    with pytest.raises(ValueError, match="without"):
+        only.decode(torch.zeros(1, 6, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_mask_counts(side):
+    """Each item's codes and audio are those of the item alone; the peer ignores the mask."""
+    mine, peer = pair()
+    items, total = [1, 1919, 4000, 9700], 9700
+    audio, mask = torch.full((4, 1, total), 0.7), torch.zeros(4, total, dtype=torch.bool)
+    for row, length in enumerate(items):
+        where = slice(total - length, total) if side == "left" else slice(0, length)
+        audio[row, :, where], mask[row, where] = noise(1, length, seed=row), True
+    out = mine(audio, padding_mask=mask)
+    codes_mask = mine.get_audio_codes_mask(mask, side)
+    for row in range(4):
+        alone = peer(audio[row : row + 1, :, mask[row]])
+        assert torch.equal(out.audio_codes[row, :, codes_mask[row]], alone.audio_codes[0])
+        assert relative_error(out.audio_values[row, :, mask[row]], alone.audio_values[0]) < 1e-5
+        assert (out.audio_codes[row, :, ~codes_mask[row]] == 0).all()
+    with torch.enable_grad():
+        again = mine(audio, padding_mask=mask[:, None])
+    check_same(again, out)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_every_parameter(checkpointing):
+    mine, peer = pair()
+    mine.train()
+    if checkpointing:
+        mine.gradient_checkpointing_enable()
+    out = mine(noise(1, 1, 4000))
+    out.audio_values.square().mean().backward()
+    assert not [name for name, p in mine.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    peer(noise(1, 1, 4000)).audio_values.square().mean().backward()
+    reference = dict(peer.named_parameters())
+    for name, parameter in mine.named_parameters():
+        if "decoder_seanet" in name or name.startswith("decoder.layers"):
+            assert relative_error(parameter.grad, reference[name].grad) < 1e-4, name
+
+
+def test_save_and_load(tmp_path):
+    mine, peer = pair()
+    mine.save_pretrained(tmp_path / "mine")
+    peer.save_pretrained(tmp_path / "peer")
+    audio = noise(1, 1, 4000)
+    with torch.no_grad():
+        for cls in (fastmimi.MimiModel, transformers.MimiModel, transformers.AutoModel):
+            for folder in ("mine", "peer"):
+                again, info = cls.from_pretrained(tmp_path / folder, output_loading_info=True)
+                assert not info["missing_keys"] and not info["unexpected_keys"]
+                check_same(again(audio), peer(audio))
+    assert torch.equal(
+        fastmimi.load(tmp_path / "mine").encode(audio, last_frame="layers"), peer.encode(audio).audio_codes
+    )
+    fastmimi.save_pretrained(fastmimi.load(tmp_path / "peer"), tmp_path / "core")
+    check_same(transformers.MimiModel.from_pretrained(tmp_path / "core").encode(audio), peer.encode(audio))
+
+
+def test_half_precision(tmp_path):
+    mine, _ = pair()
+    mine.save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = fastmimi.MimiModel.from_pretrained(tmp_path, dtype=dtype)
+        for model in (half, copy.deepcopy(mine).to(dtype)):
+            assert model.dtype == dtype
+            assert {b.dtype for n, b in model.named_buffers() if "codebook" in n} == {torch.float32}
+            assert model(noise(1, 1, 4000).to(dtype)).audio_values.dtype == dtype
+
+
+def test_auto_model():
+    transformers.AutoModel.from_config(transformers.MimiConfig(**SMALL))
+    mapping = copy.copy(transformers.AutoModel._model_mapping._extra_content)
+    try:
+        face.register_auto_model()
+        assert type(transformers.AutoModel.from_config(transformers.MimiConfig(**SMALL))) is fastmimi.MimiModel
+    finally:
+        transformers.AutoModel._model_mapping._extra_content = mapping
+
+
+@torch.no_grad()
+def test_weights_may_change_under_the_model():
+    mine, _ = pair()
+    audio = noise(1, 1, 4000)
+    mine(audio)
+    other = make_peer()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    mine.load_state_dict(other.state_dict())
+    check_same(mine(audio), other(audio))
+    mine.quantizer = other.quantizer  # a whole module replaced
+    for buffer in other.quantizer.buffers():
+        buffer.mul_(1.5)
+    check_same(mine(audio), other(audio))
+    check_same(copy.deepcopy(mine)(audio), other(audio))
+    check_same(pickle.loads(pickle.dumps(mine))(audio), other(audio))
+
+
+@torch.no_grad()
+def test_subclasses_that_drop_parts():
+    """As the tokenizer of Qwen3-TTS does: an encoder is left."""
+
+    class Tokenizer(fastmimi.MimiModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.upsample = None
+            self.decoder_transformer = None
+            self.decoder = None
+
+    peer = make_peer()
+    mine = Tokenizer(peer.config).eval()
+    mine.load_state_dict({k: v for k, v in peer.state_dict().items() if k in mine.state_dict()})
+    assert not [name for name in mine.state_dict() if name.startswith(("decoder", "upsample"))]
+    audio = noise(1, 1, 4000)
+    check_same(mine.encode(audio), peer.encode(audio))
+    with pytest.raises(ValueError, match="without"):
+        mine.decode(peer.encode(audio).audio_codes)
+
+
+def tiny_moshi():
+    config = transformers.MoshiConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, ffn_dim=32, vocab_size=32,
+        audio_vocab_size=64, num_codebooks=4, audio_encoder_config=transformers.MimiConfig(**SMALL).to_dict(),
+        depth_decoder_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32,
+                              "audio_vocab_size": 64, "num_codebooks": 4, "vocab_size": 32, "input_size": 16},
+    )  # fmt: skip
+    return transformers.MoshiForConditionalGeneration(config).eval(), "audio_encoder"
+
+
+def tiny_csm():
+    config = transformers.CsmConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32,
+        num_codebooks=4, vocab_size=67, text_vocab_size=32, codec_config=transformers.MimiConfig(**SMALL).to_dict(),
+        depth_decoder_config={"hidden_size": 16, "backbone_hidden_size": 16, "num_hidden_layers": 1,
+                              "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32,
+                              "num_codebooks": 4, "vocab_size": 67},
+    )  # fmt: skip
+    return transformers.CsmForConditionalGeneration(config).eval(), "codec_model"
+
+
+@pytest.mark.parametrize("make", [tiny_moshi, tiny_csm])
+@torch.no_grad()
+def test_inside_larger_models(make):
+    torch.manual_seed(0)
+    model, name = make()
+    codec = getattr(model, name)
+    for key, buffer in codec.named_buffers():
+        if key.endswith("embed_sum"):
+            buffer.normal_(std=0.3)
+    audio = noise(1, 1, 4000)
+    before, keys = codec(audio), list(model.state_dict())
+    addresses = [p.data_ptr() for p in model.parameters()]
+    assert fastmimi.replace_mimi(model) is model
+    assert getattr(model, name) is codec and isinstance(codec, fastmimi.MimiModel)
+    assert isinstance(codec, transformers.MimiModel) and type(codec).__name__ == "MimiModel"
+    check_same(codec(audio), before)
+    assert "_binding" in codec.__dict__, "our core did the computing"
+    assert list(model.state_dict()) == keys and [p.data_ptr() for p in model.parameters()] == addresses
+    fastmimi.restore_mimi(model)
+    assert type(codec) is transformers.MimiModel and not isinstance(codec, fastmimi.MimiModel)
+    check_same(codec(audio), before)
+    assert {type(m) for m in codec.modules() if hasattr(m, "embed_sum")} == {peer_module.MimiEuclideanCodebook}
+
+
+@torch.no_grad()
+def test_replacing_a_subclass_keeps_what_it_overrides():
+    class Tokenizer(transformers.MimiModel):
+        def encode(self, *args, **kwargs):
+            return super().encode(*args, **kwargs).audio_codes + 1
+
+    peer = make_peer()
+    mine = Tokenizer(peer.config).eval()
+    mine.load_state_dict(peer.state_dict())
+    fastmimi.replace_mimi(mine)
+    assert isinstance(mine, Tokenizer) and isinstance(mine, fastmimi.MimiModel)
+    assert torch.equal(mine.encode(noise(1, 1, 4000)), peer.encode(noise(1, 1, 4000)).audio_codes + 1)
+    assert type(fastmimi.restore_mimi(mine)) is Tokenizer
+    ours = fastmimi.MimiModel(peer.config)
+    assert type(fastmimi.restore_mimi(fastmimi.replace_mimi(ours))) is fastmimi.MimiModel
+
+
+def test_weight_norm_live():
+    mine, peer = pair()
+    for module in mine.modules():
+        if hasattr(module, "apply_weight_norm"):
+            module.apply_weight_norm()
+    with torch.no_grad():
+        check_same(mine(noise(1, 1, 4000)), peer(noise(1, 1, 4000)))
+
+
+def test_impl_reaches_the_core(models):
+    mine, _ = models
+    mine.impl = "reference"
+    assert {row.chosen for row in mine._core().explain()} == {"reference"}
+
+
+def test_bad_input(models):
+    mine, _ = models
+    with pytest.raises(ValueError, match="got 7"):
+        mine.encode(noise(1, 1, 100), num_quantizers=7)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 64\), got 64"):
+        mine.decode(torch.full((1, 6, 2), 64))
+    with pytest.raises(ValueError, match="cannot stream"):
+        fastmimi.MimiModel(transformers.MimiConfig(**CONFIGS["not_causal"])).encode(
+            noise(1, 1, 100), use_streaming=True
+        )
