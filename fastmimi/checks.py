@@ -28,8 +28,8 @@ def finite(x: Tensor) -> Tensor:
     return x
 
 
-def codes(x: Tensor, config: CodecConfig, ignored: Tensor | None) -> Tensor:
-    """[B, K, T] integers in [0, codebook_size) -> int64; where `ignored` [B, T], whatever they are, 0."""
+def codes(x: Tensor, config: CodecConfig) -> Tensor:
+    """[B, K, T] integers -> int64."""
     if not isinstance(x, Tensor):
         raise ValueError(f"codes must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 3 or x.shape[0] == 0:
@@ -37,7 +37,11 @@ def codes(x: Tensor, config: CodecConfig, ignored: Tensor | None) -> Tensor:
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise ValueError(f"codes must be integers, got {x.dtype}")
     codebook_count(x.shape[1], config)
-    x = x.long()
+    return x.long()
+
+
+def code_range(x: Tensor, config: CodecConfig, ignored: Tensor | None = None) -> Tensor:
+    """Codes [B, K, T] in [0, codebook_size); where `ignored` [B, T], whatever they are, 0."""
     if ignored is not None:
         if ignored.shape != (x.shape[0], x.shape[2]):
             raise ValueError(

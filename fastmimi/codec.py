@@ -21,7 +21,10 @@ from .ragged import Ragged
 from .state import Lane, StreamState
 
 Transform = Callable[[Tensor, Call], Tensor]  # latents [B, hidden, T] -> the same
-TILE_SAMPLES = 96_000  # samples of audio (all rows together) that pass the convolutions at once: 4 s of mono
+# Samples of audio, all rows together, that pass the convolutions at once: 4 s of mono, whose widest activation is 25 MB
+# in fp32. An accelerator has more memory and wants longer launches.
+TILE_SAMPLES = 96_000
+TILE_SAMPLES_ACCELERATOR = 2_400_000
 
 
 class Codec(nn.Module):
@@ -155,6 +158,7 @@ class Codec(nn.Module):
         `exec_mask` is False are left alone; where a row has no frame (others had more) its codes are -1.
         `last_frame` says how an incomplete last frame is completed offline: "waveform" pads the audio with zeros (as
         moshi, and as `flush` does), "layers" pads the input of each layer (as transformers).
+        Memory is bounded, whatever N, where the configuration can stream and no gradients are asked for.
         Raises ValueError for a wrong shape, dtype, mask, count, or samples that are NaN or infinite.
         """
         count = self.num_codebooks if num_codebooks is None else checks.codebook_count(num_codebooks, self.config)
@@ -282,18 +286,18 @@ class Codec(nn.Module):
         are left alone and yield 0, whatever their codes.
         Raises ValueError for a wrong shape, dtype or mask, and for codes outside [0, codebook_size).
         """
-        ignored = None
+        codes, ignored = checks.codes(codes, self.config), None
         if state is not None:
             self._check_state(state, codes.shape[0], padding_mask)
             ignored = ~state.exec_mask[:, None].expand(-1, codes.shape[-1])
         elif padding_mask is not None:
             ignored = ~padding_mask.to(codes.device, torch.bool)
-        codes = checks.codes(codes, self.config, ignored)
+        codes = checks.code_range(codes, self.config, ignored)
         return self._audio(self._dequantize(codes), state, padding_mask)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Codes [B, K, T] -> latents [B, hidden_size, T]."""
-        return self._dequantize(checks.codes(codes, self.config, None))
+        return self._dequantize(checks.code_range(checks.codes(codes, self.config), self.config))
 
     def _dequantize(self, codes: Tensor) -> Tensor:
         if codes.shape[-1] == 0:
@@ -344,7 +348,8 @@ class Codec(nn.Module):
     # Tiles: long audio passes in pieces that carry state, so that memory is bounded; the pieces equal the whole
 
     def _tile_frames(self, batch: int) -> int:
-        return max(1, TILE_SAMPLES // (batch * self.frame_size))
+        samples = TILE_SAMPLES if self.device.type == "cpu" else TILE_SAMPLES_ACCELERATOR
+        return max(1, samples // (batch * self.frame_size))
 
     def _in_tiles(self, x: Tensor, frames: int) -> bool:
         """Whether an offline input x of so many frames is long enough for tiles, and nothing forbids them."""

@@ -107,13 +107,17 @@ class ResidualQuantizer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # snapshots hold weak references, which do not pickle
 
-    def project(self, latents: Tensor) -> Tensor:
+    def project(self, latents: Tensor, call: Call) -> Tensor:
         """[B, hidden, T] -> [B, D, T]."""
-        return latents if self.input_proj is None else self.input_proj(latents)
+        return latents if self.input_proj is None else call.ops.causal_conv1d(latents, self.input_proj.weight)
+
+    def _unproject(self, quantized: Tensor, call: Call) -> Tensor:
+        """[B, D, T] -> [B, hidden, T]."""
+        return quantized if self.output_proj is None else call.ops.causal_conv1d(quantized, self.output_proj.weight)
 
     def encode(self, latents: Tensor, levels: int, call: Call) -> Tensor:
         """[B, hidden, T] -> [B, levels, T] int64."""
-        return self._search(self.project(latents), levels, call)
+        return self._search(self.project(latents, call), levels, call)
 
     def _search(self, projected: Tensor, levels: int, call: Call) -> Tensor:
         codebooks = self.codebooks()[:levels]
@@ -129,15 +133,14 @@ class ResidualQuantizer(nn.Module):
 
     def decode(self, codes: Tensor, dtype: torch.dtype, call: Call) -> Tensor:
         """[B, L, T] -> latents [B, hidden, T]."""
-        quantized = self.entries(codes, dtype, call)
-        return quantized if self.output_proj is None else self.output_proj(quantized)
+        return self._unproject(self.entries(codes, dtype, call), call)
 
     def straight_through(self, latents: Tensor, levels: int, call: Call) -> tuple[Tensor, Tensor]:
         """Codes and decoded latents whose gradient passes the search unchanged (arXiv 1711.00937, section 3.2)."""
-        projected = self.project(latents)
+        projected = self.project(latents, call)
         codes = self._search(projected.detach(), levels, call)
         quantized = self.entries(codes, latents.dtype, call) + (projected - projected.detach())
-        return codes, quantized if self.output_proj is None else self.output_proj(quantized)
+        return codes, self._unproject(quantized, call)
 
 
 class SplitQuantizer(nn.Module):

@@ -7,6 +7,10 @@ and is updated in place for the active rows; the right is never padded but at th
 Follows transformers' `MimiConv1d` and moshi's `StreamingConv1d`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,9 +40,28 @@ def causal_conv1d(
         x = pad1d(x, pad, pad_mode)
     else:
         x = pad1d(with_history(x, history, first, active, pad_mode), (0, pad[1]), pad_mode)
-    y = F.conv1d(ACTIVATIONS[pre](x), weight, bias, stride=stride, dilation=dilation, groups=groups)
+    with ieee_convolutions(x):
+        y = F.conv1d(ACTIVATIONS[pre](x), weight, bias, stride=stride, dilation=dilation, groups=groups)
     y = ACTIVATIONS[post](y)
     return y if residual is None else y + residual
+
+
+@contextmanager
+def ieee_convolutions(x: Tensor) -> Iterator[None]:
+    """fp32 means fp32: on a GPU, cuDNN would convolve x in TF32, PyTorch's default, and codes would change."""
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        yield
+        return
+    flags: Any = torch.backends.cudnn
+    name = "allow_tf32"
+    if hasattr(flags, "conv"):  # torch >= 2.9, where reading the old flag may fail once the new one is used
+        flags, name = flags.conv, "fp32_precision"
+    before = getattr(flags, name)
+    setattr(flags, name, "ieee" if name == "fp32_precision" else False)
+    try:
+        yield
+    finally:
+        setattr(flags, name, before)
 
 
 def with_history(x: Tensor, history: Tensor, first: Tensor | None, active: Tensor | None, pad_mode: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .causal_conv1d import ACTIVATIONS
+from .causal_conv1d import ACTIVATIONS, ieee_convolutions
 
 
 def causal_conv_transpose1d(
@@ -28,9 +28,11 @@ def causal_conv_transpose1d(
 ) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride)
     x = ACTIVATIONS[pre](x)
     if overlap is None:
-        y = F.conv_transpose1d(x, weight, bias, stride=stride, groups=groups)
+        with ieee_convolutions(x):
+            y = F.conv_transpose1d(x, weight, bias, stride=stride, groups=groups)
         return y[..., trim[0] : y.shape[-1] - trim[1]]
-    y = F.conv_transpose1d(x, weight, None, stride=stride, groups=groups)
+    with ieee_convolutions(x):
+        y = F.conv_transpose1d(x, weight, None, stride=stride, groups=groups)
     assert active is not None, "an overlap comes with `active`"
     tail = overlap.shape[-1]
     if tail:

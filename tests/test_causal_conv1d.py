@@ -1,10 +1,12 @@
 """The reference of causal_conv1d against PyTorch's own convolution in fp64, whole and in chunks."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmimi.reference.causal_conv1d import causal_conv1d
+from fastmimi.reference.causal_conv1d import causal_conv1d, ieee_convolutions
 from fastmimi.testing import noise, relative_error
 
 SHAPES = [  # channels in and out, kernel, stride, dilation, groups
@@ -84,3 +86,20 @@ def test_gradients(shape):
     x, weight, bias, options, left = case(shape, 8, batch=1)
     inputs = [t.double().requires_grad_() for t in (x, weight, bias)]
     assert torch.autograd.gradcheck(lambda *a: causal_conv1d(*a, pad=(left, 0), pre="elu", **options), inputs)
+
+
+class OnCuda:
+    """Says it is an fp32 tensor on a GPU."""
+
+    device, dtype = torch.device("cuda"), torch.float32
+
+
+def test_fp32_on_a_gpu_is_not_tf32():
+    flags = torch.backends.cudnn
+    name, ieee = ("allow_tf32", False) if not hasattr(flags, "conv") else ("fp32_precision", "ieee")
+    flags = getattr(flags, "conv", flags)
+    before = getattr(flags, name)
+    with suppress(KeyError), ieee_convolutions(OnCuda()):
+        assert getattr(flags, name) == ieee
+        raise KeyError
+    assert getattr(flags, name) == before != ieee

@@ -7,6 +7,7 @@ import torch
 
 from fastmimi.config import CodecConfig
 from fastmimi.model import Mimi
+from fastmimi.ops import Call
 from fastmimi.testing import CONFIGS, lengths, noise, relative_error
 from fastmimi.weights import fill, to_flat
 
@@ -50,7 +51,7 @@ def _tie(core, latent, mine, theirs):
             core.quantizer.acoustic_residual_vector_quantizer, first - semantic, mine[semantic:], theirs[semantic:],
         )  # fmt: skip
     books = part.codebooks().double()
-    residual = part.project(latent[None, :, None])[0, :, 0].double()
+    residual = part.project(latent[None, :, None], Call(core._ops()))[0, :, 0].double()
     for i in range(level):
         residual = residual - books[i, mine[i]]
     a, b = ((residual - books[level, code[level]]).square().sum() for code in (mine, theirs))
