@@ -22,19 +22,17 @@ Block = np.ndarray
 BLOCK_SECONDS = 2
 BLOCK_VALUES = 1 << 21  # a bound for files of many channels or of a rate that is nonsense
 ALIASES = {"AIF": "AIFF", "AIFC": "AIFF", "OGA": "OGG", "OPUS": "OGG", "SND": "AU", "WAVE": "WAV"}
-NOT_WRITTEN = {"RAW", "HTK", "SD2", "WVE", "XI"}  # headerless, or another rate than the one asked for
+NOT_WRITTEN = {"RAW", "HTK", "SD2", "SDS", "WVE", "XI"}  # headerless, of rates of their own, or written wrongly
 FLOATING = {"FLOAT", "DOUBLE", "VORBIS", "OPUS"}  # subtypes that hold samples beyond [-1, 1]
 
+UNKNOWN = 2**63 - 1  # libsndfile's number of frames where the header has none
 STREAMED = 0x7FFF0000  # a chunk size from here on is what writers to a pipe put: "until the end"
 SLOPPY = 64  # bytes by which a chunk size may be wrong before the file counts as cut
 
 
 @dataclass(frozen=True)
 class AudioFile:
-    """What an audio file says of itself.
-
-    frames: samples per channel; where an MP3 has no Xing header, an estimate.
-    """
+    """What an audio file holds. frames: samples per channel."""
 
     path: Path
     format: str  # "WAV", "FLAC", ...
@@ -62,10 +60,10 @@ def probe(path: str | Path) -> AudioFile:
     """Read a file's header. Raises ValueError where it is missing, not audio, cut, or without samples."""
     path = check_input(Path(path))
     with _open(path) as file:
-        found = AudioFile(path, file.format, file.subtype, file.samplerate, file.channels, file.frames)
-        cut = _is_cut(path, file.format, file.extra_info)
-    if cut:
-        raise ValueError(f"{path} is truncated: its header promises more audio than the file holds")
+        if _is_cut(path, file.format, file.extra_info):
+            raise ValueError(f"{path} is truncated: its header promises more audio than the file holds")
+        frames = file.frames if _frames_are_known(path, file) else _count(file, path)
+        found = AudioFile(path, file.format, file.subtype, file.samplerate, file.channels, frames)
     if found.frames == 0:
         raise ValueError(f"{path} holds no samples")
     return found
@@ -94,9 +92,7 @@ def read_blocks(file: AudioFile, rate: int, channels: int = 1) -> Iterator[Block
             yield block
     length = resampled_length(frames, file.sample_rate, rate)
     if length == 0:
-        raise ValueError(
-            f"{file.path} is too short: {frames} samples at {file.sample_rate} Hz are not one at {rate} Hz"
-        )
+        raise ValueError(f"{file.path} is too short: {frames / file.sample_rate} s are not one sample at {rate} Hz")
     if resampler is not None:
         rest = resampler.resample_chunk(np.zeros((0, channels), np.float32), last=True)
         rest = rest[: length - given]
@@ -105,17 +101,14 @@ def read_blocks(file: AudioFile, rate: int, channels: int = 1) -> Iterator[Block
 
 def _raw_blocks(file: AudioFile) -> Iterator[Block]:
     """Float32 [samples, channels] as they stand in the file, checked to be finite and complete."""
-    size = max(1, min(BLOCK_SECONDS * file.sample_rate, BLOCK_VALUES // file.channels))
     done = 0
     with _open(file.path) as source:
-        while len(block := _read(source, size, file.path)):
+        while len(block := _read(source, file.path)):
             _check_finite(block, done, file)
             done += len(block)
             yield block
-    if done < file.frames and not _length_is_an_estimate(file):
-        raise ValueError(
-            f"{file.path} is truncated: {file.frames} samples were promised and {done} are there"
-        )
+    if done < file.frames:
+        raise ValueError(f"{file.path} is truncated: {file.frames} samples were promised and {done} are there")
 
 
 def _check_finite(block: Block, start: int, file: AudioFile) -> None:
@@ -128,22 +121,33 @@ def _check_finite(block: Block, start: int, file: AudioFile) -> None:
         )
 
 
+class _Forward(soundfile.SoundFile):
+    """A file that is read or written from start to end.
+
+    Around every call on a seekable file soundfile asks for the position and seeks to it, which upsets some of
+    libsndfile's decoders (MP3 starts anew at each block) and fails for a FLAC that was written to a pipe.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
 # What libsndfile does and does not tell about broken files
 
 
-def _open(path: Path) -> soundfile.SoundFile:
+def _open(path: Path) -> _Forward:
     if path.suffix.lower() == ".raw":  # soundfile would want its rate, channels and sample type
         raise ValueError(f"{path} is headerless: convert it to a format that says its rate, such as wav")
     try:
-        return soundfile.SoundFile(path)
+        return _Forward(path)
     except soundfile.LibsndfileError as error:
         reason = error.error_string.strip().rstrip(".")
-        raise ValueError(
-            f"{path} is not an audio file that libsndfile can read, or is truncated ({reason})"
-        ) from None
+        raise ValueError(f"{path} is not an audio file that libsndfile can read, or is truncated ({reason})") from None
 
 
-def _read(source: soundfile.SoundFile, size: int, path: Path) -> Block:
+def _read(source: _Forward, path: Path) -> Block:
+    """The next block, [0, channels] at the end."""
+    size = max(1, min(BLOCK_SECONDS * source.samplerate, BLOCK_VALUES // source.channels))
     try:
         return source.read(size, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
@@ -171,13 +175,24 @@ def _ogg_ends(path: Path) -> bool:
     return bool(page[5] & 4) and len(page) >= 27 + segments + sum(page[27 : 27 + segments])
 
 
-def _length_is_an_estimate(file: AudioFile) -> bool:
-    """MP3 frames do not say how many there are; a Xing, Info or VBRI header in the first of them does."""
+def _frames_are_known(path: Path, file: _Forward) -> bool:
+    """Whether the header says how long the file is: a FLAC that was written to a pipe does not, nor do most MP3s.
+
+    MP3 frames carry no count; a Xing, Info or VBRI header in the first of them does.
+    """
     if file.format != "MP3":
-        return False
-    with open(file.path, "rb") as stream:
+        return file.frames < UNKNOWN
+    with open(path, "rb") as stream:
         head = stream.read(1 << 20)  # beyond an ID3 tag with a picture
-    return not any(mark in head for mark in (b"Xing", b"Info", b"VBRI"))
+    return any(mark in head for mark in (b"Xing", b"Info", b"VBRI"))
+
+
+def _count(file: _Forward, path: Path) -> int:
+    """Samples per channel of a file at its beginning, by reading it."""
+    frames = 0
+    while taken := len(_read(file, path)):
+        frames += taken
+    return frames
 
 
 # Out
@@ -190,9 +205,7 @@ def output_format(path: str | Path) -> tuple[str, str]:
     known = soundfile.available_formats().keys() - NOT_WRITTEN
     if name not in known:
         listed = ", ".join(sorted(known | ALIASES.keys())).lower()
-        raise ValueError(
-            f"cannot write {path}: its suffix must be one of {listed}, got {Path(path).suffix!r}"
-        )
+        raise ValueError(f"cannot write {path}: its suffix must be one of {listed}, got {Path(path).suffix!r}")
     return name, "OPUS" if suffix == "OPUS" else soundfile.default_subtype(name)
 
 
@@ -207,13 +220,9 @@ class AudioWriter:
         self.clipped = 0
         self._holds_more = kind[1] in FLOATING
         try:
-            self._file = soundfile.SoundFile(
-                path, "w", sample_rate, channels, format=kind[0], subtype=kind[1]
-            )
+            self._file = _Forward(path, "w", sample_rate, channels, format=kind[0], subtype=kind[1])
         except soundfile.LibsndfileError as error:
-            raise ValueError(
-                f"cannot write {kind[0]} audio at {sample_rate} Hz: {error.error_string}"
-            ) from None
+            raise ValueError(f"cannot write {kind[0]} audio at {sample_rate} Hz: {error.error_string}") from None
 
     def write(self, block: Block) -> None:
         """Append float32 [samples, channels]."""

@@ -39,18 +39,16 @@ def check_input(path: Path) -> Path:
 
 def check_output(path: Path, inputs: Iterable[Path] = ()) -> Path:
     """A target that can be written and is none of the inputs; ValueError with one sentence otherwise."""
-    folder = path.parent
+    folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
-        raise ValueError(f"cannot write {path}: there is no directory {folder}")
+        raise ValueError(f"cannot write {path}: there is no directory {path.parent}")
     if path.exists() and not path.is_file():  # a directory; a device, which must not be replaced by a file
-        raise ValueError(
-            f"cannot write {path}: it is {'a directory' if path.is_dir() else 'not a plain file'}"
-        )
-    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: it is {'a directory' if path.is_dir() else 'not a plain file'}")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise ValueError(f"cannot write {path}: permission denied")
     for other in inputs:
         if os.path.realpath(path) == os.path.realpath(other) or (
             path.exists() and other.exists() and path.samefile(other)
         ):
-            raise ValueError(f"cannot write {path}: it is also {other}, another file of this command")
+            raise ValueError(f"cannot write {path}: {other} is the same file, which is needed beside it")
     return path

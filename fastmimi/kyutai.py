@@ -112,9 +112,7 @@ def from_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Ten
         if name.endswith(".q_proj.weight"):
             base = name.removesuffix("q_proj.weight")
             rows = [_to_pairs(state[f"{base}{part}_proj.weight"], config.head_dim) for part in "qk"]
-            out[_kyutai_name(base, transposed) + "in_proj_weight"] = torch.cat(
-                [*rows, state[f"{base}v_proj.weight"]]
-            )
+            out[_kyutai_name(base, transposed) + "in_proj_weight"] = torch.cat([*rows, state[f"{base}v_proj.weight"]])
         elif not name.endswith((".k_proj.weight", ".v_proj.weight")):
             out[_kyutai_name(name, transposed)] = tensor
     return out

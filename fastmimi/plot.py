@@ -124,9 +124,7 @@ def spectrogram(audio: np.ndarray, sample_rate: int) -> np.ndarray:
 def _waveform(axes: Axes, name: str, audio: np.ndarray, rate: int, peak: float, colour: str) -> None:
     """The range that each of some 3000 columns spans, and its level (RMS) in a darker shade."""
     hop = max(1, len(audio) // 3000)
-    columns = np.pad(audio, (0, -len(audio) % hop), mode="edge" if len(audio) else "constant").reshape(
-        -1, hop
-    )
+    columns = np.pad(audio, (0, -len(audio) % hop), mode="edge" if len(audio) else "constant").reshape(-1, hop)
     time = (np.arange(len(columns)) + 0.5) * hop / rate
     level = np.sqrt((columns.astype(np.float64) ** 2).mean(axis=1))
     axes.fill_between(time, columns.min(axis=1), columns.max(axis=1), color=colour, alpha=0.45, linewidth=0.6)
@@ -138,9 +136,7 @@ def _waveform(axes: Axes, name: str, audio: np.ndarray, rate: int, peak: float, 
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _spectrogram(
-    figure: Figure, axes: Axes, image: np.ndarray, seconds: float, rate: int, loudest: float
-) -> None:
+def _spectrogram(figure: Figure, axes: Axes, image: np.ndarray, seconds: float, rate: int, loudest: float) -> None:
     drawn = axes.imshow(
         image,
         extent=(0, seconds, 0, _mel(rate / 2)),

@@ -1,8 +1,8 @@
-"""The token file: codes of one utterance as safetensors, plain or bit-packed, and what it takes to decode them.
+"""The token file: codes of one utterance as safetensors, plain or bit-packed, and what decoding them takes.
 
 The one tensor is `codes`. Plain, it is [K, T] in the smallest integer type that holds the codebook's entries
-(int16 for 2048). Packed, it is uint8: the same K * T codes in that order, each in as few bits as it needs (11),
-least significant bit first, without gaps; the last byte is filled up with zeros. The rest is metadata, as text:
+(int16 for 2048). Packed, it is uint8: the same K * T codes in that order, each in as few bits as needed (11),
+least significant bit first, without gaps, zeros to the end of the last byte. The rest is metadata, as text:
 
     format            "fastmimi.tokens", version "1"
     sample_rate       Hz, of the audio that was encoded and will be decoded
@@ -109,17 +109,13 @@ class Tokens:
         if codebooks is None:
             return self
         if not 1 <= codebooks <= self.num_codebooks:
-            raise ValueError(
-                f"the number of codebooks must be from 1 to {self.num_codebooks}, got {codebooks}"
-            )
+            raise ValueError(f"the number of codebooks must be from 1 to {self.num_codebooks}, got {codebooks}")
         return replace(self, codes=self.codes[:codebooks])
 
     def to_bytes(self) -> bytes:
         """The whole file."""
         values = {name: getattr(self, name) for name in _FIELDS}
-        text = {
-            name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()
-        }
+        text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
         if self.packed:
             stored = pack(self.codes, self.bits_per_code)
         else:
@@ -139,13 +135,15 @@ class Tokens:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is a safetensors file, but not one of tokens")
         if metadata.get("version") != VERSION:
-            raise ValueError(
-                f"{path} is a token file of version {metadata.get('version')}; this reads {VERSION}"
-            )
+            raise ValueError(f"{path} is a token file of version {metadata.get('version')}; this reads {VERSION}")
         try:
-            return cls._of(load(path.read_bytes()), metadata)
+            tensors = load(path.read_bytes())
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or damaged ({error})") from None
+        except KeyError as error:  # a type that numpy lacks
+            raise ValueError(f"{path} is damaged: codes must be integers, got {error.args[0]}") from None
+        try:
+            return cls._of(tensors, metadata)
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
 
@@ -210,9 +208,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Integers in [0, 2 ** bits) of any shape -> uint8 [ceil(count * bits / 8)], laid out as said above."""
     _check_bits(bits)
     if codes.size and not (codes.min() >= 0 and codes.max() < 1 << bits):
-        raise ValueError(
-            f"codes of {bits} bits must lie in [0, {1 << bits}), got {codes.min()} to {codes.max()}"
-        )
+        raise ValueError(f"codes of {bits} bits must lie in [0, {1 << bits}), got {codes.min()} to {codes.max()}")
     flat = codes.astype("<u2").reshape(-1, 1).view(np.uint8)  # [count, 2], low byte first
     return np.packbits(np.unpackbits(flat, axis=1, count=bits, bitorder="little"), bitorder="little")
 
@@ -223,9 +219,7 @@ def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     count = math.prod(shape)
     size = -(-count * bits // 8)
     if packed.dtype != np.uint8 or packed.shape != (size,):
-        raise ValueError(
-            f"{shape} codes of {bits} bits must be uint8 {(size,)}, got {packed.dtype} {packed.shape}"
-        )
+        raise ValueError(f"{shape} codes of {bits} bits must be uint8 {(size,)}, got {packed.dtype} {packed.shape}")
     flat = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
     codes = np.zeros((count, 2), np.uint8)
     codes[:, : -(-bits // 8)] = np.packbits(flat, axis=1, bitorder="little")

@@ -37,9 +37,7 @@ class Clock:
         return result
 
 
-def encode(
-    codec: Mimi, blocks: Iterable[np.ndarray], clock: Clock, *, frame_by_frame: bool = False
-) -> np.ndarray:
+def encode(codec: Mimi, blocks: Iterable[np.ndarray], clock: Clock, *, frame_by_frame: bool = False) -> np.ndarray:
     """Blocks [n, channels] float32 at the codec's rate -> codes [K, T] int32; the same however they are cut.
 
     `frame_by_frame` feeds one frame (80 ms) at a time, as a live stream would, instead of 50. A configuration

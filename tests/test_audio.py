@@ -163,6 +163,16 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, part: float) -
     assert "\n" not in str(error.value)
 
 
+def test_an_ogg_file_without_its_last_page_is_refused(tmp_path: Path) -> None:
+    """Each page that is left is complete, and libsndfile takes the last for the end."""
+    path = tmp_path / "a.ogg"
+    write(path, noise(4 * RATE))
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"OggS")])
+    with pytest.raises(ValueError, match="truncated"):
+        audio.probe(path)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_samples_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
     path, samples = tmp_path / "a.wav", noise(3 * RATE, channels=2)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 
 from fastmimi.tokens import Tokens, bits_for, is_tokens, pack, read_metadata, smallest_type, unpack
 
@@ -230,6 +232,15 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
     tokens().save(path)
     save_file({**load_file(path), "more": np.zeros(1)}, path, read_metadata(path))
     with pytest.raises(ValueError, match=r"one tensor named codes, got \['codes', 'more'\]"):
+        Tokens.load(path)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.bool])
+def test_tensors_of_other_types_are_refused(tmp_path: Path, kind: torch.dtype) -> None:
+    path = tmp_path / "a.safetensors"
+    tokens().save(path)
+    save_torch_file({"codes": torch.zeros(8, 7, dtype=kind)}, path, read_metadata(path))
+    with pytest.raises(ValueError, match="codes must be integers"):
         Tokens.load(path)
 
 

@@ -21,22 +21,16 @@ HUB = "kyutai/mimi"
 AudioIn = Annotated[Path, typer.Argument(metavar="IN", help="Audio, in any format that libsndfile reads.")]
 TokensIn = Annotated[Path, typer.Argument(metavar="IN", help="A token file.")]
 AnyIn = Annotated[Path, typer.Argument(metavar="FILE", help="A token file, an audio file, or a checkpoint.")]
-AudioOut = Annotated[
-    Path, typer.Argument(metavar="OUT", help="Audio; its suffix (wav, flac, ogg) is the format.")
-]
+AudioOut = Annotated[Path, typer.Argument(metavar="OUT", help="Audio; its suffix (wav, flac, ogg) is the format.")]
 TokensOut = Annotated[Path, typer.Argument(metavar="OUT", help="The token file (safetensors).")]
 Model = Annotated[str, typer.Option(help="A directory, a .safetensors file, a hub id, or random[:seed].")]
 Codebooks = Annotated[int | None, typer.Option(help="How many codebooks; by default all there are.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; codebooks are searched in float32.")]
 Impl = Annotated[str, typer.Option(help="auto, reference, triton or cpu; see `fastmimi explain`.")]
-Stream = Annotated[
-    bool, typer.Option("--stream", help="One frame (80 ms) at a time, as a live stream; same result.")
-]
+Stream = Annotated[bool, typer.Option("--stream", help="One frame (80 ms) at a time, as a live stream; same result.")]
 Packed = Annotated[bool, typer.Option("--packed", help="Store 2048 entries in 11 bits a code instead of 16.")]
-Force = Annotated[
-    bool, typer.Option("--force", help="Decode with other weights than those that made the codes.")
-]
+Force = Annotated[bool, typer.Option("--force", help="Decode with other weights than those that made the codes.")]
 TokensBeside = Annotated[Path | None, typer.Option(help="Also write the token file, here.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw waveforms, spectrograms and codes (png, pdf, svg).")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version and exit.")]
@@ -79,10 +73,11 @@ def encode(
     plot: Plot = None,
 ) -> None:
     """Audio to a token file."""
+    from ..audio import probe
     from . import report, work
 
     work.check_paths([source, Path(model)], [target, plot])
-    file, picture = work.probe(source), work.picture(plot)
+    file, picture = probe(source), work.picture(plot)
     codec = work.load(model, device, dtype, impl, codebooks)
     with ExitStack() as outputs:
         part = outputs.enter_context(replacing(target))
@@ -114,11 +109,13 @@ def decode(
     plot: Plot = None,
 ) -> None:
     """A token file to audio, at the codec's rate and of the original length."""
+    from ..audio import output_format
+    from ..tokens import Tokens
     from . import report, work
 
     work.check_paths([source, Path(model)], [target, plot])
-    kind, picture = work.output_format(target), work.picture(plot)
-    tokens = work.Tokens.load(source).first(codebooks)
+    kind, picture = output_format(target), work.picture(plot)
+    tokens = Tokens.load(source).first(codebooks)
     codec = work.load(model, device, dtype, impl)
     work.check_fit(tokens, codec, source, model, force=force)
     with ExitStack() as outputs:
@@ -152,10 +149,11 @@ def roundtrip(
     plot: Plot = None,
 ) -> None:
     """Audio to codes and back, to hear what the codes keep."""
+    from ..audio import output_format, probe
     from . import report, work
 
     work.check_paths([source, Path(model)], [target, tokens, plot])
-    file, kind, picture = work.probe(source), work.output_format(target), work.picture(plot)
+    file, kind, picture = probe(source), output_format(target), work.picture(plot)
     codec = work.load(model, device, dtype, impl, codebooks)
     with ExitStack() as outputs:
         part = outputs.enter_context(replacing(target))

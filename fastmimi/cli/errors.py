@@ -8,6 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the click which typer has inside since 0.20
+
 
 class Sentences(TyperGroup):
     """A group of commands that says in a sentence what the user can act on."""
@@ -20,6 +22,10 @@ class Sentences(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
+        except USAGE_ERROR as error:
+            command = error.ctx.command_path if error.ctx is not None else "fastmimi"
+            typer.echo(f"error: {error.format_message().rstrip('.')}; see {command} --help", err=True)
+            raise typer.Exit(2) from None
         except (OSError, ValueError, RuntimeError) as error:
             if not (isinstance(error, OSError) or raised_by_us(error)):
                 raise

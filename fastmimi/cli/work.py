@@ -9,13 +9,11 @@ from pathlib import Path
 import torch
 
 from .. import dispatch, plot, transcode, weights
-from ..audio import AudioFile, AudioWriter, output_format, probe, read_blocks
+from ..audio import AudioFile, AudioWriter, read_blocks
 from ..files import check_output
 from ..model import Mimi
 from ..tokens import Tokens
 from . import report
-
-__all__ = ["Tokens", "output_format", "probe"]  # what the commands take from here as it is
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,7 +50,7 @@ def picture(path: Path | None) -> str:
 
 def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {name!r}")
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
     return DTYPES[name]
 
 
@@ -137,9 +135,7 @@ def decode(codec: Mimi, tokens: Tokens, target: Path, kind: tuple[str, str], *, 
         for block in track.tee(watch(blocks)):
             writer.write(block)
     if writer.clipped:
-        report.note(
-            f"{writer.clipped} samples outside [-1, 1] were clipped; a wav file of floats would keep them"
-        )
+        report.note(f"{writer.clipped} samples outside [-1, 1] were clipped")
     return Decoded(track, clock)
 
 

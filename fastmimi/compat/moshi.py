@@ -1,22 +1,22 @@
 """moshi's interface to Mimi, thin over `fastmimi.Mimi` and `StreamState`; no moshi needed.
 
-`from fastmimi.compat import moshi as loaders` takes the place of `from moshi.models import loaders`. Codes are moshi's,
-audio is moshi's to fp32 rounding. What differs, on purpose:
+`from fastmimi.compat import moshi as loaders` takes the place of `from moshi.models import loaders`. Codes are
+moshi's, audio is moshi's to fp32 rounding. What differs, on purpose:
 
-- Streaming takes chunks of any length (moshi raises on anything but whole frames): the rest waits for the next call, a
-  call that completes no frame gives codes [B, K, 0], and `flush` completes the last frame with zeros.
-- Every position attends to itself and the 249 before it, streaming as offline. moshi does so offline; its streaming
-  ring of 250 takes the keys of a whole call before the first query looks, so that beyond 10 s the position that has n
-  more after it in its call sees 250 - n: one frame (two positions) per call gives 249, 250, five frames 241 ... 250.
-- Rows that `set_exec_mask` rules out get codes 0 and audio 0 (moshi: whatever came of their samples), which a language
-  model can embed. A row that is not ruled out but has no frame yet, possible only where rows got different numbers of
-  samples, has -1 there.
+- Streaming takes chunks of any length (moshi raises on anything but whole frames): the rest waits for the next
+  call, a call that completes no frame gives codes [B, K, 0], and `flush` completes the last frame with zeros.
+- Every position attends to itself and the 249 before it, streaming as offline. moshi does so offline. Its streaming
+  ring of 250 takes the keys of a whole call before the first query looks, so that beyond 10 s a position that has n
+  more after it in its call sees 250 - n: one frame (two positions) per call gives 249, 250; five give 241 ... 250.
+- Rows that `set_exec_mask` rules out get codes 0 and audio 0 (moshi: whatever came of their samples), which a
+  language model can embed. A row that is not ruled out but completes no frame where others do, possible only with
+  chunks that are not whole frames, has codes -1 there.
 - `forward` takes any length (moshi: whole frames). Its codebooks never move: in training mode too it is moshi's with
   `freeze_quantizer`, penalty 0 and no metrics.
 - `get_streaming_state` is one `StreamState` under the name "", not one object for each module.
-- Weights come from safetensors only; without a file they are random but not empty. `state_dict` has fastmimi's names;
-  `model.core.save_kyutai(path)` writes moshi's.
-- Wrong arguments raise ValueError, calls out of order RuntimeError (moshi: AssertionError, or none).
+- Weights come from safetensors only; without a file they are random, not empty. `state_dict` has fastmimi's names;
+  `fastmimi.weights.save_kyutai(model.core, path)` writes moshi's.
+- Wrong arguments raise ValueError, calls out of order RuntimeError (moshi: AssertionError, or none at all).
 """
 
 from __future__ import annotations
@@ -40,50 +40,37 @@ FRAME_RATE = 12.5  # Hz
 MIMI_NAME = kyutai.FILE_NAME
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"  # holds MIMI_NAME
 
-DEFAULTS: dict[str, dict[str, Any]] = {  # of moshi's classes, for what a mimi_config leaves out
+# What moshi's classes take where a mimi_config leaves it out, None where it must be given. Weight norm is folded on
+# loading; dropout, decay and usage ratios of the quantizer are for training.
+DEFAULTS: dict[str, dict[str, Any]] = {
     "seanet": {
-        **{"channels": 1, "dimension": 128, "n_filters": 32, "n_residual_layers": 3, "ratios": [8, 5, 4, 2]},
-        **{
-            "kernel_size": 7,
-            "last_kernel_size": 7,
-            "residual_kernel_size": 3,
-            "dilation_base": 2,
-            "compress": 2,
-        },
-        **{"activation": "ELU", "activation_params": {"alpha": 1.0}, "true_skip": True},
-        **{"causal": False, "pad_mode": "reflect", "mask_fn": None, "mask_position": None},
-        **{
-            "norm": "none",
-            "norm_params": {},
-            "disable_norm_outer_blocks": 0,
-        },  # weight norm is folded on loading
+        "channels": 1, "dimension": 128, "n_filters": 32, "n_residual_layers": 3, "ratios": [8, 5, 4, 2],
+        "kernel_size": 7, "last_kernel_size": 7, "residual_kernel_size": 3, "dilation_base": 2, "compress": 2,
+        "activation": "ELU", "activation_params": {"alpha": 1.0}, "true_skip": True, "causal": False,
+        "pad_mode": "reflect", "mask_fn": None, "mask_position": None,
+        "norm": "none", "norm_params": {}, "disable_norm_outer_blocks": 0,
     },
     "quantizer": {
-        **{"dimension": 128, "input_dimension": None, "output_dimension": None},
-        **{"n_q": 8, "n_q_semantic": 1, "bins": 1024},
-        **{
-            "q_dropout": False,
-            "no_quantization_rate": 0.0,
-            "decay": 0.99,
-        },  # these and the next are for training
-        **{"threshold_usage_ratio": 0.1, "replaced_usage_ratio": 1.0},
+        "dimension": 128, "input_dimension": None, "output_dimension": None, "n_q": 8, "n_q_semantic": 1,
+        "bins": 1024, "q_dropout": False, "no_quantization_rate": 0.0, "decay": 0.99,
+        "threshold_usage_ratio": 0.1, "replaced_usage_ratio": 1.0,
     },
     "transformer": {
-        **{"d_model": None, "input_dimension": None, "output_dimensions": None, "conv_layout": False},
-        **{"num_heads": None, "num_layers": None, "dim_feedforward": 2048, "kv_repeat": 1},
-        **{"causal": False, "context": None, "positional_embedding": "sin", "max_period": 10_000},
-        **{"norm": "layer_norm", "layer_scale": None, "gating": "none", "weights_per_step": 0},
-        **{"skip_self_attn": False, "cross_attention": False, "quantize": False, "checkpointing": False},
+        "d_model": None, "input_dimension": None, "output_dimensions": None, "conv_layout": False,
+        "num_heads": None, "num_layers": None, "dim_feedforward": 2048, "kv_repeat": 1, "causal": False,
+        "context": None, "positional_embedding": "sin", "max_period": 10_000, "norm": "layer_norm",
+        "layer_scale": None, "gating": "none", "weights_per_step": 0, "skip_self_attn": False,
+        "cross_attention": False, "quantize": False, "checkpointing": False,
     },
-}
+}  # fmt: skip
 
 
 @dataclass
 class QuantizedResult:
-    """What `MimiModel.forward` gives; moshi's fields.
+    """What `MimiModel.forward` gives, with moshi's fields.
 
-    x: audio [B, channels, N]; codes: [B, K, T] int64; bandwidth: kbit/s of the codes, a scalar tensor; penalty: the
-    commitment loss, a scalar tensor; metrics: of the training of codebooks, here always empty.
+    x: audio [B, channels, N]; codes: [B, K, T] int64; bandwidth: kbit/s of the codes, a scalar tensor;
+    penalty: the commitment loss, a scalar tensor; metrics: of the training of codebooks, here always empty.
     """
 
     x: Tensor
@@ -99,11 +86,11 @@ def get_mimi(
     device: torch.device | str = "cpu",
     num_codebooks: int = 8,
 ) -> MimiModel:
-    """A Mimi in eval mode with the weights of a `.safetensors` file in Kyutai's layout, or random ones for None.
+    """A Mimi in eval mode, with the weights of a `.safetensors` file in Kyutai's layout, or random ones for None.
 
     `mimi_config` is moshi's dict with `seanet`, `quantizer` and `transformer`; by default Kyutai's Mimi.
-    Raises ValueError for a file that is not there, not safetensors or does not fit, for a configuration that there is
-    no model for, and for a number of codebooks that it does not have.
+    Raises ValueError for a file that is not there, is not safetensors or does not fit, for a configuration that
+    there is no model for, and for a number of codebooks that the model does not have.
     """
     config = CodecConfig() if mimi_config is None else codec_config(mimi_config)
     if filename is None:
@@ -119,9 +106,7 @@ def get_mimi(
 
 def codec_config(mimi_config: dict) -> CodecConfig:
     """moshi's `mimi_config` as ours; raises ValueError, naming the key, for what there is no model for."""
-    if missing := [
-        key for key in ("sample_rate", "channels", "frame_rate", *DEFAULTS) if key not in mimi_config
-    ]:
+    if missing := [key for key in ("sample_rate", "channels", "frame_rate", *DEFAULTS) if key not in mimi_config]:
         raise ValueError(f"mimi_config has no {', '.join(missing)}")
     seanet, quantizer, transformer = (_part(mimi_config, name) for name in DEFAULTS)
     hidden, heads = seanet["dimension"], transformer["num_heads"]
@@ -137,17 +122,11 @@ def codec_config(mimi_config: dict) -> CodecConfig:
         if transformer[name] is None:
             raise ValueError(f"mimi_config['transformer'][{name!r}] must be given")
     if seanet["pad_mode"] not in ("constant", "replicate"):
-        raise ValueError(
-            f"mimi_config['seanet']['pad_mode'] must be constant or replicate, got {seanet['pad_mode']!r}"
-        )
+        raise ValueError(f"mimi_config['seanet']['pad_mode'] must be constant or replicate, got {seanet['pad_mode']!r}")
     if quantizer["dimension"] == hidden:
-        raise ValueError(
-            f"mimi_config['quantizer']['dimension'] must differ from seanet's, both are {hidden}"
-        )
+        raise ValueError(f"mimi_config['quantizer']['dimension'] must differ from seanet's, both are {hidden}")
     if heads % transformer["kv_repeat"]:
-        raise ValueError(
-            f"mimi_config['transformer']['kv_repeat'] must divide the {heads} heads, got {transformer['kv_repeat']}"
-        )
+        raise ValueError(f"{heads} heads cannot be shared by kv_repeat={transformer['kv_repeat']}")
     return CodecConfig(
         sampling_rate=mimi_config["sample_rate"],
         frame_rate=mimi_config["frame_rate"],
@@ -197,7 +176,7 @@ def _require(part: str, values: dict[str, Any], **wanted: Any) -> None:
 class MimiModel(nn.Module):
     """The codec behind moshi's methods; `core` is the `fastmimi.Mimi`.
 
-    Audio is [B, channels, N] float at `sample_rate` Hz, codes [B, K, T] int64 and latents [B, dimension, T] at
+    Audio is [B, channels, N] float at `sample_rate` Hz; codes [B, K, T] int64 and latents [B, dimension, T] are at
     `frame_rate` Hz. As in moshi the parameters require gradients, so wrap inference in `torch.no_grad()`.
     """
 
@@ -249,14 +228,15 @@ class MimiModel(nn.Module):
     # Audio to codes and back
 
     def encode(self, x: Tensor) -> Tensor:
-        """Audio [B, channels, N] -> codes [B, K, T]; offline T = ceil(N / frame_size), the last frame zero-padded.
+        """Audio [B, channels, N] -> codes [B, K, T].
 
-        Streaming, T is the number of frames that N more samples complete.
+        Offline T = ceil(N / frame_size), the last frame completed with zeros; streaming it is the number of frames
+        that N more samples complete. Raises ValueError for a wrong shape or dtype, and for NaN or infinite samples.
         """
         return self._codes(self.core.encode(x, state=self._state))
 
     def flush(self) -> Tensor:
-        """Streaming: codes [B, K, 1] of the samples held back, completed with zeros; [B, K, 0] where there are none."""
+        """Codes [B, K, 1] of the samples that a stream holds back, completed with zeros; [B, K, 0] without any."""
         return self._codes(self.core.flush(self._streaming("flush")))
 
     def _codes(self, codes: Tensor) -> Tensor:
@@ -264,7 +244,7 @@ class MimiModel(nn.Module):
         return codes if self._state is None else torch.where(self._state.exec_mask[:, None, None], codes, 0)
 
     def encode_to_latent(self, x: Tensor, quantize: bool = True) -> Tensor:
-        """Audio [B, channels, N] -> latents [B, dimension, T], as the quantizer gives them back or before it."""
+        """Audio [B, channels, N] -> latents [B, dimension, T], quantized and back, or as they reach the quantizer."""
         if quantize:
             return self.decode_latent(self.encode(x))
         return self.core.encode_to_latent(x, state=self._state)
@@ -274,11 +254,14 @@ class MimiModel(nn.Module):
         return self.core.dequantize(codes)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, K, T] -> audio [B, channels, T * frame_size]. Raises ValueError for codes out of range."""
+        """Codes [B, K, T] -> audio [B, channels, T * frame_size]. Raises ValueError for codes out of range.
+
+        K is any number of codebooks from the semantic ones up, T any number of frames.
+        """
         return self.core.decode(codes, state=self._state)
 
     def forward(self, x: Tensor) -> QuantizedResult:
-        """Audio [B, channels, N] -> the same through the codec, with codes. Gradients pass the quantizer unchanged."""
+        """Audio [B, channels, N] -> the same through the codec, and codes; gradients pass the quantizer unchanged."""
         if self._state is None:
             codes, latents = self.core.straight_through(x)
             audio = self.core.decode_latent(latents)[..., : x.shape[-1]]
@@ -286,9 +269,7 @@ class MimiModel(nn.Module):
             codes = self.encode(x)
             audio = self.decode(codes)
         rate = codes.shape[1] * math.log2(self.cardinality) * self.frame_rate / 1000
-        return QuantizedResult(
-            audio, codes, torch.tensor(rate).to(audio), torch.zeros((), device=audio.device)
-        )
+        return QuantizedResult(audio, codes, torch.tensor(rate).to(audio), torch.zeros((), device=audio.device))
 
     # Streams
 
@@ -313,7 +294,7 @@ class MimiModel(nn.Module):
         self.streaming(batch_size)
 
     def reset_streaming(self, reset_mask: Tensor | None = None) -> None:
-        """Start the streams of `reset_mask` [B] bool anew, all of them without it; they count again in `exec_mask`."""
+        """Start the streams of `reset_mask` [B] bool anew, without it all of them; no mask rules them out then."""
         self._streaming("reset_streaming").reset(reset_mask)
 
     def set_exec_mask(self, exec_mask: Tensor) -> None:
@@ -324,7 +305,7 @@ class MimiModel(nn.Module):
         state.exec_mask.copy_(exec_mask)
 
     def get_streaming_state(self) -> dict[str, StreamState | None]:
-        """The state itself, which goes on changing with the stream (take its `clone()` to keep a moment), under ""."""
+        """Under "" the state itself, which changes as the stream goes on: keep a moment of it with `clone()`."""
         return {"": self._state}
 
     def set_streaming_state(self, state: dict[str, StreamState | None]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.mimi import modeling_mimi as peer
 
 from ..dispatch import Impl
@@ -130,7 +131,12 @@ class Bound(nn.Module):
 
 def _through(transformer: Any, x: Tensor, past: list[Any], **kwargs: Any) -> Tensor:
     """[B, hidden, T] through the peer's transformer; `past` holds its key-value cache, before and after."""
-    output = transformer(x.transpose(1, 2), past_key_values=past[0], return_dict=True, **kwargs)
+    x = x.transpose(1, 2)
+    if not hasattr(peer, "create_sliding_window_causal_mask"):  # transformers 4 attends to all that came before
+        seen = 0 if past[0] is None else past[0].get_seq_length()
+        positions = torch.arange(seen, seen + x.shape[1], device=x.device)
+        kwargs["attention_mask"] = create_sliding_window_causal_mask(transformer.config, x, None, positions, past[0])
+    output = transformer(x, past_key_values=past[0], return_dict=True, **kwargs)
     past[0] = output.past_key_values
     return output.last_hidden_state.transpose(1, 2)
 
@@ -148,7 +154,10 @@ class MimiModel(Bound, peer.MimiModel):
     def __init__(self, config: Any):
         super().__init__(config)
         adopt(self)
-        # in fp16 as in bf16; not on the class, as transformers 4 refuses names under which are buffers only
+
+    def post_init(self) -> None:  # subclasses call it again
+        self._keep_in_fp32_modules_strict = None  # transformers 4 refuses names under which are buffers only
+        super().post_init()
         self._keep_in_fp32_modules_strict = {"codebook"}
 
     def encode(
@@ -219,7 +228,8 @@ class MimiModel(Bound, peer.MimiModel):
         """Audio [B, channels, N] -> `MimiOutput` with codes and audio of the same length; differentiable end to end."""
         if padding_mask is None:
             padding_mask = torch.ones_like(input_values, dtype=torch.bool)
-        plain = audio_codes is None and encoder_past_key_values is None and not self._on_peer(kwargs)
+        no_states = {"output_hidden_states": False, "output_attentions": False}  # `MimiOutput` has no room for them
+        plain = audio_codes is None and encoder_past_key_values is None and not self._on_peer(no_states)
         if plain and torch.is_grad_enabled() and not self.config.use_streaming:
             core = self._core()
             count = self.config.num_quantizers if num_quantizers is None else num_quantizers
@@ -232,10 +242,10 @@ class MimiModel(Bound, peer.MimiModel):
         else:
             if audio_codes is None:
                 encoded = self.encode(
-                    input_values, padding_mask, num_quantizers, encoder_past_key_values, return_dict=True, **kwargs
+                    input_values, padding_mask, num_quantizers, encoder_past_key_values, return_dict=True
                 )
                 audio_codes, encoder_past_key_values = encoded.audio_codes, encoded.encoder_past_key_values
-            decoded = self.decode(audio_codes, padding_mask, decoder_past_key_values, return_dict=True, **kwargs)
+            decoded = self.decode(audio_codes, padding_mask, decoder_past_key_values, return_dict=True)
             audio, past = decoded.audio_values, decoded.decoder_past_key_values
         return _answer(peer.MimiOutput(audio_codes, audio, encoder_past_key_values, past), return_dict, self.config)
 
@@ -269,6 +279,7 @@ class MimiModel(Bound, peer.MimiModel):
 
 
 if HALVES:
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
     class MimiEncoderModel(Bound, peer.MimiEncoderModel):
         """Drop-in for `transformers.MimiEncoderModel`: audio to continuous latents."""
@@ -323,6 +334,9 @@ if HALVES:
             audio, past = self._decoded(core, latents, padding_mask, past_key_values, self.decoder_transformer)
             return _answer(peer.MimiDecoderOutput(audio, past), return_dict, self.config)
 
+    for cls in (MimiEncoderModel, MimiDecoderModel):  # transformers notes it where one is made; `adopt` makes none
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), cls._can_record_outputs)
+
 
 def __getattr__(name: str) -> Any:
     if name in ("MimiEncoderModel", "MimiDecoderModel"):
@@ -342,7 +356,8 @@ def _submodule(model: nn.Module, name: str) -> Any:
 
 def register_auto_model() -> None:
     """Make transformers' `AutoModel` build fastmimi's `MimiModel` from a Mimi configuration or checkpoint."""
-    transformers.AutoModel.register(MimiConfig, MimiModel, exist_ok=True)
+    # `AutoModel.register` passes over transformers' own configurations in some versions of 5
+    transformers.AutoModel._model_mapping._extra_content[MimiConfig] = MimiModel
 
 
 PEERS: tuple[type, ...] = (peer.MimiModel, *((peer.MimiEncoderModel, peer.MimiDecoderModel) if HALVES else ()))
