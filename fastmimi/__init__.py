@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from .compat.transformers import MimiConfig, MimiDecoderModel, MimiEncoderModel, MimiModel
     from .config import CodecConfig
     from .dispatch import explain
+    from .errors import InputError
     from .model import Mimi
     from .state import StreamState
     from .weights import load, save_kyutai, save_pretrained
 
 _HOMES = {
     "CodecConfig": "config",
+    "InputError": "errors",
     "Mimi": "model",
     "MimiConfig": "compat.transformers",
     "MimiDecoderModel": "compat.transformers",
@@ -38,6 +40,7 @@ _HOMES = {
 }
 __all__ = [
     "CodecConfig",
+    "InputError",
     "Mimi",
     "MimiConfig",
     "MimiDecoderModel",

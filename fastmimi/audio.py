@@ -15,6 +15,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from .errors import InputError
 from .files import check_input
 
 Block = np.ndarray
@@ -57,26 +58,26 @@ def resampled_length(frames: int, rate: int, to_rate: int) -> int:
 
 
 def probe(path: str | Path) -> AudioFile:
-    """Read a file's header. Raises ValueError where it is missing, not audio, cut, or without samples."""
+    """Read a file's header. Raises InputError where it is missing, not audio, cut, or without samples."""
     path = check_input(Path(path))
     with _open(path) as file:
         if _is_cut(path, file.format, file.extra_info):
-            raise ValueError(f"{path} is truncated: its header promises more audio than the file holds")
+            raise InputError(f"{path} is truncated: its header promises more audio than the file holds")
         frames = file.frames if _frames_are_known(path, file) else _count(file, path)
         found = AudioFile(path, file.format, file.subtype, file.samplerate, file.channels, frames)
     if found.frames == 0:
-        raise ValueError(f"{path} holds no samples")
+        raise InputError(f"{path} holds no samples")
     return found
 
 
 def read_blocks(file: AudioFile, rate: int, channels: int = 1) -> Iterator[Block]:
     """Blocks of the whole file at `rate` Hz; with several channels in the file and one asked for, their mean.
 
-    Resampling does not depend on how the file is cut into blocks. Raises ValueError where samples are NaN or
+    Resampling does not depend on how the file is cut into blocks. Raises InputError where samples are NaN or
     infinite, the file ends before its header says, or its channels do not fit.
     """
     if channels not in (1, file.channels):
-        raise ValueError(f"{file.path} has {file.channels} channels, and the model takes {channels}")
+        raise InputError(f"{file.path} has {file.channels} channels, and the model takes {channels}")
     resampler = None
     if file.sample_rate != rate:
         resampler = soxr.ResampleStream(file.sample_rate, rate, channels, dtype="float32")
@@ -92,7 +93,7 @@ def read_blocks(file: AudioFile, rate: int, channels: int = 1) -> Iterator[Block
             yield block
     length = resampled_length(frames, file.sample_rate, rate)
     if length == 0:
-        raise ValueError(f"{file.path} is too short: {frames / file.sample_rate} s are not one sample at {rate} Hz")
+        raise InputError(f"{file.path} is too short: {frames / file.sample_rate} s are not one sample at {rate} Hz")
     if resampler is not None:
         rest = resampler.resample_chunk(np.zeros((0, channels), np.float32), last=True)
         rest = rest[: length - given]
@@ -108,14 +109,14 @@ def _raw_blocks(file: AudioFile) -> Iterator[Block]:
             done += len(block)
             yield block
     if done < file.frames:
-        raise ValueError(f"{file.path} is truncated: {file.frames} samples were promised and {done} are there")
+        raise InputError(f"{file.path} is truncated: {file.frames} samples were promised and {done} are there")
 
 
 def _check_finite(block: Block, start: int, file: AudioFile) -> None:
     if not np.isfinite(block).all():
         sample, channel = np.argwhere(~np.isfinite(block))[0]
         where = start + int(sample)
-        raise ValueError(
+        raise InputError(
             f"audio must be finite: {file.path} holds {block[sample, channel]} at sample {where} "
             f"({where / file.sample_rate:.3f} s)"
         )
@@ -137,12 +138,12 @@ class _Forward(soundfile.SoundFile):
 
 def _open(path: Path) -> _Forward:
     if path.suffix.lower() == ".raw":  # soundfile would want its rate, channels and sample type
-        raise ValueError(f"{path} is headerless: convert it to a format that says its rate, such as wav")
+        raise InputError(f"{path} is headerless: convert it to a format that says its rate, such as wav")
     try:
         return _Forward(path)
     except soundfile.LibsndfileError as error:
         reason = error.error_string.strip().rstrip(".")
-        raise ValueError(f"{path} is not an audio file that libsndfile can read, or is truncated ({reason})") from None
+        raise InputError(f"{path} is not an audio file that libsndfile can read, or is truncated ({reason})") from None
 
 
 def _read(source: _Forward, path: Path) -> Block:
@@ -152,7 +153,7 @@ def _read(source: _Forward, path: Path) -> Block:
         return source.read(size, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         reason = error.error_string.strip().rstrip(".")
-        raise ValueError(f"{path} is damaged or truncated ({reason})") from None
+        raise InputError(f"{path} is damaged or truncated ({reason})") from None
 
 
 def _is_cut(path: Path, kind: str, header_log: str) -> bool:
@@ -199,18 +200,18 @@ def _count(file: _Forward, path: Path) -> int:
 
 
 def output_format(path: str | Path) -> tuple[str, str]:
-    """libsndfile's format and subtype for a target's suffix; ValueError for one it does not write."""
+    """libsndfile's format and subtype for a target's suffix; InputError for one it does not write."""
     suffix = Path(path).suffix[1:].upper()
     name = ALIASES.get(suffix, suffix)
     known = soundfile.available_formats().keys() - NOT_WRITTEN
     if name not in known:
         listed = ", ".join(sorted(known | ALIASES.keys())).lower()
-        raise ValueError(f"cannot write {path}: its suffix must be one of {listed}, got {Path(path).suffix!r}")
+        raise InputError(f"cannot write {path}: its suffix must be one of {listed}, got {Path(path).suffix!r}")
     return name, "OPUS" if suffix == "OPUS" else soundfile.default_subtype(name)
 
 
 class AudioWriter:
-    """Writes blocks to a file, as a context manager. Raises ValueError where libsndfile cannot write them.
+    """Writes blocks to a file, as a context manager. Raises InputError where libsndfile cannot write them.
 
     clipped: samples outside [-1, 1] so far, set to the bound where the format holds integers.
     """
@@ -222,7 +223,7 @@ class AudioWriter:
         try:
             self._file = _Forward(path, "w", sample_rate, channels, format=kind[0], subtype=kind[1])
         except soundfile.LibsndfileError as error:
-            raise ValueError(f"cannot write {kind[0]} audio at {sample_rate} Hz: {error.error_string}") from None
+            raise InputError(f"cannot write {kind[0]} audio at {sample_rate} Hz: {error.error_string}") from None
 
     def write(self, block: Block) -> None:
         """Append float32 [samples, channels]."""
@@ -246,4 +247,4 @@ def _write_errors() -> Iterator[None]:
         yield
     except soundfile.LibsndfileError as error:
         reason = error.error_string.strip().rstrip(".")
-        raise ValueError(f"audio could not be written ({reason}): is the disk full?") from None
+        raise InputError(f"audio could not be written ({reason}): is the disk full?") from None

@@ -1,4 +1,4 @@
-"""Checks of what users hand in: each answers the value, or raises ValueError with one sentence that names it."""
+"""Checks of what users hand in: each answers the value, or raises InputError with one sentence that names it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from .config import CodecConfig
+from .errors import InputError
 from .state import StreamState
 
 
 def audio(x: Tensor, config: CodecConfig) -> Tensor:
     """[B, channels, N] floating point."""
     if not isinstance(x, Tensor):
-        raise ValueError(f"audio must be a torch.Tensor, got {type(x).__name__}")
+        raise InputError(f"audio must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 3 or x.shape[0] == 0 or x.shape[1] != config.audio_channels:
-        raise ValueError(f"audio must be [batch, {config.audio_channels}, samples], got {tuple(x.shape)}")
+        raise InputError(f"audio must be [batch, {config.audio_channels}, samples], got {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise ValueError(f"audio must be floating point in [-1, 1], got {x.dtype}")
+        raise InputError(f"audio must be floating point in [-1, 1], got {x.dtype}")
     return x
 
 
@@ -24,18 +25,18 @@ def finite(x: Tensor) -> Tensor:
     """No NaN, no infinity: one would spread over all frames that follow, silently."""
     if not torch.compiler.is_compiling() and not torch.isfinite(x).all():
         bad = (~torch.isfinite(x)).nonzero()[0].tolist()
-        raise ValueError(f"audio must be finite, got {x[tuple(bad)].item()} at {bad}")
+        raise InputError(f"audio must be finite, got {x[tuple(bad)].item()} at {bad}")
     return x
 
 
 def codes(x: Tensor, config: CodecConfig) -> Tensor:
     """[B, K, T] integers -> int64."""
     if not isinstance(x, Tensor):
-        raise ValueError(f"codes must be a torch.Tensor, got {type(x).__name__}")
+        raise InputError(f"codes must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 3 or x.shape[0] == 0:
-        raise ValueError(f"codes must be [batch, codebooks, frames], got {tuple(x.shape)}")
+        raise InputError(f"codes must be [batch, codebooks, frames], got {tuple(x.shape)}")
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise ValueError(f"codes must be integers, got {x.dtype}")
+        raise InputError(f"codes must be integers, got {x.dtype}")
     codebook_count(x.shape[1], config)
     return x.long()
 
@@ -44,7 +45,7 @@ def code_range(x: Tensor, config: CodecConfig, ignored: Tensor | None = None) ->
     """Codes [B, K, T] in [0, codebook_size); where `ignored` [B, T], whatever they are, 0."""
     if ignored is not None:
         if ignored.shape != (x.shape[0], x.shape[2]):
-            raise ValueError(
+            raise InputError(
                 f"padding_mask must be [batch, frames] = {(x.shape[0], x.shape[2])}, got {tuple(ignored.shape)}"
             )
         x = torch.where(ignored[:, None].to(x.device), 0, x)
@@ -53,7 +54,7 @@ def code_range(x: Tensor, config: CodecConfig, ignored: Tensor | None = None) ->
         if low < 0 or high >= config.codebook_size:
             worst = low if low < 0 else high
             hint = "; -1 marks no frame: pass padding_mask=mimi.frame_mask(...)" if low == -1 else ""
-            raise ValueError(f"codes must lie in [0, {config.codebook_size}), got {worst}{hint}")
+            raise InputError(f"codes must lie in [0, {config.codebook_size}), got {worst}{hint}")
     return x
 
 
@@ -61,7 +62,7 @@ def codebook_count(count: int, config: CodecConfig) -> int:
     """At least the semantic codebooks, at most all of them."""
     least, most = config.num_semantic_quantizers, config.num_quantizers
     if count != int(count) or not least <= count <= most:
-        raise ValueError(f"the number of codebooks must be from {least} to {most}, got {count}")
+        raise InputError(f"the number of codebooks must be from {least} to {most}, got {count}")
     return int(count)
 
 
@@ -69,30 +70,30 @@ def latents(x: Tensor, config: CodecConfig) -> Tensor:
     """[B, hidden_size, T] floating point."""
     if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[1] != config.hidden_size or not x.is_floating_point():
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"latents must be floating point [batch, {config.hidden_size}, frames], got {got}")
+        raise InputError(f"latents must be floating point [batch, {config.hidden_size}, frames], got {got}")
     return x
 
 
 def streamable(config: CodecConfig) -> None:
     if not config.streamable:
-        raise ValueError(config.not_streamable_because)
+        raise InputError(config.not_streamable_because)
 
 
 def state(state: StreamState, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
     """The state must be of this model's shape, device and dtype."""
     if not isinstance(state, StreamState):
-        raise ValueError(f"state must come from new_state(), got {type(state).__name__}")
+        raise InputError(f"state must come from new_state(), got {type(state).__name__}")
     pending = state.pending
     if tuple(pending.shape) != shape:
-        raise ValueError(
+        raise InputError(
             f"the state is for {pending.shape[0]} streams of frames {tuple(pending.shape[1:])}, got {shape}"
         )
     if pending.device != device or pending.dtype != dtype:
-        raise ValueError(
+        raise InputError(
             f"the state is {pending.dtype} on {pending.device}, the model {dtype} on {device}: make a new_state()"
         )
 
 
 def has_part(part: nn.Module | None, name: str, method: str) -> None:
     if part is None:
-        raise ValueError(f"{method} needs the {name}, which this model was made without")
+        raise InputError(f"{method} needs the {name}, which this model was made without")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import checks, dispatch
 from .config import CodecConfig
+from .errors import InputError
 from .ops import Call, Ops
 from .quantizer import SplitQuantizer
 from .ragged import Ragged
@@ -114,11 +115,11 @@ class Codec(nn.Module):
     def new_state(self, batch_size: int = 1) -> StreamState:
         """The state of `batch_size` fresh streams, both directions, on the model's device and in its dtype.
 
-        Raises ValueError where the configuration cannot stream (not causal, mirrored padding) or batch_size < 1.
+        Raises InputError where the configuration cannot stream (not causal, mirrored padding) or batch_size < 1.
         """
         checks.streamable(self.config)
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+            raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
         with torch.inference_mode(False):  # so that the state can be used in and out of inference mode
             pending = torch.zeros(
                 batch_size, self.config.audio_channels, self.frame_size, device=self.device, dtype=self.dtype
@@ -159,7 +160,7 @@ class Codec(nn.Module):
         `last_frame` says how an incomplete last frame is completed offline: "waveform" pads the audio with zeros (as
         moshi, and as `flush` does), "layers" pads the input of each layer (as transformers).
         Memory is bounded, whatever N, where the configuration can stream and no gradients are asked for.
-        Raises ValueError for a wrong shape, dtype, mask, count, or samples that are NaN or infinite.
+        Raises InputError for a wrong shape, dtype, mask, count, or samples that are NaN or infinite.
         """
         count = self.num_codebooks if num_codebooks is None else checks.codebook_count(num_codebooks, self.config)
         latents, valid = self._latents(audio, state, padding_mask, last_frame)
@@ -222,7 +223,7 @@ class Codec(nn.Module):
         """Latents [B, hidden, T] and which of them are frames of their row [B, T] (None: all)."""
         checks.has_part(self.encoder, "encoder", "encode")
         if last_frame not in ("waveform", "layers"):
-            raise ValueError(f"last_frame must be 'waveform' or 'layers', got {last_frame!r}")
+            raise InputError(f"last_frame must be 'waveform' or 'layers', got {last_frame!r}")
         audio = checks.audio(audio, self.config).to(self.device, self.dtype)
         if state is not None:
             self._check_state(state, audio.shape[0], padding_mask)
@@ -284,7 +285,7 @@ class Codec(nn.Module):
         K may be any number of codebooks from the semantic ones up. With `padding_mask` [B, T] (see `frame_mask`) each
         row's audio is that of the row alone, and 0 where padded. With `state` any T; rows whose `exec_mask` is False
         are left alone and yield 0, whatever their codes.
-        Raises ValueError for a wrong shape, dtype or mask, and for codes outside [0, codebook_size).
+        Raises InputError for a wrong shape, dtype or mask, and for codes outside [0, codebook_size).
         """
         codes, ignored = checks.codes(codes, self.config), None
         if state is not None:
@@ -364,12 +365,12 @@ class Codec(nn.Module):
     def _check_state(self, state: StreamState, batch: int, padding_mask: Tensor | None) -> None:
         checks.state(state, (batch, self.config.audio_channels, self.frame_size), self.device, self.dtype)
         if padding_mask is not None:
-            raise ValueError("padding_mask is for whole utterances; a stream masks rows with state.exec_mask")
+            raise InputError("padding_mask is for whole utterances; a stream masks rows with state.exec_mask")
 
     def _ragged(self, padding_mask: Tensor, x: Tensor) -> Ragged:
         ragged = Ragged.of(padding_mask.to(self.device))
         if (len(ragged.lengths), ragged.total) != (x.shape[0], x.shape[-1]):
-            raise ValueError(
+            raise InputError(
                 f"padding_mask must be {(x.shape[0], x.shape[-1])} for an input of {tuple(x.shape)}, "
                 f"got {tuple(padding_mask.shape)}"
             )

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .errors import InputError
+
 
 @dataclass
 class CodecConfig:
@@ -69,27 +71,27 @@ class CodecConfig:
 
     def _validate(self) -> None:
         if self.num_semantic_quantizers >= self.num_quantizers:
-            raise ValueError(
+            raise InputError(
                 f"num_semantic_quantizers must be below num_quantizers ({self.num_quantizers}), "
                 f"got {self.num_semantic_quantizers}"
             )
         if self.pad_mode not in ("constant", "replicate", "reflect"):
-            raise ValueError(f"pad_mode must be 'constant', 'replicate' or 'reflect', got {self.pad_mode!r}")
+            raise InputError(f"pad_mode must be 'constant', 'replicate' or 'reflect', got {self.pad_mode!r}")
         if not self.use_causal_conv and self.trim_right_ratio != 1.0:
-            raise ValueError(
+            raise InputError(
                 f"trim_right_ratio other than 1.0 needs causal convolutions, got {self.trim_right_ratio} "
                 "with use_causal_conv=False"
             )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise InputError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads, "
                 f"got {self.num_key_value_heads}"
             )
         if not (self.has_encoder or self.has_decoder):
-            raise ValueError("a codec needs an encoder, a decoder, or both: both were dropped")
+            raise InputError("a codec needs an encoder, a decoder, or both: both were dropped")
         ratio = self.encodec_frame_rate / self.frame_rate
         if ratio < 1 or ratio != int(ratio):
-            raise ValueError(
+            raise InputError(
                 f"frame_rate must divide the rate of the SEANet latents ({self.encodec_frame_rate} Hz), "
                 f"got {self.frame_rate}"
             )
@@ -152,10 +154,10 @@ class CodecConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> CodecConfig:
-        """Read a `config.json`. Raises ValueError where it is not JSON or describes another model."""
+        """Read a `config.json`. Raises InputError where it is not JSON or describes another model."""
         values = read_json(path)
         if values.get("model_type", "mimi") not in ("mimi", "mimi_encoder", "mimi_decoder"):
-            raise ValueError(f"{path} describes a {values['model_type']!r} model, not Mimi")
+            raise InputError(f"{path} describes a {values['model_type']!r} model, not Mimi")
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,11 +173,11 @@ class CodecConfig:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError, naming the file, where there is none."""
+    """The object in a JSON file. Raises InputError, naming the file, where there is none."""
     try:
         values = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+        raise InputError(f"{path} must hold a JSON object, got {type(values).__name__}")
     return values

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 
+from .errors import InputError
 from .ops import OPS, Ops
 
 CANDIDATES = {
@@ -42,19 +43,19 @@ class Choice:
 
 
 def check_impl(impl: Impl) -> None:
-    """Raise ValueError, naming the value, unless `impl` is 'auto', a candidate, or a dict from ops to those."""
+    """Raise InputError, naming the value, unless `impl` is 'auto', a candidate, or a dict from ops to those."""
     wanted = impl if isinstance(impl, dict) else dict.fromkeys(OPS, impl)
     for op, name in wanted.items():
         if op not in OPS:
-            raise ValueError(f"impl names an unknown op {op!r}; the ops are {', '.join(OPS)}")
+            raise InputError(f"impl names an unknown op {op!r}; the ops are {', '.join(OPS)}")
         if name not in ("auto", *CANDIDATES):
-            raise ValueError(f"impl must be 'auto', {', '.join(map(repr, CANDIDATES))}, or a dict per op, got {name!r}")
+            raise InputError(f"impl must be 'auto', {', '.join(map(repr, CANDIDATES))}, or a dict per op, got {name!r}")
 
 
 def bind(device: str, dtype: torch.dtype, impl: Impl = "auto") -> Ops:
     """The implementation of every op for a device type and a dtype.
 
-    Raises ValueError where `impl` is not a choice, RuntimeError where it asks for a kernel that cannot run.
+    Raises InputError where `impl` is not a choice, or asks for a kernel that cannot run.
     """
     return _bind(Target(device, dtype), tuple(sorted(impl.items())) if isinstance(impl, dict) else impl)
 
@@ -82,7 +83,7 @@ def _choose(op: str, target: Target, wanted: str) -> Choice:
     if wanted != "auto":
         sentence = _why_not(wanted, op, target)
         if sentence is not None:
-            raise RuntimeError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
+            raise InputError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
         return Choice(op, wanted, "asked for by impl=", ())
     passed_over: list[tuple[str, str]] = []
     for name in CANDIDATES:

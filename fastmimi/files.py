@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import InputError
+
 
 @contextmanager
 def replacing(target: str | Path) -> Iterator[Path]:
@@ -25,30 +27,30 @@ def replacing(target: str | Path) -> Iterator[Path]:
 
 
 def check_input(path: Path) -> Path:
-    """A file that is there, holds something and can be read; ValueError with one sentence otherwise."""
+    """A file that is there, holds something and can be read; InputError with one sentence otherwise."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise InputError(f"{path} does not exist")
     if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+        raise InputError(f"{path} is not a file")
     if not os.access(path, os.R_OK):
-        raise ValueError(f"{path} cannot be read: permission denied")
+        raise InputError(f"{path} cannot be read: permission denied")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
+        raise InputError(f"{path} is empty")
     return path
 
 
 def check_output(path: Path, inputs: Iterable[Path] = ()) -> Path:
-    """A target that can be written and is none of the inputs; ValueError with one sentence otherwise."""
+    """A target that can be written and is none of the inputs; InputError with one sentence otherwise."""
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
-        raise ValueError(f"cannot write {path}: there is no directory {path.parent}")
+        raise InputError(f"cannot write {path}: there is no directory {path.parent}")
     if path.exists() and not path.is_file():  # a directory; a device, which must not be replaced by a file
-        raise ValueError(f"cannot write {path}: it is {'a directory' if path.is_dir() else 'not a plain file'}")
+        raise InputError(f"cannot write {path}: it is {'a directory' if path.is_dir() else 'not a plain file'}")
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ValueError(f"cannot write {path}: permission denied")
+        raise InputError(f"cannot write {path}: permission denied")
     for other in inputs:
         if os.path.realpath(path) == os.path.realpath(other) or (
             path.exists() and other.exists() and path.samefile(other)
         ):
-            raise ValueError(f"cannot write {path}: {other} is the same file, which is needed beside it")
+            raise InputError(f"cannot write {path}: {other} is the same file, which is needed beside it")
     return path

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import CodecConfig
+from .errors import InputError
 
 FILE_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"  # in Kyutai's hub repositories
 
@@ -102,7 +103,7 @@ def shapes_of_flat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Tensor]:
     """The flat state dict -> Kyutai's, in the spelling of the released files, which moshi and rustymimi share."""
     if config.attention_bias or config.num_attention_heads * config.head_dim != config.hidden_size:
-        raise ValueError(
+        raise InputError(
             "Kyutai's layout has no attention biases and heads that fill the width; got attention_bias="
             f"{config.attention_bias}, {config.num_attention_heads} heads of {config.head_dim} for {config.hidden_size}"
         )

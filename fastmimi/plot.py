@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .errors import InputError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -45,17 +47,17 @@ class Track:
 
 
 def check(path: Path) -> str:
-    """The picture's format, from its suffix. Raises ValueError where matplotlib lacks it or is missing."""
+    """The picture's format, from its suffix. Raises InputError where matplotlib lacks it or is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "matplotlib":
             raise
-        raise ValueError("pictures need matplotlib: pip install 'fastmimi[plot]'") from None
+        raise InputError("pictures need matplotlib: pip install 'fastmimi[plot]'") from None
     kinds = FigureCanvasAgg.get_supported_filetypes()
     kind = path.suffix[1:].lower()
     if kind not in kinds:
-        raise ValueError(
+        raise InputError(
             f"cannot draw {path}: its suffix must be one of {', '.join(sorted(kinds))}, got {path.suffix!r}"
         )
     return kind

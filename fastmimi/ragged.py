@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import InputError
+
 
 @dataclass
 class Ragged:
@@ -23,7 +25,7 @@ class Ragged:
         if mask.dim() == 3:
             mask = mask.bool().any(dim=1)
         if mask.dim() != 2:
-            raise ValueError(f"padding_mask must be [batch, samples], got {tuple(mask.shape)}")
+            raise InputError(f"padding_mask must be [batch, samples], got {tuple(mask.shape)}")
         mask = mask.bool()
         total = mask.shape[1]
         lengths = mask.sum(dim=1)
@@ -32,7 +34,7 @@ class Ragged:
         holes = (ragged.mask != mask).any(dim=1)
         if holes.any():
             row = int(holes.nonzero()[0])
-            raise ValueError(f"padding_mask must pad on the left or the right only, but row {row} has a gap")
+            raise InputError(f"padding_mask must pad on the left or the right only, but row {row} has a gap")
         return ragged
 
     @property

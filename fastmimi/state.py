@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import InputError
+
 
 @dataclass
 class Lane:
@@ -65,7 +67,7 @@ class StreamState:
         if mask is None:
             mask = torch.ones(self.batch_size, dtype=torch.bool)
         if mask.shape != (self.batch_size,) or mask.dtype != torch.bool:
-            raise ValueError(
+            raise InputError(
                 f"mask must be a bool tensor of shape ({self.batch_size},), got {mask.dtype} {tuple(mask.shape)}"
             )
         here = mask.to(self.exec_mask.device)
@@ -148,7 +150,7 @@ class StreamState:
                     f"{name} must be {mine.dtype} {tuple(mine.shape)}, got {theirs.dtype} {tuple(theirs.shape)}"
                 )
         if wrong:
-            raise ValueError("this state does not fit: " + "; ".join(sorted(wrong)))
+            raise InputError("this state does not fit: " + "; ".join(sorted(wrong)))
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 

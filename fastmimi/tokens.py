@@ -26,6 +26,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from .errors import InputError
 from .files import check_input, replacing
 
 FORMAT, VERSION = "fastmimi.tokens", "1"
@@ -59,21 +60,21 @@ class Tokens:
     packed: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the value, where the fields cannot belong together."""
+        """Raises InputError, naming the value, where the fields cannot belong together."""
         codes, size = self.codes, self.codebook_size
         if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer):
-            raise ValueError(f"codes must be integers [codebooks, frames], got {codes.dtype} {codes.shape}")
+            raise InputError(f"codes must be integers [codebooks, frames], got {codes.dtype} {codes.shape}")
         for name in ("codebook_size", "sample_rate", "frame_rate", "frame_size", "length"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_codebooks == 0 or self.num_frames != -(-self.length // self.frame_size):
-            raise ValueError(
+            raise InputError(
                 f"codes {codes.shape} do not fit {self.length} samples in frames of {self.frame_size}: "
                 f"they must be [codebooks, {-(-self.length // self.frame_size)}]"
             )
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= size:
-            raise ValueError(f"codes must lie in [0, {size}), got {low if low < 0 else high}")
+            raise InputError(f"codes must lie in [0, {size}), got {low if low < 0 else high}")
 
     @property
     def num_codebooks(self) -> int:
@@ -105,11 +106,11 @@ class Tokens:
         return self.num_codebooks * bits * self.frame_rate / 1000
 
     def first(self, codebooks: int | None) -> Tokens:
-        """The same utterance in fewer codebooks (None: all). Raises ValueError where it has not so many."""
+        """The same utterance in fewer codebooks (None: all). Raises InputError where it has not so many."""
         if codebooks is None:
             return self
         if not 1 <= codebooks <= self.num_codebooks:
-            raise ValueError(f"the number of codebooks must be from 1 to {self.num_codebooks}, got {codebooks}")
+            raise InputError(f"the number of codebooks must be from 1 to {self.num_codebooks}, got {codebooks}")
         return replace(self, codes=self.codes[:codebooks])
 
     def to_bytes(self) -> bytes:
@@ -129,59 +130,59 @@ class Tokens:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokens:
-        """Read a file. Raises ValueError where it is missing, cut, not ours, or contradicts itself."""
+        """Read a file. Raises InputError where it is missing, cut, not ours, or contradicts itself."""
         path = check_input(Path(path))
         metadata = read_metadata(path)
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is a safetensors file, but not one of tokens")
+            raise InputError(f"{path} is a safetensors file, but not one of tokens")
         if metadata.get("version") != VERSION:
-            raise ValueError(f"{path} is a token file of version {metadata.get('version')}; this reads {VERSION}")
+            raise InputError(f"{path} is a token file of version {metadata.get('version')}; this reads {VERSION}")
         try:
             tensors = load(path.read_bytes())
         except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or damaged ({error})") from None
+            raise InputError(f"{path} is truncated or damaged ({error})") from None
         except KeyError as error:  # a type that numpy lacks
-            raise ValueError(f"{path} is damaged: codes must be integers, got {error.args[0]}") from None
+            raise InputError(f"{path} is damaged: codes must be integers, got {error.args[0]}") from None
         try:
             return cls._of(tensors, metadata)
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+            raise InputError(f"{path} is damaged: {error}") from None
 
     @classmethod
     def _of(cls, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Tokens:
         def field(name: str, kind: type) -> Any:
             if name not in metadata:
-                raise ValueError(f"its metadata lacks {name}")
+                raise InputError(f"its metadata lacks {name}")
             value = metadata[name] if kind is str else _parsed(metadata[name])
             if type(value) is not kind and not (kind is float and type(value) is int):
-                raise ValueError(f"{name} must be of type {kind.__name__}, got {metadata[name]!r}")
+                raise InputError(f"{name} must be of type {kind.__name__}, got {metadata[name]!r}")
             return value
 
         if tensors.keys() != {"codes"}:
-            raise ValueError(f"it must hold one tensor named codes, got {sorted(tensors)}")
+            raise InputError(f"it must hold one tensor named codes, got {sorted(tensors)}")
         values = {name: field(name, kind) for name, kind in _FIELDS.items()}
         shape = values.pop("num_codebooks"), values.pop("num_frames")
         codes = tensors["codes"]
         if min(shape) < 1:
-            raise ValueError(f"num_codebooks and num_frames must be positive, got {shape}")
+            raise InputError(f"num_codebooks and num_frames must be positive, got {shape}")
         if values["packed"]:
             codes = unpack(codes, bits_for(values["codebook_size"]), shape)
         elif codes.shape != shape:
-            raise ValueError(f"codes must be {shape}, as the metadata says, got {codes.shape}")
+            raise InputError(f"codes must be {shape}, as the metadata says, got {codes.shape}")
         return cls(codes, **values)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of any safetensors file ({} where it has none), without reading tensors.
 
-    Raises ValueError where it is not such a file.
+    Raises InputError where it is not such a file.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length < 100_000_000 else b""  # the format's own bound
     values = _parsed(header.decode("utf-8", "replace"))
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a safetensors file, or is truncated")
+        raise InputError(f"{path} is not a safetensors file, or is truncated")
     metadata = values.get("__metadata__")
     return metadata if isinstance(metadata, dict) else {}
 
@@ -208,18 +209,18 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Integers in [0, 2 ** bits) of any shape -> uint8 [ceil(count * bits / 8)], laid out as said above."""
     _check_bits(bits)
     if codes.size and not (codes.min() >= 0 and codes.max() < 1 << bits):
-        raise ValueError(f"codes of {bits} bits must lie in [0, {1 << bits}), got {codes.min()} to {codes.max()}")
+        raise InputError(f"codes of {bits} bits must lie in [0, {1 << bits}), got {codes.min()} to {codes.max()}")
     flat = codes.astype("<u2").reshape(-1, 1).view(np.uint8)  # [count, 2], low byte first
     return np.packbits(np.unpackbits(flat, axis=1, count=bits, bitorder="little"), bitorder="little")
 
 
 def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `pack` -> uint16 of `shape`. Raises ValueError for any other number of bytes."""
+    """The inverse of `pack` -> uint16 of `shape`. Raises InputError for any other number of bytes."""
     _check_bits(bits)
     count = math.prod(shape)
     size = -(-count * bits // 8)
     if packed.dtype != np.uint8 or packed.shape != (size,):
-        raise ValueError(f"{shape} codes of {bits} bits must be uint8 {(size,)}, got {packed.dtype} {packed.shape}")
+        raise InputError(f"{shape} codes of {bits} bits must be uint8 {(size,)}, got {packed.dtype} {packed.shape}")
     flat = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
     codes = np.zeros((count, 2), np.uint8)
     codes[:, : -(-bits // 8)] = np.packbits(flat, axis=1, bitorder="little")
@@ -228,7 +229,7 @@ def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
 
 def _check_bits(bits: int) -> None:
     if not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"bits must be from 1 to {MAX_BITS}, got {bits}")
+        raise InputError(f"bits must be from 1 to {MAX_BITS}, got {bits}")
 
 
 def _parsed(text: str, otherwise: Any = None) -> Any:

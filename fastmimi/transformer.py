@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CodecConfig
+from .errors import InputError
 from .ops import Call
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,7 +33,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:
-        raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {name!r}")
+        raise InputError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {name!r}")
     return ACT2FN[name]
 
 
@@ -44,7 +45,7 @@ def rope_frequencies(config: CodecConfig) -> tuple[Tensor, float]:
         steps = torch.arange(0, config.head_dim, 2, dtype=torch.float, device="cpu")
         return 1.0 / (rope.get("rope_theta", 10_000.0) ** (steps / config.head_dim)), 1.0
     if kind in ("dynamic", "longrope"):
-        raise ValueError(
+        raise InputError(
             f"rope_type {kind!r} changes the frequencies with the length, so that no chunking equals the whole; "
             "use 'default', 'linear', 'yarn' or 'llama3'"
         )
@@ -52,7 +53,7 @@ def rope_frequencies(config: CodecConfig) -> tuple[Tensor, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if kind not in ROPE_INIT_FUNCTIONS:
-        raise ValueError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, got {kind!r}")
+        raise InputError(f"rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, got {kind!r}")
     values = config.to_dict()
     values.pop("rope_theta")
     with torch.device("cpu"):  # the model itself may be made on the meta device

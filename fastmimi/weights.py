@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import dispatch, kyutai
 from .config import CodecConfig, read_json
+from .errors import InputError
 from .model import Mimi
 
 State = dict[str, Tensor]
@@ -49,7 +50,7 @@ def load(
         impl: "auto", "reference", "triton", "cpu", or a dict per op.
         num_codebooks: codebooks that `encode` yields, by default all of the model's (32 for kyutai/mimi).
 
-    Raises ValueError for a source that is not there or not a Mimi, or whose keys do not fit, all listed at once.
+    Raises InputError for a source that is not there or not a Mimi, or whose keys do not fit, all listed at once.
     """
     if match := re.fullmatch(r"random(?::(\d+))?", str(source)):
         model = random(CodecConfig(), int(match[1] or 0))
@@ -113,7 +114,7 @@ def fill(model: Mimi, state: Mapping[str, Tensor]) -> None:
     ]
     if wrong:
         more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
-        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(wrong[:LISTED])}{more}")
+        raise InputError(f"the checkpoint does not fit the model: {'; '.join(wrong[:LISTED])}{more}")
     wide = {name: tensor.float() if tensor.dtype.itemsize < 4 else tensor for name, tensor in state.items()}
     model.load_state_dict(wide, assign=True)
 
@@ -141,17 +142,17 @@ def read_checkpoint(source: str | Path) -> tuple[CodecConfig, State]:
 
 
 def read_safetensors(path: str | Path) -> State:
-    """All tensors of a file, memory-mapped. Raises ValueError where there is none, or it is cut or of another kind."""
+    """All tensors of a file, memory-mapped. Raises InputError where there is none, or it is cut or of another kind."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no model at {str(path)!r}: pass a directory, a .safetensors file, a hub id or random:0")
+        raise InputError(f"no model at {str(path)!r}: pass a directory, a .safetensors file, a hub id or random:0")
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a .safetensors file; pickled checkpoints can run code and are not read")
+        raise InputError(f"{path} is not a .safetensors file; pickled checkpoints can run code and are not read")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error})") from None
+        raise InputError(f"{path} is not a complete safetensors file ({error})") from None
 
 
 def to_flat(state: State) -> State:
@@ -191,7 +192,7 @@ def infer_config(state: Mapping[str, Tensor]) -> CodecConfig:
         acoustic = len(_sorted_layers(state, r"quantizer\.acoustic\w+\.layers\.(\d+)\.codebook\.embed_sum"))
         codebook = state["quantizer.semantic_residual_vector_quantizer.layers.0.codebook.embed_sum"]
     except KeyError as error:
-        raise ValueError(
+        raise InputError(
             f"this is not a Mimi checkpoint: it has no {error.args[0]} and no config.json stands beside"
         ) from None
     hidden = last.shape[1]
@@ -239,7 +240,7 @@ def save_pretrained(model: Mimi, directory: str | Path) -> None:
 def save_kyutai(model: Mimi, path: str | Path) -> None:
     """Write one `.safetensors` file in Kyutai's layout, which moshi and rustymimi read.
 
-    Raises ValueError for what that layout cannot hold (attention biases, heads that do not fill the width).
+    Raises InputError for what that layout cannot hold (attention biases, heads that do not fill the width).
     """
     _write(kyutai.from_flat(fold_weight_norm(model.state_dict()), model.config), Path(path))
 
@@ -277,7 +278,7 @@ def _files_of_directory(path: Path) -> tuple[list[Path], Path]:
         return [path / "model.safetensors"], config
     found = sorted(path.glob("tokenizer-*.safetensors"))
     if len(found) != 1:
-        raise ValueError(f"{path} holds no model.safetensors of a Mimi and {len(found)} tokenizer-*.safetensors")
+        raise InputError(f"{path} holds no model.safetensors of a Mimi and {len(found)} tokenizer-*.safetensors")
     return found, config
 
 
@@ -300,7 +301,7 @@ def _files_of_hub(name: str) -> tuple[list[Path], Path]:
             return [fetch(part) for part in sorted(set(index["weight_map"].values()))], config
     except (OSError, HfHubHTTPError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise InputError(
             f"cannot fetch {name!r} from the hub ({type(error).__name__}: {reason}); offline, pass a local directory, "
             "a .safetensors file, or random:0"
         ) from None

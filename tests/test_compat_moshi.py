@@ -96,11 +96,6 @@ def pair(request, make_pair):
 
 
 @pytest.fixture(scope="module")
-def small_pair(make_pair):
-    return make_pair("small")
-
-
-@pytest.fixture(scope="module")
 def model():
     """Ours alone: these tests run without moshi."""
     return randomize(face.get_mimi(None, CONFIGS["small"])).requires_grad_(False)
@@ -115,7 +110,7 @@ def assert_same_codes(mine, theirs, latents, core):
         for row, _, frame in (mine[:, levels] != theirs[:, levels]).nonzero().tolist():
             a, b = mine[row, levels, frame], theirs[row, levels, frame]
             level, books = int((a != b).nonzero()[0]), part.codebooks().double()
-            residual = part.project(latents[row : row + 1, :, frame : frame + 1])[0, :, 0].double()
+            residual = part.input_proj(latents[row : row + 1, :, frame : frame + 1])[0, :, 0].double()
             residual = residual - sum(books[i, a[i]] for i in range(level))
             near, far = sorted((residual - books[level, code[level]]).square().sum() for code in (a, b))
             assert far - near <= 1e-6 * far, f"row {row}, frame {frame}, level {level}: no tie"
@@ -195,9 +190,9 @@ def test_streams_equal_the_peers_up_to_10_s(make_pair, name, frames):
 
 
 @pytest.mark.parametrize("frames", [1, 5])
-def test_beyond_10_s_streams_equal_the_peer_offline(small_pair, frames):
+def test_beyond_10_s_streams_equal_the_peer_offline(make_pair, frames):
     """There the peer's own streams part from it: its ring forgets while it takes a call's keys."""
-    peer, mine = small_pair
+    peer, mine = make_pair("small")
     audio = noise(1, 1, 160 * mine.frame_size)
     codes = peer.encode(audio)
     whole = peer.decode(codes)
@@ -210,8 +205,8 @@ def test_beyond_10_s_streams_equal_the_peer_offline(small_pair, frames):
     assert relative_error(theirs, whole) > 1e-4, "the peer's ring keeps 250 now: say so in compat/moshi.py"
 
 
-def test_masks_and_resets_equal_the_peers(small_pair):
-    peer, mine = small_pair
+def test_masks_and_resets_equal_the_peers(make_pair):
+    peer, mine = make_pair("small")
     generator = torch.Generator().manual_seed(3)
     mask = torch.ones(3, dtype=torch.bool)
     with peer.streaming(3), mine.streaming(3):
@@ -234,8 +229,8 @@ def test_masks_and_resets_equal_the_peers(small_pair):
             assert not ours[~mask].any()
 
 
-def test_latents_and_forward_while_streaming(small_pair):
-    peer, mine = small_pair
+def test_latents_and_forward_while_streaming(make_pair):
+    peer, mine = make_pair("small")
     audio = noise(2, 1, 6 * mine.frame_size)
     for method in ("encode_to_latent", "forward"):
         with peer.streaming(2), mine.streaming(2):
@@ -243,6 +238,14 @@ def test_latents_and_forward_while_streaming(small_pair):
                 theirs, ours = getattr(peer, method)(piece), getattr(mine, method)(piece)
                 assert method != "forward" or torch.equal(ours.codes, theirs.codes)
                 assert relative_error(getattr(ours, "x", ours), getattr(theirs, "x", theirs)) < 1e-5
+
+
+def test_the_comparison_of_codes_sees_a_wrong_one(model):
+    audio = noise(1, 1, 9600)
+    codes, latents = model.encode(audio), model.encode_to_latent(audio, quantize=False)
+    other = torch.where(torch.arange(8)[:, None] == 3, 63 - codes, codes)
+    with pytest.raises(AssertionError, match="level 2: no tie"):  # of the acoustic quantizer
+        assert_same_codes(codes, other, latents, model.core)
 
 
 def test_any_chunk_length(model):
@@ -267,8 +270,8 @@ def test_a_row_without_a_frame_is_not_taken_for_codes(model):
     assert (codes[0] >= 0).all() and (codes[1] == -1).all() and (codes[2] == 0).all()
 
 
-def test_the_state_is_saved_and_restored_in_the_middle(small_pair):
-    peer, mine = small_pair
+def test_the_state_is_saved_and_restored_in_the_middle(make_pair):
+    peer, mine = make_pair("small")
     audio = noise(2, 1, 9 * mine.frame_size)
     codes = peer.encode(audio)
     first, rest = audio.tensor_split([4 * mine.frame_size + 5], dim=-1)
@@ -299,9 +302,6 @@ def test_streaming_begins_with_the_call_and_ends_with_the_context(model):
     model = copy.deepcopy(model)
     model.streaming_forever(1)
     assert model.is_streaming
-
-
-# ---- a module, alone
 
 
 def test_it_is_a_module(model, tmp_path):

@@ -84,7 +84,7 @@ def assert_same_codes(mine, theirs, core, audio):
             a, b = (codes[row, levels, frame].astype(np.int64) for codes in (mine, theirs))
             level, books = int((a != b).argmax()), part.codebooks().double()
             latents = core.encode_to_latent(torch.from_numpy(audio), last_frame="layers")
-            residual = part.project(latents[row : row + 1, :, frame : frame + 1])[0, :, 0].double()
+            residual = part.input_proj(latents[row : row + 1, :, frame : frame + 1])[0, :, 0].double()
             residual = residual - sum(books[i, a[i]] for i in range(level))
             near, far = sorted((residual - books[level, code[level]]).square().sum() for code in (a, b))
             assert far - near <= 1e-6 * far, f"row {row}, frame {frame}, level {level}: no tie"
@@ -102,6 +102,16 @@ def assert_same_audio(mine, theirs):
 def test_codes_of_any_length(peer, mine, count):
     audio = samples(count, seed=count, batch=1 if count > 9999 else 2)
     assert_same_codes(mine.encode(audio), peer.encode(audio), mine._mimi, audio)
+
+
+def test_the_comparison_of_codes_sees_a_wrong_one(mine):
+    audio = samples(FRAME)
+    codes = mine.encode(audio)
+    for level in (0, 3):
+        other = codes.copy()
+        other[0, level] = (other[0, level] + 1) % 2048
+        with pytest.raises(AssertionError, match="no tie"):
+            assert_same_codes(codes, other, mine._mimi, audio)
 
 
 def test_ten_seconds(peer, mine):
@@ -239,7 +249,7 @@ def test_threads_end_with_their_object(file):
     stream = face.StreamTokenizer(file)
     threads = stream._encoder.thread, stream._decoder.thread
     for _ in range(20):
-        stream.encode(samples(FRAME)[0, 0])  # far more than it will do
+        stream.encode(samples(25 * FRAME)[0, 0])  # far more than it will do
     assert all(thread.daemon and thread.is_alive() for thread in threads)
     del stream
     gc.collect()
@@ -282,6 +292,7 @@ def test_arrays_in_any_order(mine):
 WAVES = np.array([0, 0.5, -0.5, 1, -1, 2, -2, np.nan, np.inf, -np.inf, 1e-5, 0.99999, -0.99999], np.float32)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("data", [WAVES, samples(500, seed=1)[0, 0], WAVES[::2], WAVES[:0]])
 def test_wav_files_have_the_peers_bytes(package, tmp_path, data):
     package.write_wav(tmp_path / "theirs.wav", np.ascontiguousarray(data), 24_000)

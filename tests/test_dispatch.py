@@ -29,7 +29,7 @@ def test_a_kernel_that_cannot_run_is_an_error_with_its_sentence(monkeypatch):
         return None if candidate == "reference" else "it is Sunday"
 
     monkeypatch.setattr(dispatch, "_why_not", why_not)
-    with pytest.raises(RuntimeError, match="rvq_encode was asked to run as 'triton', which it cannot: it is Sunday"):
+    with pytest.raises(fastmimi.InputError, match="asked to run as 'triton', which it cannot: it is Sun"):
         dispatch.explain("cpu", torch.float32, {"rvq_encode": "triton"})
 
 

@@ -10,6 +10,7 @@ import torch
 
 from .. import dispatch, plot, transcode, weights
 from ..audio import AudioFile, AudioWriter, read_blocks
+from ..errors import InputError
 from ..files import check_output
 from ..model import Mimi
 from ..tokens import Tokens
@@ -50,7 +51,7 @@ def picture(path: Path | None) -> str:
 
 def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
+        raise InputError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
     return DTYPES[name]
 
 
@@ -59,20 +60,20 @@ def device_type(name: str) -> str:
     try:
         return torch.device(name).type
     except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda, cuda:1..., got {name!r}") from None
+        raise InputError(f"device must be cpu, cuda, cuda:1..., got {name!r}") from None
 
 
 def device_of(name: str) -> torch.device:
-    """A device that this machine has; ValueError otherwise."""
+    """A device that this machine has; InputError otherwise."""
     kind, device = device_type(name), torch.device(name)
     if kind == "cpu":
         return device
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None or accelerator.type != kind:
         there = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
-        raise ValueError(f"device {name!r} was asked for, and PyTorch finds only {there} on this machine")
+        raise InputError(f"device {name!r} was asked for, and PyTorch finds only {there} on this machine")
     if (device.index or 0) >= torch.accelerator.device_count():
-        raise ValueError(f"device {name!r} was asked for, and there are {torch.accelerator.device_count()}")
+        raise InputError(f"device {name!r} was asked for, and there are {torch.accelerator.device_count()}")
     return device
 
 
@@ -80,13 +81,13 @@ def check_fit(tokens: Tokens, codec: Mimi, source: Path, model: str, *, force: b
     """The codes were made with this codec's quantizer (or `force`), for audio of its rate and frames."""
     fingerprint = weights.fingerprint(codec)
     if tokens.fingerprint != fingerprint and not force:
-        raise ValueError(
+        raise InputError(
             f"{source} was made with {tokens.model} (fingerprint {tokens.fingerprint}), and {model} has "
             f"other weights (fingerprint {fingerprint}): pass --model {tokens.model}, or --force to decode anyway"
         )
     made_for, is_for = (tokens.sample_rate, tokens.frame_size), (codec.sample_rate, codec.frame_size)
     if made_for != is_for:
-        raise ValueError(
+        raise InputError(
             f"{source} is for frames of {made_for[1]} samples at {made_for[0]} Hz, and {model} decodes to "
             f"frames of {is_for[1]} at {is_for[0]} Hz"
         )

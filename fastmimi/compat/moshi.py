@@ -16,7 +16,7 @@ moshi's, audio is moshi's to fp32 rounding. What differs, on purpose:
 - `get_streaming_state` is one `StreamState` under the name "", not one object for each module.
 - Weights come from safetensors only; without a file they are random, not empty. `state_dict` has fastmimi's names;
   `fastmimi.weights.save_kyutai(model.core, path)` writes moshi's.
-- Wrong arguments raise ValueError, calls out of order RuntimeError (moshi: AssertionError, or none at all).
+- Wrong arguments raise InputError, calls out of order RuntimeError (moshi: AssertionError, or none at all).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from .. import checks, kyutai, weights
 from ..config import CodecConfig
+from ..errors import InputError
 from ..model import Mimi
 from ..state import StreamState
 
@@ -89,7 +90,7 @@ def get_mimi(
     """A Mimi in eval mode, with the weights of a `.safetensors` file in Kyutai's layout, or random ones for None.
 
     `mimi_config` is moshi's dict with `seanet`, `quantizer` and `transformer`; by default Kyutai's Mimi.
-    Raises ValueError for a file that is not there, is not safetensors or does not fit, for a configuration that
+    Raises InputError for a file that is not there, is not safetensors or does not fit, for a configuration that
     there is no model for, and for a number of codebooks that the model does not have.
     """
     config = CodecConfig() if mimi_config is None else codec_config(mimi_config)
@@ -105,9 +106,9 @@ def get_mimi(
 
 
 def codec_config(mimi_config: dict) -> CodecConfig:
-    """moshi's `mimi_config` as ours; raises ValueError, naming the key, for what there is no model for."""
+    """moshi's `mimi_config` as ours; raises InputError, naming the key, for what there is no model for."""
     if missing := [key for key in ("sample_rate", "channels", "frame_rate", *DEFAULTS) if key not in mimi_config]:
-        raise ValueError(f"mimi_config has no {', '.join(missing)}")
+        raise InputError(f"mimi_config has no {', '.join(missing)}")
     seanet, quantizer, transformer = (_part(mimi_config, name) for name in DEFAULTS)
     hidden, heads = seanet["dimension"], transformer["num_heads"]
     _require("", mimi_config, channels=seanet["channels"])
@@ -120,13 +121,13 @@ def codec_config(mimi_config: dict) -> CodecConfig:
     )  # fmt: skip
     for name in ("num_heads", "num_layers", "context", "layer_scale"):
         if transformer[name] is None:
-            raise ValueError(f"mimi_config['transformer'][{name!r}] must be given")
+            raise InputError(f"mimi_config['transformer'][{name!r}] must be given")
     if seanet["pad_mode"] not in ("constant", "replicate"):
-        raise ValueError(f"mimi_config['seanet']['pad_mode'] must be constant or replicate, got {seanet['pad_mode']!r}")
+        raise InputError(f"mimi_config['seanet']['pad_mode'] must be constant or replicate, got {seanet['pad_mode']!r}")
     if quantizer["dimension"] == hidden:
-        raise ValueError(f"mimi_config['quantizer']['dimension'] must differ from seanet's, both are {hidden}")
+        raise InputError(f"mimi_config['quantizer']['dimension'] must differ from seanet's, both are {hidden}")
     if heads % transformer["kv_repeat"]:
-        raise ValueError(f"{heads} heads cannot be shared by kv_repeat={transformer['kv_repeat']}")
+        raise InputError(f"{heads} heads cannot be shared by kv_repeat={transformer['kv_repeat']}")
     return CodecConfig(
         sampling_rate=mimi_config["sample_rate"],
         frame_rate=mimi_config["frame_rate"],
@@ -161,7 +162,7 @@ def codec_config(mimi_config: dict) -> CodecConfig:
 def _part(mimi_config: dict, part: str) -> dict[str, Any]:
     """One part of a mimi_config, with moshi's defaults for what it leaves out."""
     if unknown := sorted(mimi_config[part].keys() - DEFAULTS[part].keys()):
-        raise ValueError(f"mimi_config[{part!r}] has keys that there is no model for: {', '.join(unknown)}")
+        raise InputError(f"mimi_config[{part!r}] has keys that there is no model for: {', '.join(unknown)}")
     return DEFAULTS[part] | mimi_config[part]
 
 
@@ -170,7 +171,7 @@ def _require(part: str, values: dict[str, Any], **wanted: Any) -> None:
         got = list(values[name]) if isinstance(values[name], tuple) else values[name]
         if got != value:
             where = f"[{part!r}][{name!r}]" if part else f"[{name!r}]"
-            raise ValueError(f"mimi_config{where} must be {value!r}, got {got!r}")
+            raise InputError(f"mimi_config{where} must be {value!r}, got {got!r}")
 
 
 class MimiModel(nn.Module):
@@ -217,7 +218,7 @@ class MimiModel(nn.Module):
         return self.core.num_codebooks
 
     def set_num_codebooks(self, n: int) -> None:
-        """Let `encode` yield n codebooks, from the semantic ones up to all. Raises ValueError otherwise."""
+        """Let `encode` yield n codebooks, from the semantic ones up to all. Raises InputError otherwise."""
         self.core.num_codebooks = n
 
     @property
@@ -231,7 +232,7 @@ class MimiModel(nn.Module):
         """Audio [B, channels, N] -> codes [B, K, T].
 
         Offline T = ceil(N / frame_size), the last frame completed with zeros; streaming it is the number of frames
-        that N more samples complete. Raises ValueError for a wrong shape or dtype, and for NaN or infinite samples.
+        that N more samples complete. Raises InputError for a wrong shape or dtype, and for NaN or infinite samples.
         """
         return self._codes(self.core.encode(x, state=self._state))
 
@@ -254,7 +255,7 @@ class MimiModel(nn.Module):
         return self.core.dequantize(codes)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, K, T] -> audio [B, channels, T * frame_size]. Raises ValueError for codes out of range.
+        """Codes [B, K, T] -> audio [B, channels, T * frame_size]. Raises InputError for codes out of range.
 
         K is any number of codebooks from the semantic ones up, T any number of frames.
         """
@@ -280,7 +281,7 @@ class MimiModel(nn.Module):
     def streaming(self, batch_size: int) -> ExitStack:
         """Begin `batch_size` streams now, both directions; leaving the context that is returned ends them.
 
-        Raises RuntimeError while streaming, ValueError for a configuration that cannot stream.
+        Raises RuntimeError while streaming, InputError for a configuration that cannot stream.
         """
         if self._state is not None:
             raise RuntimeError("this model is already streaming: leave the context of streaming() first")
@@ -301,7 +302,7 @@ class MimiModel(nn.Module):
         """Rows [B] bool that the following calls advance; the others stay as they are and give 0."""
         state = self._streaming("set_exec_mask")
         if exec_mask.shape != state.exec_mask.shape:
-            raise ValueError(f"exec_mask must have shape ({state.batch_size},), got {tuple(exec_mask.shape)}")
+            raise InputError(f"exec_mask must have shape ({state.batch_size},), got {tuple(exec_mask.shape)}")
         state.exec_mask.copy_(exec_mask)
 
     def get_streaming_state(self) -> dict[str, StreamState | None]:
@@ -311,7 +312,7 @@ class MimiModel(nn.Module):
     def set_streaming_state(self, state: dict[str, StreamState | None]) -> None:
         """Go on from what `get_streaming_state` gave; None ends streaming.
 
-        Raises RuntimeError for other names, ValueError for a state of another model, device or dtype.
+        Raises RuntimeError for other names, InputError for a state of another model, device or dtype.
         """
         if state.keys() != {""}:
             raise RuntimeError(f"a streaming state has the one name '', got {sorted(state)}")

@@ -16,7 +16,7 @@ What differs, on purpose:
   the `get_` call that would have had its result, and the stream goes on as if it had not been given; rustymimi
   prints it, and who waits for the result waits forever.
 - Arrays need not be contiguous, no frames decode to no samples (there a panic), "bf16" works, and samples that are
-  NaN or infinite raise ValueError.
+  NaN or infinite raise InputError.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import InputError
 from ..state import StreamState
 from ..weights import load
 
@@ -50,15 +51,15 @@ class Tokenizer:
         dtype: "f32", "f16" or "bf16", what it computes in; codebooks and their search stay fp32.
         max_seq_len: without effect.
 
-    Raises ValueError for a path or dtype that there is not, and for a file that holds no Mimi of 8 codebooks or more.
-    Its methods raise TypeError for arrays of another dtype or rank, ValueError for what is in them.
+    Raises InputError for a path or dtype that there is not, and for a file that holds no Mimi of 8 codebooks or more.
+    Its methods raise TypeError for arrays of another dtype or rank, InputError for what is in them.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, dtype: str = "f32", max_seq_len: int | None = None):
         if dtype not in DTYPES:
-            raise ValueError(f"dtype must be {', '.join(map(repr, DTYPES))}, got {dtype!r}")
+            raise InputError(f"dtype must be {', '.join(map(repr, DTYPES))}, got {dtype!r}")
         if max_seq_len is not None and operator.index(max_seq_len) < 1:
-            raise ValueError(f"max_seq_len must be a positive integer or None, got {max_seq_len}")
+            raise InputError(f"max_seq_len must be a positive integer or None, got {max_seq_len}")
         self._mimi = load(Path(path), dtype=DTYPES[dtype], num_codebooks=CODEBOOKS)
         self.reset()
 
@@ -114,10 +115,10 @@ class StreamTokenizer:
         self._encoder.inbox.put(pcm_data[None, None].copy())
 
     def decode(self, codes: np.ndarray) -> None:
-        """Give the codes of the next frames [T, 8] uint32. Raises TypeError or ValueError for other arrays."""
+        """Give the codes of the next frames [T, 8] uint32. Raises TypeError or InputError for other arrays."""
         _check("codes", codes, np.uint32, 2, "[frames, 8]")
         if codes.shape[1] != CODEBOOKS:
-            raise ValueError(f"codes must be [frames, {CODEBOOKS}], got {codes.shape}")
+            raise InputError(f"codes must be [frames, {CODEBOOKS}], got {codes.shape}")
         self._decoder.inbox.put(codes.T[None].copy())
 
     def get_encoded(self) -> np.ndarray | None:
@@ -177,11 +178,11 @@ def stop(*workers: Worker) -> None:
 def write_wav(filename: str | os.PathLike[str], data: np.ndarray, sample_rate: int) -> None:
     """Write mono audio [N] float32 as 16-bit PCM at `sample_rate` Hz; clipped to [-1, 1], NaN is 0.
 
-    Raises TypeError for another dtype or rank, ValueError for a rate that there is not or a file it cannot write.
+    Raises TypeError for another dtype or rank, InputError for a rate that there is not or a file it cannot write.
     """
     _check("data", data, np.float32, 1, "[samples]")
     if not 0 < operator.index(sample_rate) < 2**31:
-        raise ValueError(f"sample_rate must be a positive number of Hz, got {sample_rate}")
+        raise InputError(f"sample_rate must be a positive number of Hz, got {sample_rate}")
     pcm = (np.nan_to_num(np.clip(data, -1, 1)) * np.float32(32767)).astype("<i2")  # towards 0, as there
     try:
         with open(filename, "wb") as file, wave.open(file, "wb") as out:
@@ -190,7 +191,7 @@ def write_wav(filename: str | os.PathLike[str], data: np.ndarray, sample_rate: i
             out.setframerate(sample_rate)
             out.writeframes(pcm.tobytes())
     except OSError as error:
-        raise ValueError(f"cannot write {os.fspath(filename)!r}: {error.strerror}") from error
+        raise InputError(f"cannot write {os.fspath(filename)!r}: {error.strerror}") from error
 
 
 def _check(name: str, x: np.ndarray, dtype: type[np.generic], rank: int, shape: str) -> None:
@@ -206,7 +207,7 @@ def _tensor(x: np.ndarray) -> torch.Tensor:
 def _codes_in(codes: np.ndarray) -> torch.Tensor:
     _check("codes", codes, np.uint32, 3, "[batch, 8, frames]")
     if codes.shape[1] != CODEBOOKS:
-        raise ValueError(f"codes must be [batch, {CODEBOOKS}, frames], got {codes.shape}")
+        raise InputError(f"codes must be [batch, {CODEBOOKS}, frames], got {codes.shape}")
     return _tensor(codes.astype(np.int64))
 
 
