@@ -32,6 +32,7 @@ def restore_mimi(model: nn.Module) -> nn.Module:
                 if type(part) is Codebook:
                     part.__class__ = peer.MimiEuclideanCodebook
                     part._embed = None  # what the peer had cached may be of other sums
+                    part.to(module.dtype)  # the peer's codebooks are of the model's precision
     return model
 
 

@@ -9,6 +9,9 @@ where it is improved on:
 - gradients reach the encoder through `forward`, past the quantizer (straight-through; the peer's stop at the codes);
 - long audio runs in tiles, in bounded memory; codebooks stay fp32 in half-precision models.
 
+transformers 4 attends to all that came before, offline, where 5 and we keep the window of 250 positions: beyond 10 s
+its codes are others.
+
 An incomplete last frame is padded layer by layer, as the peer does it. What needs the peer's modules runs on them:
 hidden states and attentions, key-value caches (its transformer, between our convolutions), its own padding caches, and
 models spread over several devices.
