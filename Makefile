@@ -21,7 +21,7 @@ demo: $(VENV)/stamp-demo  ## install, then encode and decode a bundled speech cl
 	$(VENV)/bin/fastmimi roundtrip $(CLIP) out/demo.wav --model random:0 --tokens out/demo.safetensors --plot out/demo.png
 
 test: $(VENV)/stamp-test  ## install the test extras and the peers, run the tests and the kernels' parity tests
-	$(PY) -m pytest tests/ --kernels
+	$(PY) -m pytest tests/ --kernels -n auto
 
 bench: $(VENV)/stamp-test  ## run the benchmarks: ratios to the reference and to the peers
 	$(PY) -m pytest bench/ --benchmark-only

@@ -70,6 +70,26 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     return ((x.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
 
 
+def assert_same_codes(mine: Tensor, theirs: Tensor, latents: Tensor, core: Mimi) -> None:
+    """Codes [B, K, T] are identical, or where a residual chain parts, the two entries are equally near.
+
+    Equally: in fp64, on the `latents` [B, hidden, T] that `core` quantized, to 1e-6 of their squared distance.
+    """
+    assert mine.shape == theirs.shape, f"{tuple(mine.shape)} is not {tuple(theirs.shape)}"
+    semantic, split = core.config.num_semantic_quantizers, core.quantizer
+    parts = (split.semantic_residual_vector_quantizer, split.acoustic_residual_vector_quantizer)
+    for part, levels in zip(parts, (slice(0, semantic), slice(semantic, None)), strict=True):
+        for row, _, frame in (mine[:, levels] != theirs[:, levels]).nonzero().tolist():
+            a, b = mine[row, levels, frame], theirs[row, levels, frame]
+            level, books = int((a != b).nonzero()[0]), part.codebooks().double()
+            latent = latents[row : row + 1, :, frame : frame + 1]
+            residual = (latent if part.input_proj is None else part.input_proj(latent))[0, :, 0].double()
+            for i in range(level):
+                residual = residual - books[i, a[i]]
+            near, far = sorted(float((residual - books[level, code[level]]).square().sum()) for code in (a, b))
+            assert far - near <= 1e-6 * far, f"row {row}, frame {frame}, level {level}: no tie"
+
+
 def chunks(total: int, seed: int, longest: int) -> list[int]:
     """Random chunk lengths from 0 to `longest` that add up to `total`."""
     generator = torch.Generator().manual_seed(seed)

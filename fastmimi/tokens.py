@@ -145,7 +145,7 @@ class Tokens:
             raise InputError(f"{path} is damaged: codes must be integers, got {error.args[0]}") from None
         try:
             return cls._of(tensors, metadata)
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"{path} is damaged: {error}") from None
 
     @classmethod
@@ -188,8 +188,11 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def is_tokens(path: str | Path) -> bool:
-    """Whether a safetensors file is one of tokens."""
-    return read_metadata(path).get("format") == FORMAT
+    """Whether a file is one of tokens, whatever its suffix; it may still be cut."""
+    try:
+        return read_metadata(path).get("format") == FORMAT
+    except InputError:
+        return False
 
 
 def smallest_type(codebook_size: int) -> np.dtype:

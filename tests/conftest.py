@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernels: runs Triton kernels; needs --kernels")
-    torch.set_num_threads(_threads_per_worker())
+    torch.set_num_threads(1)  # small tensors gain nothing from more, and threads that wait spin on a busy machine
     # No deadline: how long an example takes is the machine's business.
     hypothesis.settings.register_profile("fastmimi", deadline=None, print_blob=True)
     hypothesis.settings.load_profile("fastmimi")
@@ -72,10 +72,3 @@ def _prepare_triton() -> None:
 
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _threads_per_worker() -> int:
-    """This process's share of the processors it may use, at most 8: small tensors gain nothing from more."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    return max(1, min(8, usable // workers))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from fastmimi.compat import moshi as face
 from fastmimi.state import StreamState
-from fastmimi.testing import lengths, noise, relative_error
+from fastmimi.testing import assert_same_codes, lengths, noise, relative_error
 from fastmimi.weights import save_kyutai
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")  # moshi uses it
@@ -99,21 +99,6 @@ def pair(request, make_pair):
 def model():
     """Ours alone: these tests run without moshi."""
     return randomize(face.get_mimi(None, CONFIGS["small"])).requires_grad_(False)
-
-
-def assert_same_codes(mine, theirs, latents, core):
-    """Codes are identical, or where a residual chain parts, the two entries are equally near (fp64, 1e-6)."""
-    assert mine.shape == theirs.shape
-    semantic, split = core.config.num_semantic_quantizers, core.quantizer
-    parts = (split.semantic_residual_vector_quantizer, split.acoustic_residual_vector_quantizer)
-    for part, levels in zip(parts, (slice(0, semantic), slice(semantic, None)), strict=True):
-        for row, _, frame in (mine[:, levels] != theirs[:, levels]).nonzero().tolist():
-            a, b = mine[row, levels, frame], theirs[row, levels, frame]
-            level, books = int((a != b).nonzero()[0]), part.codebooks().double()
-            residual = part.input_proj(latents[row : row + 1, :, frame : frame + 1])[0, :, 0].double()
-            residual = residual - sum(books[i, a[i]] for i in range(level))
-            near, far = sorted((residual - books[level, code[level]]).square().sum() for code in (a, b))
-            assert far - near <= 1e-6 * far, f"row {row}, frame {frame}, level {level}: no tie"
 
 
 def in_chunks(function, x, size):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmimi import weights
+from fastmimi import testing, weights
 from fastmimi.compat import rustymimi as face
 from fastmimi.config import CodecConfig
 from fastmimi.model import Mimi
@@ -74,20 +74,10 @@ def pieces(x, size):
 
 
 def assert_same_codes(mine, theirs, core, audio):
-    """Identical, or where a residual chain parts, the two entries are equally near (fp64, 1e-6)."""
+    """`testing.assert_same_codes` on arrays."""
     assert mine.dtype == theirs.dtype == np.uint32
-    assert mine.shape == theirs.shape
-    split = core.quantizer
-    parts = (split.semantic_residual_vector_quantizer, split.acoustic_residual_vector_quantizer)
-    for part, levels in zip(parts, (slice(0, 1), slice(1, 8)), strict=True):
-        for row, _, frame in np.argwhere(mine[:, levels] != theirs[:, levels]).tolist():
-            a, b = (codes[row, levels, frame].astype(np.int64) for codes in (mine, theirs))
-            level, books = int((a != b).argmax()), part.codebooks().double()
-            latents = core.encode_to_latent(torch.from_numpy(audio), last_frame="layers")
-            residual = part.input_proj(latents[row : row + 1, :, frame : frame + 1])[0, :, 0].double()
-            residual = residual - sum(books[i, a[i]] for i in range(level))
-            near, far = sorted((residual - books[level, code[level]]).square().sum() for code in (a, b))
-            assert far - near <= 1e-6 * far, f"row {row}, frame {frame}, level {level}: no tie"
+    latents = core.encode_to_latent(torch.from_numpy(audio), last_frame="layers")
+    testing.assert_same_codes(*(torch.from_numpy(codes.astype(np.int64)) for codes in (mine, theirs)), latents, core)
 
 
 def assert_same_audio(mine, theirs):

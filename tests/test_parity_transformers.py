@@ -7,8 +7,7 @@ import torch
 
 from fastmimi.config import CodecConfig
 from fastmimi.model import Mimi
-from fastmimi.ops import Call
-from fastmimi.testing import CONFIGS, lengths, noise, relative_error
+from fastmimi.testing import CONFIGS, assert_same_codes, lengths, noise, relative_error
 from fastmimi.weights import fill, to_flat
 
 transformers = pytest.importorskip("transformers")
@@ -35,39 +34,16 @@ def pair(request):
     return peer_and_core(request.param)
 
 
-def check_ties(core, audio, codes, other, last_frame="layers"):
-    """Codes are identical, or where they first part, the two entries are equally near (fp64, 1e-6 relative)."""
-    for row, frame in {(int(b), int(t)) for b, _, t in (codes != other).nonzero()}:
-        latent = core.encode_to_latent(audio, last_frame=last_frame)[row, :, frame]
-        assert _tie(core, latent, codes[row, :, frame], other[row, :, frame]), f"row {row}, frame {frame}"
-
-
-def _tie(core, latent, mine, theirs):
-    first = int((mine != theirs).nonzero()[0])
-    semantic = core.config.num_semantic_quantizers
-    part, level = (core.quantizer.semantic_residual_vector_quantizer, first)
-    if first >= semantic:
-        part, level, mine, theirs = (
-            core.quantizer.acoustic_residual_vector_quantizer, first - semantic, mine[semantic:], theirs[semantic:],
-        )  # fmt: skip
-    books = part.codebooks().double()
-    residual = part.project(latent[None, :, None], Call(core._ops()))[0, :, 0].double()
-    for i in range(level):
-        residual = residual - books[i, mine[i]]
-    a, b = ((residual - books[level, code[level]]).square().sum() for code in (mine, theirs))
-    return abs(a - b) <= 1e-6 * max(a, b)
-
-
 @pytest.mark.parametrize("index", range(5))
 def test_codes_and_audio(pair, index):
     peer, core = pair
     samples = lengths(core.frame_size)[index]
     audio = noise(2 if samples < 10_000 else 1, core.config.audio_channels, samples, seed=index)
+    latents = core.encode_to_latent(audio, last_frame="layers")
     for count in (core.config.num_semantic_quantizers, min(8, core.total_codebooks), core.total_codebooks):
         theirs = peer.encode(audio, num_quantizers=count).audio_codes
         mine = core.encode(audio, num_codebooks=count, last_frame="layers")
-        assert mine.shape == theirs.shape
-        check_ties(core, audio, mine, theirs)
+        assert_same_codes(mine, theirs, latents, core)
         assert relative_error(core.decode(theirs), peer.decode(theirs).audio_values) < 1e-5
 
 

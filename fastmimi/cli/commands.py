@@ -185,12 +185,12 @@ def info(source: AnyIn) -> None:
 
     if source.is_dir():
         report.checkpoint(source)
-    elif check_input(source).suffix != ".safetensors":
-        report.audio(probe(source))
-    elif is_tokens(source):
+    elif is_tokens(check_input(source)):
         report.tokens(Tokens.load(source), source)
-    else:
+    elif source.suffix == ".safetensors":
         report.checkpoint(source)
+    else:
+        report.audio(probe(source))
 
 
 @app.command()

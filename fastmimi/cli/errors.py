@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from ..errors import InputError
 
-USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the click which typer has inside since 0.20
+USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the copy of click in newer typer
 
 
 class Sentences(TyperGroup):

@@ -26,7 +26,7 @@ Rows = list[tuple[str, str]]
 Blocks = Iterable["np.ndarray"]
 
 SHOWN_CODEBOOKS, SHOWN_FRAMES = 3, 10
-PIPE_WIDTH = 160  # columns where stdout is no terminal
+PIPE_WIDTH = 400  # columns where stdout is no terminal: tables take what they need
 
 
 def show(*groups: Rows) -> None:
@@ -74,7 +74,7 @@ def of_tokens(tokens: Tokens, path: Path | None) -> Rows:
 
 
 def of_speed(label: str, clock: Clock, tokens: Tokens, stream: bool) -> Rows:
-    text = f"{clock.seconds:.2f} s, {tokens.duration / clock.seconds:.1f} times real time"
+    text = f"{clock.seconds:.2f} s, {tokens.duration / clock.seconds:.3g} times real time"
     if stream:
         mean, frame = clock.seconds / clock.steps * 1000, 1000 / tokens.frame_rate
         text += f"; a frame of {frame:g} ms took {mean:.1f} ms, the slowest {clock.slowest * 1000:.1f} ms"
