@@ -14,6 +14,8 @@ from typing import Any
 
 from .errors import InputError
 
+MIMI_TYPES = ("mimi", "mimi_encoder", "mimi_decoder")  # `model_type` in transformers' config.json
+
 
 @dataclass
 class CodecConfig:
@@ -64,10 +66,23 @@ class CodecConfig:
 
     def __post_init__(self) -> None:
         self.upsampling_ratios = list(self.upsampling_ratios or [8, 6, 5, 4])
+        self._validate_numbers()
         self.codebook_dim = self.codebook_dim or self.hidden_size
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.frame_rate = self.frame_rate or self.sampling_rate / (2 * self.hop_length)
         self._validate()
+
+    def _validate_numbers(self) -> None:
+        """Every integer is one, and positive where it must be."""
+        may_be_zero = {"num_residual_layers", "num_hidden_layers", "head_dim", "codebook_dim"}
+        for name in (f.name for f in fields(self) if f.type == "int"):
+            value, least = getattr(self, name), 0 if name in may_be_zero else 1
+            if name == "codebook_dim" and value is None:  # as wide as the latents
+                continue
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if not all(isinstance(ratio, int) and ratio > 0 for ratio in self.upsampling_ratios):
+            raise InputError(f"upsampling_ratios must be positive integers, got {self.upsampling_ratios}")
 
     def _validate(self) -> None:
         if self.num_semantic_quantizers >= self.num_quantizers:
@@ -82,6 +97,16 @@ class CodecConfig:
                 f"trim_right_ratio other than 1.0 needs causal convolutions, got {self.trim_right_ratio} "
                 "with use_causal_conv=False"
             )
+        if self.codebook_dim != self.vector_quantization_hidden_dimension:
+            raise InputError(
+                f"codebook_dim must equal vector_quantization_hidden_dimension "
+                f"({self.vector_quantization_hidden_dimension}), got {self.codebook_dim}"
+            )
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise InputError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}), and head_dim even, got {self.head_dim}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads, "
@@ -89,11 +114,15 @@ class CodecConfig:
             )
         if not (self.has_encoder or self.has_decoder):
             raise InputError("a codec needs an encoder, a decoder, or both: both were dropped")
-        ratio = self.encodec_frame_rate / self.frame_rate
+        ratio = self.encodec_frame_rate / self.frame_rate if self.frame_rate > 0 else 0
         if ratio < 1 or ratio != int(ratio):
             raise InputError(
                 f"frame_rate must divide the rate of the SEANet latents ({self.encodec_frame_rate} Hz), "
                 f"got {self.frame_rate}"
+            )
+        if ratio > 1 and self.hidden_size % self.upsample_groups:
+            raise InputError(
+                f"upsample_groups must divide hidden_size ({self.hidden_size}), got {self.upsample_groups}"
             )
 
     @property
@@ -156,7 +185,7 @@ class CodecConfig:
     def from_json(cls, path: str | Path) -> CodecConfig:
         """Read a `config.json`. Raises InputError where it is not JSON or describes another model."""
         values = read_json(path)
-        if values.get("model_type", "mimi") not in ("mimi", "mimi_encoder", "mimi_decoder"):
+        if values.get("model_type", "mimi") not in MIMI_TYPES:
             raise InputError(f"{path} describes a {values['model_type']!r} model, not Mimi")
         return cls.from_dict(values)
 

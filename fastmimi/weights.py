@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import dispatch, kyutai
-from .config import CodecConfig, read_json
+from .config import MIMI_TYPES, CodecConfig, read_json
 from .errors import InputError
 from .model import Mimi
 
@@ -132,7 +132,7 @@ def read_checkpoint(source: str | Path) -> tuple[CodecConfig, State]:
     for file in files:
         state |= read_safetensors(file)
     state = to_flat(state)
-    if config_file.is_file() and _model_type(config_file) in ("mimi", "mimi_encoder", "mimi_decoder"):
+    if config_file.is_file() and _model_type(config_file) in MIMI_TYPES:
         config = CodecConfig.from_json(config_file)
     else:
         config = infer_config(state)
@@ -274,7 +274,7 @@ def _files_of_directory(path: Path) -> tuple[list[Path], Path]:
     if index.is_file():
         names = sorted(set(read_json(index)["weight_map"].values()))
         return [path / name for name in names], config
-    if (path / "model.safetensors").is_file() and _model_type(config) in (None, "mimi", "mimi_encoder", "mimi_decoder"):
+    if (path / "model.safetensors").is_file() and _model_type(config) in (None, *MIMI_TYPES):
         return [path / "model.safetensors"], config
     found = sorted(path.glob("tokenizer-*.safetensors"))
     if len(found) != 1:
@@ -292,7 +292,7 @@ def _files_of_hub(name: str) -> tuple[list[Path], Path]:
     try:
         config = fetch("config.json")
         values = read_json(config)
-        if values.get("model_type") not in ("mimi", "mimi_encoder", "mimi_decoder"):  # a repository of Kyutai's
+        if _model_type(config) not in MIMI_TYPES:  # a repository of Kyutai's
             return [fetch(values.get("mimi_name", kyutai.FILE_NAME))], config
         try:
             return [fetch("model.safetensors")], config
@@ -300,7 +300,7 @@ def _files_of_hub(name: str) -> tuple[list[Path], Path]:
             index = read_json(fetch("model.safetensors.index.json"))
             return [fetch(part) for part in sorted(set(index["weight_map"].values()))], config
     except (OSError, HfHubHTTPError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = re.split(r"\.\s|\n", str(error).strip())[0]  # the first sentence of what may be a page
         raise InputError(
             f"cannot fetch {name!r} from the hub ({type(error).__name__}: {reason}); offline, pass a local directory, "
             "a .safetensors file, or random:0"
@@ -308,7 +308,9 @@ def _files_of_hub(name: str) -> tuple[list[Path], Path]:
 
 
 def _model_type(config: Path) -> str | None:
-    return read_json(config).get("model_type") if config.is_file() else None
+    """What a config.json is for; "mimi" also where it does not say but has Mimi's fields, None where there is none."""
+    values = read_json(config) if config.is_file() else {}
+    return values.get("model_type", "mimi" if "upsampling_ratios" in values else None)
 
 
 def _sorted_layers(state: Mapping[str, Tensor], pattern: str) -> list[tuple[int, Tensor]]:

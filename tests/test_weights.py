@@ -251,3 +251,11 @@ def test_what_kyutais_layout_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="no attention biases and heads that fill the width"):
         fastmimi.save_kyutai(small_model("attention"), tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_does_not_say_what_it_is_for(model, directory):
+    config = json.loads((directory / "config.json").read_text())
+    del config["model_type"]
+    (directory / "config.json").write_text(json.dumps({**config, "sliding_window": 7}))
+    assert fastmimi.load(directory).config.sliding_window == 7
+    assert fastmimi.load(directory / "model.safetensors").config.sliding_window == 7
