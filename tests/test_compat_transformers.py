@@ -334,6 +334,9 @@ def test_bad_input(models):
     mine, _ = models
     with pytest.raises(ValueError, match="got 7"):
         mine.encode(noise(1, 1, 100), num_quantizers=7)
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="must be finite, got nan"):
+            mine.encode(torch.full((1, 1, 100), float("nan")), use_streaming=streaming)
     with pytest.raises(ValueError, match=r"must lie in \[0, 64\), got 64"):
         mine.decode(torch.full((1, 6, 2), 64))
     with pytest.raises(ValueError, match="cannot stream"):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.mimi import modeling_mimi as peer
 
+from .. import checks
 from ..dispatch import Impl
 from ..model import Mimi
 from ..ops import Call
@@ -92,8 +93,9 @@ class Bound(nn.Module):
     ) -> tuple[Tensor, Any]:
         """Latents [B, hidden, T] and the key-value cache, through the peer's transformer."""
         lane = None
+        audio = checks.finite(checks.audio(audio, core.config).to(core.device, core.dtype))
         if cache is not None:
-            audio, _ = cache.state.push(audio.to(core.device, core.dtype))
+            audio, _ = cache.state.push(audio)
             lane = cache.state.encode
         result = [past]
 
