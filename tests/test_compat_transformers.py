@@ -152,7 +152,8 @@ def test_key_value_caches_of_the_decoder():
     check_same(*first)
     second = [m.decode(codes[..., 12:], decoder_past_key_values=f[1]) for m, f in zip((mine, peer), first, strict=True)]
     check_same(*second)
-    check_same(mine(noise(1, 1, 4000)), peer(noise(1, 1, 4000)))
+    if HALVES:  # before, the peer's `forward` left the caches out of its output
+        check_same(mine(noise(1, 1, 4000)), peer(noise(1, 1, 4000)))
 
 
 @needs_halves
