@@ -20,6 +20,7 @@ from torch import Tensor
 from . import dispatch, kyutai
 from .config import MIMI_TYPES, CodecConfig, read_json
 from .errors import InputError
+from .files import replacing
 from .model import Mimi
 
 State = dict[str, Tensor]
@@ -234,7 +235,8 @@ def save_pretrained(model: Mimi, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _write(fold_weight_norm(model.state_dict()), directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+    with replacing(directory / "config.json") as part:
+        part.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
 
 
 def save_kyutai(model: Mimi, path: str | Path) -> None:
@@ -260,13 +262,9 @@ def fingerprint(model: Mimi) -> str:
 
 
 def _write(state: State, path: Path) -> None:
-    """Whole or not at all: written beside its place, then moved there."""
-    part = path.with_name(path.name + ".part")
-    try:
+    """Whole or not at all."""
+    with replacing(path) as part:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, part, {"format": "pt"})
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _files_of_directory(path: Path) -> tuple[list[Path], Path]:

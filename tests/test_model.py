@@ -68,9 +68,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_memory_is_bounded():
-    """A minute and a half may add the audio that comes out (9 MB) and a tile, not the clip's activations (4 GB)."""
+    """A minute and a half adds about 0.2 GB, the audio that comes out and a tile; in one pass it is 2.5 GB."""
     out = subprocess.run([sys.executable, "-c", LONG, "90"], capture_output=True, text=True, check=True)
-    assert int(out.stdout) < 400_000, f"{out.stdout.strip()} kB"
+    assert int(out.stdout) < 300_000, f"{out.stdout.strip()} kB"
 
 
 def test_gradients_reach_everything(model):
@@ -109,7 +109,7 @@ def test_half_precision_stays_near():
     model = small_model()
     audio = noise(1, 1, 24_000)
     codes, mine = model.encode(audio), copy.deepcopy(model).bfloat16()
-    assert relative_error(mine.decode(codes).float(), model.decode(codes)) < 0.05
+    assert relative_error(mine.decode(codes).float(), model.decode(codes)) < 0.02  # 0.010 was seen
 
 
 def _edit_in_place(model, other):

@@ -78,7 +78,7 @@ def test_rows_at_their_own_positions():
     offset = torch.zeros(2, dtype=torch.int64)
     both = torch.tensor([True, True])
     state = {"offset": offset, "cache_k": cache_k, "cache_v": cache_v}
-    window_attention(q[:, :, :4], k[:, :, :4], v[:, :, :4], INV_FREQ, window=5, active=~both | both, **state)
+    window_attention(q[:, :, :4], k[:, :, :4], v[:, :, :4], INV_FREQ, window=5, active=both, **state)
     offset[0] += 4  # row 1 is reset: its offset stays 0, whatever its ring holds
     later = window_attention(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], INV_FREQ, window=5, active=both, **state)
     assert relative_error(later[:1], window_attention(q, k, v, INV_FREQ, window=5)[:1, :, 4:]) < 1e-6
