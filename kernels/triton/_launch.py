@@ -1,0 +1,110 @@
+"""What every launcher of this room needs: targets, the launch itself, packed weights, arrival counters.
+
+A kernel is launched through `launch`: on its tensors' device, and where Triton cannot build it for that GPU, with an
+error that says which op it was and how to go on. `make kernels-report` listens here for the launches of a whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from triton.runtime.errors import OutOfResources
+
+TritonError = OutOfResources.__mro__[1]  # its module has moved between versions
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+INTERPRETED = not isinstance(_nothing, triton.JITFunction)  # TRITON_INTERPRET=1 stood when Triton was imported
+
+
+def unsupported(target: Any) -> str | None:
+    """Why no kernel of this room runs on the target, in one sentence; None where they do."""
+    if target.dtype not in DTYPES:
+        return f"Triton kernels compute in float32, float16 and bfloat16, not in {str(target.dtype)[6:]}"
+    if target.device == "cpu" and INTERPRETED:
+        return None
+    if target.device != "cuda":
+        return f"Triton kernels run on CUDA and ROCm GPUs, not on {target.device}"
+    if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"Triton kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def launch(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """kernel[grid](*args, **options) on the device of the first argument.
+
+    Raises RuntimeError, naming the op and the way out, where Triton cannot build the kernel for this GPU.
+    """
+    device = args[0].device
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](*args, **options)
+    except TritonError as error:
+        raise RuntimeError(
+            f"the Triton kernel of {op} cannot be built for {_name(device)} "
+            f"({type(error).__name__}: {str(error).strip()}); "
+            f'go on without it: impl={{"{op}": "reference"}}'
+        ) from error
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
+
+
+def precision(x: Tensor) -> str:
+    """How `tl.dot` multiplies: fp32 as three TF32 products, whose error is that of fp32, on NVIDIA's tensor cores."""
+    return "tf32x3" if x.dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
+def time_major(x: Tensor) -> Tensor:
+    """x [B, C, T] with channels next to each other in memory: as it is, or a copy."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_time_major(x: Tensor, channels: int, length: int) -> Tensor:
+    """[B, channels, length], channels next to each other in memory."""
+    return x.new_empty(x.shape[0], length, channels).transpose(1, 2)
+
+
+_packed: Any = WeakTensorKeyDictionary()
+
+
+def packed(tensor: Tensor, form: str, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    """pack(tensor), computed once for each state of the tensor: a replaced, moved or edited one is packed anew."""
+    if tensor.is_inference():  # counts no versions: an edit could not be seen
+        return pack(tensor.detach())
+    state = (tensor.data_ptr(), tensor._version)
+    forms = _packed.setdefault(tensor, {})
+    if form not in forms or forms[form][0] != state:
+        with torch.inference_mode(False), torch.no_grad():
+            forms[form] = (state, pack(tensor.detach()))
+    return forms[form][1]
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def arrivals(x: Tensor, count: int) -> Tensor:
+    """At least `count` int32 zeros, which a kernel that counts its programs in leaves as zeros again.
+
+    Kept for each stream of the device, on which launches follow one another; a CUDA graph gets its own.
+    """
+    if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=x.device)
+    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
+    if key not in _counters or len(_counters[key]) < count:
+        _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
+    return _counters[key]

@@ -1,0 +1,124 @@
+"""Triton kernel of `causal_conv1d`: activation, convolution, bias, activation and residual in one launch.
+
+    y[b, t, o] = post(bias[o] + sum_{k, c} w[o, k, c] * pre(x)[b, t * stride + k * dilation - pad, c]) + r[b, t, o]
+
+The arithmetic is `_conv.convolve`. Streaming, the same launch reads the history and the last program of each group of
+batch rows writes it. Unfused, the activation reads and writes x once more, and the padding once more again: for the
+strided convolutions of the encoder that is three times the bytes.
+
+Output is time-major; input that is not gets copied. Groups run one after another (Mimi has none here).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._conv import (
+    activate,
+    advance_history,
+    blocks,
+    by_taps,
+    convolve,
+    mirrored_length,
+    output_length,
+    rows_of,
+    segments,
+)
+from ._launch import unsupported  # noqa: F401
+
+
+@triton.jit
+def causal_conv1d_fwd_kernel(
+    p_x, p_w, p_bias, p_residual, p_history, p_first, p_active, p_arrivals, p_y,
+    B, T, T_out, C, O, K, stride, dilation, pad, mirror, seg, per_tile,
+    sx_b, sx_t, sr_b, sr_t, sy_b, sy_t, sh_b,
+    PRE: tl.constexpr, POST: tl.constexpr, MODE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    STREAM: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = p_y.dtype.element_ty
+    columns = tl.cdiv(O, BLOCK_O)
+    tile = tl.program_id(0) // columns
+    o = (tl.program_id(0) % columns) * BLOCK_O + tl.arange(0, BLOCK_O)
+    b, t, m_row, group = rows_of(tile, B, T_out, seg, per_tile, BLOCK_T)
+    fresh = m_row
+    if STREAM and MODE == "replicate":
+        fresh = tl.load(p_first + b, mask=m_row, other=0) != 0
+    acc = convolve(
+        p_x, p_history, p_w, b, t, m_row, fresh, o,
+        T, C, O, K, stride, dilation, pad, mirror, sx_b, sx_t, sh_b,
+        PRE, MODE, STREAM, BLOCK_T, BLOCK_O, BLOCK_C, TAPS, PRECISION,
+    )  # fmt: skip
+    m_o = o < O
+    m_y = m_row[:, None] & m_o[None, :]
+    if BIAS:
+        acc += tl.load(p_bias + o, mask=m_o, other=0.0).to(tl.float32)[None, :]
+    acc = activate(acc, POST, dtype == tl.float32)
+    t64 = t.to(tl.int64)
+    if RESIDUAL:
+        p_r = p_residual + (b * sr_b + t64 * sr_t)[:, None] + o[None, :]
+        acc += tl.load(p_r, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(p_y + (b * sy_b + t64 * sy_t)[:, None] + o[None, :], acc.to(dtype), mask=m_y)
+    if STREAM:
+        advance_history(
+            p_x, p_history, p_first, p_active, p_arrivals, tile, group, tl.cdiv(T_out, seg) * columns, B, per_tile,
+            T, C, pad, sx_b, sx_t, sh_b, MODE, 64, BLOCK_P,
+        )  # fmt: skip
+
+
+def causal_conv1d(
+    x: Tensor,  # [B, C, T]
+    weight: Tensor,  # [C_out, C / groups, K]
+    bias: Tensor | None = None,  # [C_out]
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    pad: tuple[int, int] = (0, 0),
+    pad_mode: str = "constant",
+    pre: str = "none",
+    post: str = "none",
+    residual: Tensor | None = None,  # [B, C_out, T_out]
+    history: Tensor | None = None,  # [B, C, pad[0]], mutated
+    first: Tensor | None = None,  # [B] bool
+    active: Tensor | None = None,  # [B] bool
+) -> Tensor:  # [B, C_out, T_out], time-major
+    (batch, _, length), (out, _, kernel) = x.shape, weight.shape
+    total = output_length(length, kernel, stride, dilation, pad)
+    x, y = _launch.time_major(x), _launch.empty_time_major(x, out, total)
+    residual = None if residual is None else _launch.time_major(residual)
+    if not total or not batch:
+        return y
+    for part in range(groups):
+
+        def of(tensor: Tensor | None, dim: int, part: int = part) -> Tensor | None:
+            return tensor if tensor is None or groups == 1 else tensor.chunk(groups, dim)[part]
+
+        _launch_group(
+            of(x, 1), by_taps(weight) if groups == 1 else by_taps(of(weight, 0)), of(bias, 0), of(residual, 1),
+            of(history, 1), first, active, of(y, 1), stride, dilation, pad, pad_mode, pre, post,
+        )  # fmt: skip
+    return y
+
+
+def _launch_group(x, weight, bias, residual, history, first, active, y, stride, dilation, pad, pad_mode, pre, post):
+    """One group, weight [O, K, C], into y."""
+    (batch, channels, length), (out, kernel, _), total = x.shape, weight.shape, y.shape[2]
+    stream = history is not None and pad[0] > 0
+    tile = blocks(batch * total, channels, out, kernel, x)
+    seg, per_tile, groups_of_rows, tiles = segments(batch, total, tile["BLOCK_T"])
+    r = y if residual is None else residual
+    h, f, a = (history, first, active) if stream else (x, x, x)
+    counters = _launch.arrivals(x, groups_of_rows) if stream else x
+    _launch.launch(
+        "causal_conv1d", causal_conv1d_fwd_kernel, (groups_of_rows * tiles * triton.cdiv(out, tile["BLOCK_O"]),),
+        x, weight, weight if bias is None else bias, r, h, f, a, counters, y,
+        batch, length, total, channels, out, kernel, stride, dilation, pad[0],
+        mirrored_length(length, pad, pad_mode), seg, per_tile,
+        x.stride(0), x.stride(2), r.stride(0), r.stride(2), y.stride(0), y.stride(2), h.stride(0),
+        PRE=pre, POST=post, MODE=pad_mode, BIAS=bias is not None, RESIDUAL=residual is not None, STREAM=stream,
+        BLOCK_P=triton.next_power_of_2(max(pad[0], 1)), PRECISION=_launch.precision(x), **tile,
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+"""Triton kernels of `causal_conv_transpose1d`: activation, transposed convolution, overlap-add, bias and trim at once.
+
+In time-major memory a transposed convolution of kernel K and stride s is a causal convolution with m = ceil(K / s) taps
+and s * C_out outputs, and there is no overlap to add:
+
+    y[b, t * s + j, o] = bias[o] + sum_{i < m, c} w[c, o, i * s + j] * pre(x)[b, t - i, c]
+
+so that offline the kernel of `causal_conv1d` runs, on weights packed as [s * C_out, m, C]. Mimi's k = 2 s makes m = 2.
+
+Streaming, what earlier calls leave to the first K - s outputs comes from `overlap`, and the m - 1 rows after the last
+are the overlap of the next call. A tile begins with those rows, so that the program that writes an overlap is the one
+that read it. Depthwise convolutions (the 25 Hz upsampling) have no reduction over channels and a kernel of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._conv import activate, blocks, convolve, rows_of, segments
+from ._launch import unsupported  # noqa: F401
+from .causal_conv1d import causal_conv1d
+
+
+@triton.jit
+def rotated_rows(tile, B, T, tail_rows, seg, per_tile, BLOCK_T: tl.constexpr):
+    """`rows_of` over T + tail_rows times, of which the tail, [T, T + tail_rows), stands first."""
+    b, i, m_row, _ = rows_of(tile, B, T + tail_rows, seg, per_tile, BLOCK_T)
+    return b, tl.where(i < tail_rows, i + T, i - tail_rows), m_row
+
+
+@triton.jit
+def add_and_keep_overlap(acc, p_overlap, p_active, b, p, m, T_out, tail, channel, so_b):
+    """acc + the overlap of earlier calls at outputs p; what is beyond T_out becomes the next overlap, if active."""
+    p_row = p_overlap + b * so_b + channel * tail
+    acc += tl.load(p_row + p, mask=m & (p < tail), other=0.0).to(tl.float32)
+    tl.debug_barrier()  # all is read before any of it is overwritten
+    active = tl.load(p_active + b, mask=m, other=0) != 0
+    m = m & active & (p >= T_out) & (p < T_out + tail)
+    tl.store(p_row + (p - T_out), acc.to(p_overlap.dtype.element_ty), mask=m)
+    return acc
+
+
+@triton.jit
+def causal_conv_transpose1d_step_kernel(
+    p_x, p_w, p_bias, p_overlap, p_active, p_y,
+    B, T, C, O, stride, taps, tail, seg, per_tile, sx_b, sx_t, so_b, sy_b,
+    PRE: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of streams; columns are (j, o), j < stride."""
+    columns = tl.cdiv(stride * O, BLOCK_O)
+    n = (tl.program_id(0) % columns) * BLOCK_O + tl.arange(0, BLOCK_O)
+    b, t, m_row = rotated_rows(tl.program_id(0) // columns, B, T, taps - 1, seg, per_tile, BLOCK_T)
+    acc = convolve(
+        p_x, p_x, p_w, b, t, m_row, m_row, n,
+        T, C, stride * O, taps, 1, 1, taps - 1, T, sx_b, sx_t, 0,
+        PRE, "constant", False, BLOCK_T, BLOCK_O, BLOCK_C, TAPS, PRECISION,
+    )  # fmt: skip
+    m = m_row[:, None] & (n < stride * O)[None, :]
+    p = t[:, None] * stride + (n // O)[None, :]
+    o = (n % O)[None, :]
+    acc = add_and_keep_overlap(acc, p_overlap, p_active, b[:, None], p, m, T * stride, tail, o, so_b)
+    if BIAS:
+        acc += tl.load(p_bias + o, mask=(n < stride * O)[None, :], other=0.0).to(tl.float32)
+    p_out = p_y + (b * sy_b)[:, None] + p.to(tl.int64) * O + o
+    tl.store(p_out, acc.to(p_y.dtype.element_ty), mask=m & (p < T * stride))
+
+
+@triton.jit
+def causal_conv_transpose1d_depthwise_kernel(
+    p_x, p_w, p_bias, p_overlap, p_active, p_y,
+    B, T, C, K, stride, taps, tail, T_out, left, seg, per_tile, sx_b, sx_t, so_b, sy_b, sy_t,
+    PRE: tl.constexpr, BIAS: tl.constexpr, STREAM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Output j of each row is a sum over taps, channel by channel; `left` outputs are trimmed (offline)."""
+    dtype: tl.constexpr = p_y.dtype.element_ty
+    columns = tl.cdiv(C, BLOCK_C)
+    c = (tl.program_id(0) % columns) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b, t, m_row = rotated_rows(tl.program_id(0) // columns, B, T, taps - 1, seg, per_tile, BLOCK_T)
+    m_c = c < C
+    m = m_row[:, None] & m_c[None, :]
+    for j in range(stride):
+        acc = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
+        for i in range(taps):
+            m_t = m_row & (t - i >= 0) & (t - i < T)
+            p_rows = p_x + b * sx_b + (t - i).to(tl.int64) * sx_t
+            b_x = tl.load(p_rows[:, None] + c[None, :], mask=m_t[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+            b_x = activate(b_x, PRE, dtype == tl.float32)
+            k = i * stride + j
+            acc += b_x * tl.load(p_w + c * K + k, mask=m_c & (k < K), other=0.0).to(tl.float32)[None, :]
+        p = (t * stride + j)[:, None]
+        if STREAM:
+            acc = add_and_keep_overlap(acc, p_overlap, p_active, b[:, None], p, m, T_out, tail, c[None, :], so_b)
+        if BIAS:
+            acc += tl.load(p_bias + c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        p = p - left
+        p_out = p_y + (b * sy_b)[:, None] + p.to(tl.int64) * sy_t + c[None, :]
+        tl.store(p_out, acc.to(dtype), mask=m & (p >= 0) & (p < T_out))
+
+
+def causal_conv_transpose1d(
+    x: Tensor,  # [B, C, T]
+    weight: Tensor,  # [C, C_out / groups, K]
+    bias: Tensor | None = None,  # [C_out]
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    trim: tuple[int, int] = (0, 0),
+    pre: str = "none",
+    overlap: Tensor | None = None,  # [B, C_out, K - stride], mutated
+    active: Tensor | None = None,  # [B] bool
+) -> Tensor:  # [B, C_out, T_out], time-major
+    (batch, channels, length), (_, per_group, kernel) = x.shape, weight.shape
+    x = _launch.time_major(x)
+    total = length * stride if overlap is not None else max(0, (length - 1) * stride + kernel - sum(trim))
+    if not total or not batch:
+        return _launch.empty_time_major(x, per_group * groups, total)
+    if groups == channels and per_group == 1:
+        return _depthwise(x, weight, bias, stride, trim, pre, overlap, active, total)
+    if groups > 1:
+        parts = [t.chunk(groups, 1 if t is x or t is overlap else 0) if t is not None else [None] * groups
+                 for t in (x, weight, bias, overlap)]  # fmt: skip
+        return torch.cat(
+            [causal_conv_transpose1d(px, pw, pb, stride=stride, trim=trim, pre=pre, overlap=po, active=active)
+             for px, pw, pb, po in zip(*parts, strict=True)], dim=1,
+        )  # fmt: skip
+    if overlap is not None:
+        return _step(x, weight, bias, stride, pre, overlap, active)
+    # rows of s outputs, as many as reach the last one that is kept
+    rows = triton.cdiv(trim[0] + total, stride)
+    taps, packed = _taps(kernel, stride), _pack(weight, stride)
+    spread = None if bias is None else _launch.packed(bias, f"x{stride}", lambda v: v.repeat(stride))
+    y = causal_conv1d(x, packed, spread, pad=(taps - 1, rows - length), pre=pre)
+    y = y.transpose(1, 2).reshape(batch, rows * stride, per_group)
+    return y[:, trim[0] : trim[0] + total].transpose(1, 2)
+
+
+def _taps(kernel: int, stride: int) -> int:
+    return triton.cdiv(kernel, stride)
+
+
+def _pack(weight: Tensor, stride: int) -> Tensor:
+    """[C, O, K] -> [stride * O, C, taps], the weight of the causal convolution: its last tap is the newest sample."""
+
+    def pack(w: Tensor) -> Tensor:
+        taps = _taps(w.shape[2], stride)
+        w = torch.nn.functional.pad(w, (0, taps * stride - w.shape[2]))
+        return w.unflatten(2, (taps, stride)).flip(2).permute(3, 1, 0, 2).flatten(0, 1).contiguous()
+
+    return _launch.packed(weight, f"stride {stride}", pack)
+
+
+def _step(x, weight, bias, stride, pre, overlap, active):
+    (batch, channels, length), (_, out, kernel) = x.shape, weight.shape
+    taps = _taps(kernel, stride)
+    y = _launch.empty_time_major(x, out, length * stride)
+    tile = blocks(batch * (length + taps - 1), channels, stride * out, taps, x)
+    seg, per_tile, groups, tiles = _tiles(batch, length + taps - 1, taps, tile)
+    packed = _pack(weight, stride)
+    by_taps = _launch.packed(packed, "by_taps", lambda w: w.permute(0, 2, 1).contiguous())
+    _launch.launch(
+        "causal_conv_transpose1d", causal_conv_transpose1d_step_kernel,
+        (groups * tiles * triton.cdiv(stride * out, tile["BLOCK_O"]),),
+        x, by_taps, weight if bias is None else bias, overlap, active, y,
+        batch, length, channels, out, stride, taps, kernel - stride, seg, per_tile,
+        x.stride(0), x.stride(2), overlap.stride(0), y.stride(0),
+        PRE=pre, BIAS=bias is not None, PRECISION=_launch.precision(x), **tile,
+    )  # fmt: skip
+    return y
+
+
+def _depthwise(x, weight, bias, stride, trim, pre, overlap, active, total):
+    (batch, channels, length), kernel = x.shape, weight.shape[2]
+    taps, stream = _taps(kernel, stride), overlap is not None
+    y = _launch.empty_time_major(x, channels, total)
+    tile = {"BLOCK_T": 16, "BLOCK_C": min(64, triton.next_power_of_2(channels)), "num_warps": 4}
+    seg, per_tile, groups, tiles = _tiles(batch, length + taps - 1, taps, tile)
+    o, a = (overlap, active) if stream else (x, x)
+    _launch.launch(
+        "causal_conv_transpose1d", causal_conv_transpose1d_depthwise_kernel,
+        (groups * tiles * triton.cdiv(channels, tile["BLOCK_C"]),),
+        x, weight, weight if bias is None else bias, o, a, y,
+        batch, length, channels, kernel, stride, taps, kernel - stride, total, 0 if stream else trim[0], seg, per_tile,
+        x.stride(0), x.stride(2), o.stride(0), y.stride(0), y.stride(2),
+        PRE=pre, BIAS=bias is not None, STREAM=stream, **tile,
+    )  # fmt: skip
+    return y
+
+
+def _tiles(batch, rows, taps, tile):
+    """`segments` of tiles long enough that one holds the overlap's rows and the rows that read it."""
+    tile["BLOCK_T"] = max(tile["BLOCK_T"], triton.next_power_of_2(2 * (taps - 1)))
+    return segments(batch, rows, tile["BLOCK_T"])
