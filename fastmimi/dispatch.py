@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 import torch
 
+from . import library
 from .errors import InputError
 from .ops import OPS, Ops
 
@@ -53,11 +56,23 @@ def check_impl(impl: Impl) -> None:
 
 
 def bind(device: str, dtype: torch.dtype, impl: Impl = "auto") -> Ops:
-    """The implementation of every op for a device type and a dtype.
+    """The implementation of every op for a device type and a dtype; the same object for the same arguments.
 
     Raises InputError where `impl` is not a choice, or asks for a kernel that cannot run.
     """
-    return _bind(Target(device, dtype), tuple(sorted(impl.items())) if isinstance(impl, dict) else impl)
+    return _tables[_tabled(device, dtype, impl)]
+
+
+_tables: dict[str, Ops] = {}
+
+
+@torch.compiler.assume_constant_result  # so that torch.compile looks the table up and does not trace its making
+def _tabled(device: str, dtype: torch.dtype, impl: Impl) -> str:
+    """The key of a table in `_tables`, made where it is new."""
+    key = f"{device} {dtype} {sorted(impl.items()) if isinstance(impl, dict) else impl}"
+    if key not in _tables:
+        _tables[key] = Ops(**{row.op: implementation(row.op, row.chosen) for row in explain(device, dtype, impl)})
+    return key
 
 
 def explain(device: str = "cpu", dtype: torch.dtype = torch.float32, impl: Impl = "auto") -> list[Choice]:
@@ -66,13 +81,13 @@ def explain(device: str = "cpu", dtype: torch.dtype = torch.float32, impl: Impl 
     return [_choose(op, Target(device, dtype), _wanted(op, impl)) for op in OPS]
 
 
-@lru_cache(maxsize=64)
-def _bind(target: Target, impl: str | tuple[tuple[str, str], ...]) -> Ops:
-    wanted = impl if isinstance(impl, str) else dict(impl)
-    table = explain(target.device, target.dtype, wanted)
-    return Ops(
-        **{row.op: getattr(importlib.import_module(f"{CANDIDATES[row.chosen]}.{row.op}"), row.op) for row in table}
+@cache
+def implementation(op: str, candidate: str) -> Callable[..., Any]:
+    """The op's function in a candidate's room; a kernel comes as a PyTorch op (library.py)."""
+    reference, chosen = (
+        getattr(importlib.import_module(f"{CANDIDATES[room]}.{op}"), op) for room in ("reference", candidate)
     )
+    return reference if candidate == "reference" else library.register(op, candidate, chosen, reference)
 
 
 def _wanted(op: str, impl: Impl) -> str:
@@ -88,6 +103,8 @@ def _choose(op: str, target: Target, wanted: str) -> Choice:
     passed_over: list[tuple[str, str]] = []
     for name in CANDIDATES:
         sentence = _why_not(name, op, target)
+        if sentence is None and name == "triton" and target.device == "cpu":
+            sentence = "Triton's interpreter is for tests; it runs if asked for by impl="
         if sentence is None:
             reason = "first candidate that can run here" if not passed_over else "runs everywhere"
             return Choice(op, name, reason, tuple(passed_over))

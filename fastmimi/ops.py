@@ -2,14 +2,18 @@
 
 An op is what should be fused; `model.py` calls ops and never a kernel. Every implementation of an op has the
 signature and the semantics of its reference, `reference/<op>.py`, where the arguments are described.
+
+`SCHEMAS` says the same to PyTorch: which tensors a kernel takes and gives, so that it can be traced without running
+(`library.py` registers it). Kernels answer tensors in time-major memory, channels next to each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -47,3 +51,98 @@ class Call:
     ops: Ops
     lane: Lane | None = None
     lengths: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Schema:
+    """An op's tensors, options, what a step of a stream has besides (`!` marks what it changes), and its output.
+
+    fake: from the arguments, an empty tensor of the output's shape, dtype and strides.
+    """
+
+    tensors: str
+    options: str
+    state: str
+    fake: Callable[..., Tensor]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of `tensors`, in order."""
+        return [tensor.split()[-1].partition("=")[0] for tensor in self.tensors.split(", ")]
+
+    @property
+    def state_names(self) -> list[str]:
+        """The names of `state`, in order."""
+        return [tensor.split()[-1] for tensor in self.state.split(", ") if tensor]
+
+
+def time_major(x: Tensor, channels: int, length: int) -> Tensor:
+    """[B, channels, length], empty, channels next to each other in memory."""
+    return x.new_empty(x.shape[0], length, channels).transpose(1, 2)
+
+
+def _conv(
+    x: Tensor, weight: Tensor, *_: Any, stride: int = 1, dilation: int = 1, pad: Any = (0, 0), **__: Any
+) -> Tensor:
+    length = (x.shape[2] + pad[0] + pad[1] - (weight.shape[2] - 1) * dilation - 1) // stride + 1
+    return time_major(x, weight.shape[0], length)
+
+
+def _conv_transpose(
+    x: Tensor, weight: Tensor, *_: Any, stride: int = 1, groups: int = 1, trim: Any = (0, 0),
+    overlap: Tensor | None = None, **__: Any,
+) -> Tensor:  # fmt: skip
+    channels, kernel = weight.shape[1] * groups, weight.shape[2]
+    if overlap is not None:
+        return time_major(x, channels, x.shape[2] * stride)
+    return time_major(x, channels, (x.shape[2] - 1) * stride + kernel - trim[0] - trim[1])
+
+
+def _resblock(x: Tensor, weight1: Tensor, *_: Any, dilation: int = 1, pad: Any = (0, 0), **__: Any) -> Tensor:
+    return time_major(x, x.shape[1], x.shape[2] + pad[0] + pad[1] - (weight1.shape[2] - 1) * dilation)
+
+
+def _attention(q: Tensor, *_: Any, **__: Any) -> Tensor:
+    batch, heads, length, dim = q.shape
+    return q.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _encode(x: Tensor, codebooks: Tensor) -> Tensor:
+    return x.new_empty(codebooks.shape[0], x.shape[0], dtype=torch.int64)
+
+
+def _decode(codes: Tensor, codebooks: Tensor) -> Tensor:
+    return codebooks.new_empty(codes.shape[1], codebooks.shape[2])
+
+
+_HISTORY = "Tensor(a!) history, Tensor first, Tensor active"
+SCHEMAS: dict[str, Schema] = {
+    "causal_conv1d": Schema(
+        "Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None",
+        "int stride=1, int dilation=1, int groups=1, SymInt[2] pad=[0, 0], str pad_mode='constant', "
+        "str pre='none', str post='none'",
+        _HISTORY,
+        _conv,
+    ),
+    "causal_conv_transpose1d": Schema(
+        "Tensor x, Tensor weight, Tensor? bias=None",
+        "int stride=1, int groups=1, SymInt[2] trim=[0, 0], str pre='none'",
+        "Tensor(a!) overlap, Tensor active",
+        _conv_transpose,
+    ),
+    "resblock": Schema(
+        "Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
+        "Tensor? shortcut_weight=None, Tensor? shortcut_bias=None",
+        "int dilation=1, SymInt[2] pad=[0, 0], str pad_mode='constant'",
+        _HISTORY,
+        _resblock,
+    ),
+    "window_attention": Schema(
+        "Tensor q, Tensor k, Tensor v, Tensor inv_freq",
+        "int window, float rope_scale=1.0, bool interleaved=False",
+        "Tensor offset, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor active",
+        _attention,
+    ),
+    "rvq_encode": Schema("Tensor x, Tensor codebooks", "", "", _encode),
+    "rvq_decode": Schema("Tensor codes, Tensor codebooks", "", "", _decode),
+}

@@ -93,7 +93,8 @@ class ResidualQuantizer(nn.Module):
     def codebooks(self) -> Tensor:
         """Centroids of all levels [L, S, D]; computed once, and again after any change of the running sums."""
         sums = [t for book in self._books() for t in (book.embed_sum, book.cluster_usage)]
-        if any(t.is_inference() for t in sums):  # they count no versions, so a change could not be seen
+        # tensors of inference mode count no versions, so a change could not be seen; nor is there any while tracing
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in sums):
             return torch.stack([centroids(book) for book in self._books()])
         if self._packed is None or not self._packed[0].matches(sums):
             with torch.inference_mode(False), torch.no_grad():

@@ -32,7 +32,7 @@ class Ragged:
         starts = torch.where(lengths > 0, mask.int().argmax(dim=1) if total else 0, 0)
         ragged = cls(starts, lengths, total)
         holes = (ragged.mask != mask).any(dim=1)
-        if holes.any():
+        if not torch.compiler.is_compiling() and holes.any():
             row = int(holes.nonzero()[0])
             raise InputError(f"padding_mask must pad on the left or the right only, but row {row} has a gap")
         return ragged
@@ -56,14 +56,14 @@ class Ragged:
     def align(self, x: Tensor) -> Tensor:
         """[B, C, total] -> the same with every row moved to the left and 0 beyond its length."""
         steps = torch.arange(self.total, device=x.device)
-        if self.starts.any():
+        if torch.compiler.is_compiling() or self.starts.any():  # traced, the values are not known
             index = (steps + self.starts[:, None]).clamp(max=self.total - 1)
             x = x.gather(2, index[:, None].expand(-1, x.shape[1], -1))
         return torch.where((steps < self.lengths[:, None])[:, None], x, 0)
 
     def restore(self, x: Tensor) -> Tensor:
         """Undo `align`: [B, C, T] with rows at the left -> [B, C, total] with rows where they belong."""
-        if not self.starts.any() and x.shape[-1] == self.total:
+        if not torch.compiler.is_compiling() and not self.starts.any() and x.shape[-1] == self.total:
             return x
         index = (torch.arange(self.total, device=x.device) - self.starts[:, None]).clamp(0, x.shape[-1] - 1)
         return x.gather(2, index[:, None].expand(-1, x.shape[1], -1))

@@ -58,8 +58,9 @@ def small_model(name: str = "small", seed: int = 0, **changes: Any) -> Mimi:
 
 
 def noise(*shape: int, seed: int = 0, scale: float = 0.3) -> Tensor:
-    """Normal noise, the same for the same seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+    """Normal noise, the same for the same seed whatever the device, on the default device."""
+    x = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") * scale
+    return x.to(torch.get_default_device())
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
@@ -68,6 +69,13 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     if not truth.numel():
         return 0.0
     return ((x.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
+
+
+def assert_as_exact(mine: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """`mine` errs against the fp64 truth at most twice as much as `plain` PyTorch in the same dtype, and a rounding."""
+    assert mine.dtype == plain.dtype and mine.shape == truth.shape
+    error, allowed = relative_error(mine, truth), 2 * relative_error(plain, truth) + torch.finfo(mine.dtype).eps
+    assert error <= allowed, f"off by {error:.2e} of the peak, {allowed:.2e} allowed"
 
 
 def assert_same_codes(mine: Tensor, theirs: Tensor, latents: Tensor, core: Mimi) -> None:
@@ -98,3 +106,31 @@ def chunks(total: int, seed: int, longest: int) -> list[int]:
         size = int(torch.randint(0, longest + 1, (1,), generator=generator))
         sizes.append(min(size, total - sum(sizes)))
     return sizes
+
+
+def mend_interpreter() -> None:
+    """Make Triton's interpreter compute in bfloat16 as GPUs do.
+
+    Triton 3.7's multiplies bit patterns as integers, and rounds to bfloat16 by cutting off.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    original_dot, original_cast = builder.create_dot, builder.cast_impl
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        return original_dot(self, a, b, *rest)
+
+    def cast_impl(self: Any, x: Any, dtype: Any) -> Any:
+        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return original_cast(self, x, dtype)
+        bits = np.ascontiguousarray(x.data).view(np.uint32)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties to even
+        halves = np.where(np.isnan(x.data), 0x7FC0, nearest).astype(np.uint16)
+        return interpreter.TensorHandle(halves, tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl

@@ -52,6 +52,8 @@ def ieee_convolutions(x: Tensor) -> Iterator[None]:
     if x.device.type != "cuda" or x.dtype != torch.float32:
         yield
         return
+    if torch.compiler.is_compiling():  # the switch would not be in the graph
+        raise RuntimeError("the reference's fp32 convolutions cannot be compiled for a GPU: they would run in TF32")
     flags: Any = torch.backends.cudnn
     name = "allow_tf32"
     if hasattr(flags, "conv"):  # torch >= 2.9, where reading the old flag may fail once the new one is used

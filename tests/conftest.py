@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -44,6 +45,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"{item.name} {reason}"))
 
 
+@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.kernels)])
+def op(request: pytest.FixtureRequest) -> Iterator[Callable[..., torch.Tensor]]:
+    """The op that the test's file is named after, by each implementation; tensors are made where that runs.
+
+    What is not written in its output is NaN.
+    """
+    from fastmimi.dispatch import implementation
+
+    on_gpu = request.param == "triton" and torch.cuda.is_available()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
+    with torch.device("cuda" if on_gpu else "cpu"):
+        yield implementation(request.module.__name__.rpartition("test_")[2], request.param)
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def repository() -> dict[str, str]:
     """{path: source} of every Python file, without links, hidden folders, environments and build outputs."""
@@ -68,6 +84,9 @@ def _prepare_triton() -> None:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("triton was imported before --kernels could choose its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
+    from fastmimi.testing import mend_interpreter
+
+    mend_interpreter()
 
 
 def _has_triton() -> bool:

@@ -1,4 +1,4 @@
-"""The reference of causal_conv1d against PyTorch's own convolution in fp64, whole and in chunks."""
+"""causal_conv1d, each implementation, against PyTorch's own convolution in fp64, whole and in chunks."""
 
 from contextlib import suppress
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmimi.reference.causal_conv1d import causal_conv1d, ieee_convolutions
-from fastmimi.testing import noise, relative_error
+from fastmimi.reference.causal_conv1d import causal_conv1d as reference
+from fastmimi.reference.causal_conv1d import ieee_convolutions
+from fastmimi.testing import assert_as_exact, noise, relative_error
 
 SHAPES = [  # channels in and out, kernel, stride, dilation, groups
     (1, 8, 7, 1, 1, 1),
@@ -30,23 +31,23 @@ def case(shape, length, batch=3):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", [1, 17, 64])
 @pytest.mark.parametrize("pre, post", [("none", "none"), ("elu", "none"), ("silu", "elu")])
-def test_whole(shape, length, pre, post):
+def test_whole(op, shape, length, pre, post):
     x, weight, bias, options, left = case(shape, length)
     right = -length % options["stride"]
     activations = {"none": lambda t: t, "elu": F.elu, "silu": F.silu}
     padded = F.pad(activations[pre](x.double()), (left, right))
     truth = activations[post](F.conv1d(padded, weight.double(), bias.double(), **options))
     residual = noise(*truth.shape, seed=4)
-    mine = causal_conv1d(x, weight, bias, pad=(left, right), pre=pre, post=post, residual=residual, **options)
+    mine = op(x, weight, bias, pad=(left, right), pre=pre, post=post, residual=residual, **options)
     assert mine.shape[-1] == -(-length // options["stride"])
     assert relative_error(mine, truth + residual.double()) < 1e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mode", ["constant", "replicate"])
-def test_chunks_equal_the_whole_and_masked_rows_stay(shape, mode):
+def test_chunks_equal_the_whole_and_masked_rows_stay(op, shape, mode):
     x, weight, bias, options, left = case(shape, 48)
-    whole = causal_conv1d(x, weight, bias, pad=(left, 0), pad_mode=mode, pre="elu", **options)
+    whole = op(x, weight, bias, pad=(left, 0), pad_mode=mode, pre="elu", **options)
     history = torch.full((3, x.shape[1], left), float("nan"))  # to be replaced on the first call, or zero
     if mode == "constant":
         history.zero_()
@@ -55,7 +56,7 @@ def test_chunks_equal_the_whole_and_masked_rows_stay(shape, mode):
     for i, piece in enumerate(x.split([4, 12, 8, 24], dim=-1)):
         first = torch.full((3,), i == 0)
         pieces.append(
-            causal_conv1d(piece, weight, bias, pad=(left, 0), pad_mode=mode, pre="elu", history=history, first=first,
+            op(piece, weight, bias, pad=(left, 0), pad_mode=mode, pre="elu", history=history, first=first,
                           active=active, **options)
         )  # fmt: skip
     assert relative_error(torch.cat(pieces, dim=-1)[:2], whole[:2]) < 1e-6
@@ -64,28 +65,85 @@ def test_chunks_equal_the_whole_and_masked_rows_stay(shape, mode):
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 9])
-def test_reflect_on_less_than_it_mirrors(length):
+def test_reflect_on_less_than_it_mirrors(op, length):
     """Zeros are put on the right until there is enough to mirror, as in the peers."""
     x = noise(1, 2, length)
     weight = torch.eye(2)[:, :, None]
-    padded = causal_conv1d(x, weight, pad=(4, 0), pad_mode="reflect")
+    padded = op(x, weight, pad=(4, 0), pad_mode="reflect")
     enough = F.pad(x, (0, max(0, 5 - length)))
     assert torch.equal(padded[..., :4], enough[..., 1:5].flip(-1))
     assert torch.equal(padded[..., 4:], x)
 
 
-def test_not_contiguous_input():
+def test_not_contiguous_input(op):
     x, weight, bias, options, left = case(SHAPES[2], 20)
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(causal_conv1d(strided, weight, bias, pad=(left, 0), **options),
-                       causal_conv1d(x, weight, bias, pad=(left, 0), **options))  # fmt: skip
+    assert torch.equal(op(strided, weight, bias, pad=(left, 0), **options),
+                       op(x, weight, bias, pad=(left, 0), **options))  # fmt: skip
+
+
+@pytest.mark.parametrize("c_in, c_out, kernel, stride, dilation, post", [
+    (64, 32, 3, 1, 1, "none"), (64, 128, 8, 4, 1, "none"), (512, 1024, 7, 1, 1, "none"), (64, 1, 3, 1, 1, "none"),
+    (896, 896, 3, 1, 4, "silu"),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_models_shapes(op, c_in, c_out, kernel, stride, dilation, post, dtype):
+    x, weight = noise(1, c_in, 72, seed=1).to(dtype), noise(c_out, c_in, kernel, seed=2, scale=0.1).to(dtype)
+    bias = noise(c_out, seed=3).to(dtype)
+    options = {"stride": stride, "dilation": dilation, "pad": ((kernel - 1) * dilation + 1 - stride, 0), "post": post}
+    truth = reference(x.double(), weight.double(), bias.double(), pre="elu", **options)
+    plain = reference(x, weight, bias, pre="elu", **options)
+    assert_as_exact(op(x, weight, bias, pre="elu", **options), plain, truth)
+
+
+def test_elu_near_zero_keeps_its_relative_accuracy(op):
+    """exp(x) - 1 would lose it: quiet audio lives here."""
+    x = -torch.logspace(-7, 0, 200)[None, None]
+    y = op(x, torch.ones(1, 1, 1), pre="elu")
+    truth = torch.expm1(x.double())
+    assert ((y - truth) / truth).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("batch, sizes", [(40, [1, 1, 2]), (5, [70, 1, 30])])
+def test_many_streams_at_once(op, batch, sizes):
+    """Batch rows share tiles, or take several; each has its own history, fresh rows their own first sample."""
+    x, weight = noise(batch, 20, sum(sizes), seed=1), noise(30, 20, 3, seed=2)
+    active = torch.arange(batch) % 3 != 1
+    history, kept = noise(batch, 20, 2, seed=3), noise(batch, 20, 2, seed=3)
+    first, pieces, expected = torch.arange(batch) % 2 == 0, [], []
+    for piece in x.split(sizes, dim=-1):
+        options = {"pad": (2, 0), "pad_mode": "replicate", "first": first, "active": active}
+        pieces.append(op(piece, weight, history=history, **options))
+        expected.append(reference(piece, weight, history=kept, **options))
+        assert torch.equal(history, kept)
+        first = first & False
+    assert relative_error(torch.cat(pieces, dim=-1), torch.cat(expected, dim=-1)) < 1e-6
+
+
+def test_edited_weights_count(op):
+    x, weight = noise(1, 4, 9), noise(5, 4, 3)
+    op(x, weight)
+    weight.mul_(2)
+    assert relative_error(op(x, weight), reference(x, weight)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_the_references(op, shape):
+    x, weight, bias, options, left = case(shape, 16)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    results = []
+    for f in (op, reference):
+        y = f(*inputs, pad=(left, 0), pre="elu", **options)
+        results.append(torch.autograd.grad(y, inputs, noise(*y.shape, seed=5)))
+    for mine, theirs in zip(*results, strict=True):
+        assert relative_error(mine, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:4])
 def test_gradients(shape):
     x, weight, bias, options, left = case(shape, 8, batch=1)
     inputs = [t.double().requires_grad_() for t in (x, weight, bias)]
-    assert torch.autograd.gradcheck(lambda *a: causal_conv1d(*a, pad=(left, 0), pre="elu", **options), inputs)
+    assert torch.autograd.gradcheck(lambda *a: reference(*a, pad=(left, 0), pre="elu", **options), inputs)
 
 
 class OnCuda:

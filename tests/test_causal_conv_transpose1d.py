@@ -1,13 +1,15 @@
-"""The reference of causal_conv_transpose1d against a written-out overlap-add in fp64, whole and in chunks."""
+"""causal_conv_transpose1d, each implementation, against a written-out overlap-add in fp64, whole and in chunks."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmimi.reference.causal_conv_transpose1d import causal_conv_transpose1d
-from fastmimi.testing import noise, relative_error
+from fastmimi.reference.causal_conv_transpose1d import causal_conv_transpose1d as reference
+from fastmimi.testing import assert_as_exact, noise, relative_error
 
-SHAPES = [(8, 4, 16, 8, 1), (6, 3, 10, 5, 1), (6, 6, 4, 2, 6), (4, 2, 3, 1, 1)]  # in, out, kernel, stride, groups
+SHAPES = [  # in, out, kernel, stride, groups
+    (8, 4, 16, 8, 1), (6, 3, 10, 5, 1), (6, 6, 4, 2, 6), (4, 2, 3, 1, 1), (6, 4, 7, 3, 2), (3, 3, 7, 2, 3),
+]  # fmt: skip
 
 
 def case(shape, length, batch=3):
@@ -36,31 +38,83 @@ def overlap_add(x, weight, bias, stride, groups):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", [1, 7])
 @pytest.mark.parametrize("left", [0, 1])
-def test_whole(shape, length, left):
+def test_whole(op, shape, length, left):
     x, weight, bias, options, tail = case(shape, length)
     truth = overlap_add(F.elu(x.double()), weight, bias, **options)
-    mine = causal_conv_transpose1d(x, weight, bias, trim=(left, tail - left), pre="elu", **options)
+    mine = op(x, weight, bias, trim=(left, tail - left), pre="elu", **options)
     assert mine.shape[-1] == length * options["stride"]
     assert relative_error(mine, truth[..., left : left + mine.shape[-1]]) < 1e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chunks_equal_the_whole_and_masked_rows_stay(shape):
+def test_chunks_equal_the_whole_and_masked_rows_stay(op, shape):
     x, weight, bias, options, tail = case(shape, 12)
-    whole = causal_conv_transpose1d(x, weight, bias, trim=(0, tail), pre="elu", **options)
+    whole = op(x, weight, bias, trim=(0, tail), pre="elu", **options)
     overlap = torch.zeros(3, bias.shape[0], tail)
     overlap[2] = 7.0
     active = torch.tensor([True, True, False])
     pieces = [
-        causal_conv_transpose1d(piece, weight, bias, pre="elu", overlap=overlap, active=active, **options)
+        op(piece, weight, bias, pre="elu", overlap=overlap, active=active, **options)
         for piece in x.split([1, 4, 2, 5], dim=-1)
     ]
     assert relative_error(torch.cat(pieces, dim=-1)[:2], whole[:2]) < 1e-6
     assert (overlap[2] == 7.0).all()
 
 
+@pytest.mark.parametrize("c_in, c_out, stride, groups", [
+    (128, 64, 4, 1), (256, 128, 5, 1), (512, 256, 6, 1), (512, 512, 2, 512),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("length", [2, 70])
+def test_the_models_shapes(op, c_in, c_out, stride, groups, dtype, length):
+    x, weight = noise(1, c_in, length, seed=1), noise(c_in, c_out // groups, 2 * stride, seed=2, scale=0.1)
+    x, weight, bias = (t.to(dtype) for t in (x, weight, noise(c_out, seed=3)))
+    options = {"stride": stride, "groups": groups, "pre": "elu", "trim": (0, stride)}
+    truth = reference(x.double(), weight.double(), bias.double(), **options)
+    assert_as_exact(op(x, weight, bias, **options), reference(x, weight, bias, **options), truth)
+    overlap, kept = (noise(1, c_out, stride, seed=4).to(dtype) for _ in range(2))
+    del options["trim"]
+    active = torch.tensor([True])
+    past = kept.double()
+    truth = reference(x.double(), weight.double(), bias.double(), overlap=past, active=active, **options)
+    plain = reference(x, weight, bias, overlap=kept, active=active, **options)
+    assert_as_exact(op(x, weight, bias, overlap=overlap, active=active, **options), plain, truth)
+    assert_as_exact(overlap, kept, past)
+
+
+@pytest.mark.parametrize("batch, sizes", [(40, [1, 1, 2]), (5, [130, 1])])
+@pytest.mark.parametrize("groups", [1, 20])
+def test_many_streams_at_once(op, batch, sizes, groups):
+    x, weight = noise(batch, 20, sum(sizes), seed=1), noise(20, 20 // groups, 6, seed=2)
+    active = torch.arange(batch) % 3 != 1
+    overlap, kept = noise(batch, 20, 4, seed=3), noise(batch, 20, 4, seed=3)
+    for piece in x.split(sizes, dim=-1):
+        options = {"stride": 2, "groups": groups, "active": active}
+        mine = op(piece, weight, overlap=overlap, **options)
+        assert relative_error(mine, reference(piece, weight, overlap=kept, **options)) < 1e-6
+        assert relative_error(overlap, kept) < 1e-6
+
+
+def test_not_contiguous_input(op):
+    x, weight, bias, options, _ = case(SHAPES[0], 9)
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert relative_error(op(strided, weight, bias, **options), op(x, weight, bias, **options)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_the_references(op, shape):
+    x, weight, bias, options, tail = case(shape, 5)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    results = []
+    for f in (op, reference):
+        y = f(*inputs, trim=(0, tail), pre="elu", **options)
+        results.append(torch.autograd.grad(y, inputs, noise(*y.shape, seed=5)))
+    for mine, theirs in zip(*results, strict=True):
+        assert relative_error(mine, theirs) < 1e-5
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients(shape):
     x, weight, bias, options, tail = case(shape, 3, batch=1)
     inputs = [t.double().requires_grad_() for t in (x, weight, bias)]
-    assert torch.autograd.gradcheck(lambda *a: causal_conv_transpose1d(*a, trim=(0, tail), **options), inputs)
+    assert torch.autograd.gradcheck(lambda *a: reference(*a, trim=(0, tail), **options), inputs)

@@ -33,6 +33,7 @@ MODEL_SIDE = {
     "model",
     "jodio",
     "dispatch",
+    "library",
     "errors",
     "checks",
     "codec",

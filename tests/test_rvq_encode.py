@@ -1,10 +1,10 @@
-"""The reference of rvq_encode against exhaustive fp64 search."""
+"""rvq_encode, each implementation, against exhaustive fp64 search."""
 
 import pytest
 import torch
 
 from fastmimi.reference import rvq_encode as module
-from fastmimi.reference.rvq_encode import rvq_encode
+from fastmimi.reference.rvq_encode import rvq_encode as reference
 from fastmimi.testing import noise
 
 
@@ -17,32 +17,90 @@ def exhaustive(x, codebooks):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 100])
-@pytest.mark.parametrize("levels, size, dim", [(1, 64, 16), (8, 64, 16), (3, 33, 7), (2, 1, 4)])
-def test_nearest_entries(rows, levels, size, dim):
+@pytest.mark.parametrize("levels, size, dim", [(1, 64, 16), (8, 64, 16), (3, 33, 7), (2, 1, 4), (2, 70, 300)])
+def test_nearest_entries(op, rows, levels, size, dim):
     x, codebooks = noise(rows, dim, seed=1), noise(levels, size, dim, seed=2)
-    codes = rvq_encode(x, codebooks)
+    codes = op(x, codebooks)
     assert codes.shape == (levels, rows) and codes.dtype == torch.int64
     assert torch.equal(codes, exhaustive(x, codebooks))
 
 
-def test_first_index_wins_a_tie():
+def test_first_index_wins_a_tie(op):
     book = noise(1, 40, 8)
     book[0, 30] = book[0, 3]
-    assert rvq_encode(book[0, 30:31].clone(), book).item() == 3
+    assert op(book[0, 30:31].clone(), book).item() == 3
 
 
-def test_entries_find_themselves():
+def test_entries_find_themselves(op):
     book = noise(1, 50, 8)
-    assert torch.equal(rvq_encode(book[0], book)[0], torch.arange(50))
+    assert torch.equal(op(book[0], book)[0], torch.arange(50))
 
 
 def test_many_rows_go_in_parts(monkeypatch):
     x, codebooks = noise(50, 8, seed=1), noise(3, 32, 8, seed=2)
-    whole = rvq_encode(x, codebooks)
+    whole = reference(x, codebooks)
     monkeypatch.setattr(module, "ROWS", 7)
-    assert torch.equal(rvq_encode(x, codebooks), whole)
+    assert torch.equal(reference(x, codebooks), whole)
 
 
 def test_fp64():
     x, codebooks = noise(20, 8, seed=1).double(), noise(3, 32, 8, seed=2).double()
-    assert torch.equal(rvq_encode(x, codebooks), exhaustive(x, codebooks))
+    assert torch.equal(reference(x, codebooks), exhaustive(x, codebooks))
+
+
+def assert_nearest(codes, x, codebooks):
+    """Each code is the nearest entry to its residual, or within 1e-6 of it (relative, in fp64)."""
+    residual = x.double()
+    for code, book in zip(codes, codebooks.double(), strict=True):
+        distances = torch.cdist(residual, book, compute_mode="donot_use_mm_for_euclid_dist").square()
+        chosen = distances.gather(1, code[:, None])[:, 0]
+        assert (chosen <= distances.amin(dim=1) * (1 + 1e-6)).all()
+        residual = residual - book[code]
+
+
+@pytest.mark.parametrize("rows", [1, 90])
+def test_the_models_shape(op, rows):
+    x, codebooks = noise(rows, 256, seed=1), noise(4, 2048, 256, seed=2)
+    codes = op(x, codebooks)
+    assert torch.equal(codes, reference(x, codebooks))
+    assert_nearest(codes, x, codebooks)
+
+
+def test_clustered(op):
+    """Entries in tight clusters far from the origin: |c|^2 - 2 r.c cancels nearly all its digits."""
+    centers = noise(4, 1, 16, seed=1, scale=10.0)
+    book = (centers + noise(4, 16, 16, seed=2, scale=1e-3)).view(1, 64, 16)
+    x = book[0, ::3] + noise(22, 16, seed=3, scale=1e-4)
+    codes = op(x, book)
+    assert (codes[0] // 16 == torch.arange(0, 64, 3) // 16).all()  # at least the cluster
+
+
+def test_near_ties(op):
+    """Rows half-way between two entries, off by less than a product of fp32 can tell."""
+    book = noise(1, 128, 64, seed=1)
+    a, b = book[0, 0:64], book[0, 64:128]
+    x = (a + b) / 2 + (a - b) * torch.linspace(-1e-5, 1e-5, 64)[:, None]
+    assert_nearest(op(x, book), x, book)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_reads_nothing_outside(op, bad):
+    x, book = noise(3, 8), noise(2, 16, 8)
+    x[1] = bad
+    codes = op(x, book)
+    assert codes.min() >= 0 and codes.max() < 16
+    assert torch.equal(codes[:, ::2], reference(x[::2], book))
+
+
+def test_input_stays(op):
+    x, book = noise(5, 300), noise(3, 16, 300)
+    before = x.clone()
+    op(x, book)
+    assert torch.equal(x, before)
+
+
+def test_edited_codebooks_count(op):
+    x, books = noise(20, 8, seed=1), noise(2, 16, 8, seed=2)
+    op(x, books)
+    books[:, :8] *= 3
+    assert torch.equal(op(x, books), reference(x, books))

@@ -1,13 +1,15 @@
-"""The reference of window_attention against a dense fp64 softmax over written-out rotations and masks."""
+"""window_attention, each implementation, against a dense fp64 softmax over written-out rotations and masks."""
 
 import pytest
 import torch
 
 from fastmimi.reference import window_attention as module
-from fastmimi.reference.window_attention import window_attention
-from fastmimi.testing import noise, relative_error
+from fastmimi.reference.window_attention import window_attention as reference
+from fastmimi.testing import assert_as_exact, noise, relative_error
 
-INV_FREQ = 1.0 / (10_000.0 ** (torch.arange(0, 8, 2) / 8))
+
+def frequencies(dim=8):
+    return 1.0 / (10_000.0 ** (torch.arange(0, dim, 2) / dim))
 
 
 def case(length, heads=4, kv_heads=2, batch=2):
@@ -22,7 +24,7 @@ def dense(q, k, v, window, interleaved=False, scale=1.0):
 
     def rotated(x):
         real, imaginary = pair(x.double())
-        angle = torch.arange(x.shape[2])[:, None] * INV_FREQ.double()
+        angle = torch.arange(x.shape[2])[:, None] * frequencies().double()
         return torch.complex(real.contiguous(), imaginary.contiguous()) * torch.polar(
             torch.full_like(angle, scale), angle
         )
@@ -38,24 +40,24 @@ def dense(q, k, v, window, interleaved=False, scale=1.0):
 
 @pytest.mark.parametrize("length, window", [(1, 5), (4, 5), (23, 5), (23, 1), (23, 100)])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_whole(length, window, interleaved):
+def test_whole(op, length, window, interleaved):
     q, k, v = case(length)
-    mine = window_attention(q, k, v, INV_FREQ, window=window, interleaved=interleaved, rope_scale=1.1)
+    mine = op(q, k, v, frequencies(), window=window, interleaved=interleaved, rope_scale=1.1)
     assert relative_error(mine, dense(q, k, v, window, interleaved, scale=1.1)) < 1e-6
 
 
 def test_blocks_equal_one_block(monkeypatch):
     q, k, v = case(50)
-    whole = window_attention(q, k, v, INV_FREQ, window=7)
+    whole = reference(q, k, v, frequencies(), window=7)
     monkeypatch.setattr(module, "BLOCK", 8)
-    assert relative_error(window_attention(q, k, v, INV_FREQ, window=7), whole) < 1e-6
+    assert relative_error(reference(q, k, v, frequencies(), window=7), whole) < 1e-6
 
 
 @pytest.mark.parametrize("window", [1, 5, 30])
 @pytest.mark.parametrize("sizes", [[1] * 40, [3, 1, 7, 29], [40]])
-def test_chunks_equal_the_whole_and_masked_rows_stay(window, sizes):
+def test_chunks_equal_the_whole_and_masked_rows_stay(op, window, sizes):
     q, k, v = case(40, batch=3)
-    whole = window_attention(q, k, v, INV_FREQ, window=window)
+    whole = op(q, k, v, frequencies(), window=window)
     cache_k, cache_v = (torch.full((3, 2, window, 8), float("nan")) for _ in range(2))
     cache_k[2] = cache_v[2] = 7.0
     cache_k[:2], cache_v[:2] = 0.0, 0.0
@@ -63,7 +65,7 @@ def test_chunks_equal_the_whole_and_masked_rows_stay(window, sizes):
     pieces = []
     for qs, ks, vs in zip(*(t.split(sizes, dim=2) for t in (q, k, v)), strict=True):
         pieces.append(
-            window_attention(qs, ks, vs, INV_FREQ, window=window, offset=offset, cache_k=cache_k, cache_v=cache_v,
+            op(qs, ks, vs, frequencies(), window=window, offset=offset, cache_k=cache_k, cache_v=cache_v,
                              active=active)
         )  # fmt: skip
         offset += active * qs.shape[2]
@@ -71,34 +73,82 @@ def test_chunks_equal_the_whole_and_masked_rows_stay(window, sizes):
     assert (cache_k[2] == 7.0).all() and (cache_v[2] == 7.0).all()
 
 
-def test_rows_at_their_own_positions():
+def test_rows_at_their_own_positions(op):
     """A row that joins later attends to its own past only."""
     q, k, v = case(9)
     cache_k, cache_v = torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 8)
     offset = torch.zeros(2, dtype=torch.int64)
     both = torch.tensor([True, True])
     state = {"offset": offset, "cache_k": cache_k, "cache_v": cache_v}
-    window_attention(q[:, :, :4], k[:, :, :4], v[:, :, :4], INV_FREQ, window=5, active=both, **state)
+    op(q[:, :, :4], k[:, :, :4], v[:, :, :4], frequencies(), window=5, active=both, **state)
     offset[0] += 4  # row 1 is reset: its offset stays 0, whatever its ring holds
-    later = window_attention(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], INV_FREQ, window=5, active=both, **state)
-    assert relative_error(later[:1], window_attention(q, k, v, INV_FREQ, window=5)[:1, :, 4:]) < 1e-6
-    alone = window_attention(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], INV_FREQ, window=5)
+    later = op(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], frequencies(), window=5, active=both, **state)
+    assert relative_error(later[:1], op(q, k, v, frequencies(), window=5)[:1, :, 4:]) < 1e-6
+    alone = op(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], frequencies(), window=5)
     assert relative_error(later[1:], alone[1:]) < 1e-6
 
 
-def test_half_precision_rotates_in_full():
+def test_half_precision_rotates_in_full(op):
     """At position 5000, bf16 angles would be off by whole turns."""
     q, k, v = (t.bfloat16() for t in case(1, batch=1))
     state = {"cache_k": torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16), "active": torch.tensor([True])}
-    window_attention(
-        q, k, v, INV_FREQ, window=4, offset=torch.tensor([5000]), cache_v=state["cache_k"].clone(), **state
-    )
-    angle = 5000 * INV_FREQ.double()
+    op(q, k, v, frequencies(), window=4, offset=torch.tensor([5000]), cache_v=state["cache_k"].clone(), **state)
+    angle = 5000 * frequencies().double()
     a, b = k[0, :, 0].double().chunk(2, dim=-1)
     truth = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
     assert relative_error(state["cache_k"][0, :, 5000 % 4], truth) < 2**-7
 
 
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, length", [(8, 8, 64, 300), (2, 1, 128, 70), (2, 2, 16, 33), (2, 2, 12, 9)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_models_shapes(op, heads, kv_heads, dim, length, dtype, interleaved):
+    """Laid out in memory as projections leave them: [B, T, H, D]."""
+    q = noise(1, length, heads, dim, seed=1, scale=1.0).to(dtype).transpose(1, 2)
+    k, v = (noise(1, length, kv_heads, dim, seed=s, scale=1.0).to(dtype).transpose(1, 2) for s in (2, 3))
+    options = {"window": 250, "interleaved": interleaved}
+    truth = reference(q.double(), k.double(), v.double(), frequencies(dim), **options)
+    assert_as_exact(op(q, k, v, frequencies(dim), **options), reference(q, k, v, frequencies(dim), **options), truth)
+
+
+@pytest.mark.parametrize("position", [0, 5_000, 100_000, 20_000_001])
+def test_rotation_far_out(op, position):
+    q = noise(1, 1, 1, 64, scale=1.0)
+    rings = []
+    for f in (op, reference):
+        rings.append(torch.zeros(1, 1, 4, 64))
+        state = {"offset": torch.tensor([position]), "active": torch.tensor([True])}
+        f(q, q, q, frequencies(64), window=4, cache_k=rings[-1], cache_v=torch.zeros(1, 1, 4, 64), **state)
+    assert relative_error(*rings) < 1e-6
+
+
+def test_what_a_ring_holds_from_before_a_reset_is_not_seen(op):
+    q, k, v = case(3)
+    state = {"cache_k": torch.full((2, 2, 5, 8), 1e4), "cache_v": torch.full((2, 2, 5, 8), 1e4)}
+    state |= {"offset": torch.zeros(2, dtype=torch.int64), "active": torch.tensor([True, True])}
+    mine = op(q, k, v, frequencies(), window=5, **state)
+    assert relative_error(mine, op(q, k, v, frequencies(), window=5)) < 1e-6
+
+
+def test_gradients_are_the_references(op):
+    inputs = [t.requires_grad_() for t in case(9)]
+    grads = []
+    for f in (op, reference):
+        y = f(*inputs, frequencies(), window=4)
+        grads.append(torch.autograd.grad(y, inputs, noise(*y.shape, seed=5)))
+    for mine, theirs in zip(*grads, strict=True):
+        assert relative_error(mine, theirs) < 1e-5
+
+
+def test_dropout_drops(op):
+    q, k, v = case(20)
+    torch.manual_seed(0)
+    dropped = op(q, k, v, frequencies(), window=5, dropout=0.5)
+    assert relative_error(dropped, op(q, k, v, frequencies(), window=5)) > 0.1
+
+
 def test_gradients():
     inputs = [t.double().requires_grad_() for t in case(6, batch=1)]
-    assert torch.autograd.gradcheck(lambda *a: window_attention(*a, INV_FREQ, window=3), inputs)
+    assert torch.autograd.gradcheck(lambda *a: reference(*a, frequencies(), window=3), inputs)

@@ -20,6 +20,7 @@ models spread over several devices.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from transformers.models.mimi import modeling_mimi as peer
 
 from .. import checks
 from ..dispatch import Impl
+from ..errors import InputError
 from ..model import Mimi
 from ..ops import Call
 from ..quantizer import apply_in_full_precision, centroids
@@ -108,7 +110,7 @@ class Bound(nn.Module):
 
     def _frames(self, padding_mask: Tensor | None, frames: int) -> Ragged | None:
         """The frames that a mask of samples leaves, if it leaves any out and speaks of these codes."""
-        if padding_mask is None or padding_mask.bool().all():
+        if (padding_mask := _if_it_pads(padding_mask)) is None:
             return None
         ragged = Ragged.of(padding_mask).frames(self._core().frame_size)
         return ragged if ragged.total == frames else None
@@ -144,6 +146,11 @@ def _through(transformer: Any, x: Tensor, past: list[Any], **kwargs: Any) -> Ten
     output = transformer(x, past_key_values=past[0], return_dict=True, **kwargs)
     past[0] = output.past_key_values
     return output.last_hidden_state.transpose(1, 2)
+
+
+def _if_it_pads(mask: Tensor | None) -> Tensor | None:
+    """The mask, or None where it leaves nothing out; traced, its values are not known and it counts."""
+    return None if mask is None or (not torch.compiler.is_compiling() and mask.bool().all()) else mask
 
 
 def _answer(output: Any, return_dict: bool | None, config: Any) -> Any:
@@ -198,7 +205,7 @@ class MimiModel(Bound, peer.MimiModel):
                 latents, past = self._latents_in_steps(core, input_values, past, padding_cache, streaming, transformer)
                 codes = core.quantize(latents, count)
         else:
-            mask = None if padding_mask is None or padding_mask.bool().all() else padding_mask
+            mask = _if_it_pads(padding_mask)
             codes = core.encode(input_values, padding_mask=mask, num_codebooks=count, last_frame="layers").clamp_(min=0)
         return _answer(peer.MimiEncoderOutput(codes, past, padding_cache), return_dict, self.config)
 
@@ -231,14 +238,13 @@ class MimiModel(Bound, peer.MimiModel):
         **kwargs: Any,
     ) -> Any:
         """Audio [B, channels, N] -> `MimiOutput` with codes and audio of the same length; differentiable end to end."""
-        if padding_mask is None:
-            padding_mask = torch.ones_like(input_values, dtype=torch.bool)
+        length = (input_values if padding_mask is None else padding_mask).shape[-1]
         no_states = {"output_hidden_states": False, "output_attentions": False}  # `MimiOutput` has no room for them
         plain = audio_codes is None and encoder_past_key_values is None and not self._on_peer(no_states)
         if plain and torch.is_grad_enabled() and not self.config.use_streaming:
             core = self._core()
             count = self.config.num_quantizers if num_quantizers is None else num_quantizers
-            mask = None if padding_mask.bool().all() else padding_mask
+            mask = _if_it_pads(padding_mask)
             audio_codes, latents = core.straight_through(input_values, count, padding_mask=mask, last_frame="layers")
             if mask is not None:
                 audio_codes = torch.where(core.frame_mask(mask)[:, None], audio_codes, 0)
@@ -252,6 +258,7 @@ class MimiModel(Bound, peer.MimiModel):
                 audio_codes, encoder_past_key_values = encoded.audio_codes, encoded.encoder_past_key_values
             decoded = self.decode(audio_codes, padding_mask, decoder_past_key_values, return_dict=True)
             audio, past = decoded.audio_values, decoded.decoder_past_key_values
+        audio = audio[..., :length]
         return _answer(peer.MimiOutput(audio_codes, audio, encoder_past_key_values, past), return_dict, self.config)
 
     if HALVES:  # there read-only properties: subclasses drop parts by `self.upsample = None`
@@ -316,7 +323,7 @@ if HALVES:
                         core, input_values, past, padding_cache, streaming, self.encoder_transformer
                     )
             else:
-                mask = None if padding_mask is None or padding_mask.bool().all() else padding_mask
+                mask = _if_it_pads(padding_mask)
                 latents = core.encode_to_latent(input_values, padding_mask=mask, last_frame="layers")
             output = peer.MimiEncoderModelOutput(latents=latents, past_key_values=past, padding_cache=padding_cache)
             return _answer(output, return_dict, self.config)
@@ -380,3 +387,7 @@ def adopt(model: nn.Module, choose: Callable[[type], type] = ours) -> None:
             module.__class__ = Codebook
         elif module is not model and type(module) in PEERS:
             module.__class__ = choose(type(module))
+    for module in model.modules():
+        if isinstance(module, Bound):
+            with suppress(InputError):  # which comes when it is used
+                module._core()  # now, since torch.compile and torch.export cannot trace the binding

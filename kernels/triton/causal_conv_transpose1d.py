@@ -122,12 +122,15 @@ def causal_conv_transpose1d(
     if groups == channels and per_group == 1:
         return _depthwise(x, weight, bias, stride, trim, pre, overlap, active, total)
     if groups > 1:
-        parts = [t.chunk(groups, 1 if t is x or t is overlap else 0) if t is not None else [None] * groups
-                 for t in (x, weight, bias, overlap)]  # fmt: skip
-        return torch.cat(
-            [causal_conv_transpose1d(px, pw, pb, stride=stride, trim=trim, pre=pre, overlap=po, active=active)
-             for px, pw, pb, po in zip(*parts, strict=True)], dim=1,
-        )  # fmt: skip
+        y = _launch.empty_time_major(x, per_group * groups, total)
+        for g in range(groups):
+            px, pw, pb, po = (
+                None if t is None else t.chunk(groups, dim)[g]
+                for t, dim in ((x, 1), (weight, 0), (bias, 0), (overlap, 1))
+            )
+            part = causal_conv_transpose1d(px, pw, pb, stride=stride, trim=trim, pre=pre, overlap=po, active=active)
+            y[:, g * per_group : (g + 1) * per_group] = part
+        return y
     if overlap is not None:
         return _step(x, weight, bias, stride, pre, overlap, active)
     # rows of s outputs, as many as reach the last one that is kept
@@ -136,7 +139,7 @@ def causal_conv_transpose1d(
     spread = None if bias is None else _launch.packed(bias, f"x{stride}", lambda v: v.repeat(stride))
     y = causal_conv1d(x, packed, spread, pad=(taps - 1, rows - length), pre=pre)
     y = y.transpose(1, 2).reshape(batch, rows * stride, per_group)
-    return y[:, trim[0] : trim[0] + total].transpose(1, 2)
+    return y[:, trim[0] : trim[0] + total].contiguous().transpose(1, 2)  # a copy only where the left is trimmed
 
 
 def _taps(kernel: int, stride: int) -> int:
@@ -159,6 +162,7 @@ def _step(x, weight, bias, stride, pre, overlap, active):
     taps = _taps(kernel, stride)
     y = _launch.empty_time_major(x, out, length * stride)
     tile = blocks(batch * (length + taps - 1), channels, stride * out, taps, x)
+    tile["BLOCK_O"] = min(tile["BLOCK_O"], 64)  # addresses of the overlap take registers
     seg, per_tile, groups, tiles = _tiles(batch, length + taps - 1, taps, tile)
     packed = _pack(weight, stride)
     by_taps = _launch.packed(packed, "by_taps", lambda w: w.permute(0, 2, 1).contiguous())

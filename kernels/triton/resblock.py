@@ -16,7 +16,8 @@ Its 0.39 GFLOP (16 k a sample) are 64 a byte, a fifth of what an H100 can do for
 sheet (990 TFLOP/s over 3.35 TB/s): bandwidth binds. Both in one kernel would save half of the pair's bytes once more;
 but a window of 2 x stride samples makes each tile compute rows of its neighbour again, and the wider accumulators
 shorten the tile. It is left out until this kernel has been measured, as is its mirror in the decoder, the transposed
-convolution before. Beyond 256 hidden channels the accumulator would not fit the registers: then `causal_conv1d` twice.
+convolution before. From `WIDEST` hidden channels on, where arithmetic binds, the accumulator would spill: then
+`causal_conv1d` twice.
 
 A `shortcut` convolution (Mimi has none) runs as a launch of its own, and is what is added instead of x.
 """
@@ -42,7 +43,7 @@ from ._conv import (
 from ._launch import unsupported  # noqa: F401
 from .causal_conv1d import causal_conv1d
 
-WIDEST = 256  # hidden channels whose accumulator fits on the chip
+WIDEST = {torch.float32: 64, torch.float16: 256, torch.bfloat16: 256}  # hidden channels that fit the registers
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def resblock(
     (batch, channels, length), (hidden, _, kernel) = x.shape, weight1.shape
     x = _launch.time_major(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
-    if hidden > WIDEST or output_length(length, kernel, 1, dilation, pad) != length:
+    if hidden > WIDEST[x.dtype] or output_length(length, kernel, 1, dilation, pad) != length:
         wide = causal_conv1d(
             x, weight1, bias1, dilation=dilation, pad=pad, pad_mode=pad_mode, pre="elu", post="elu",
             history=history, first=first, active=active,
@@ -143,5 +144,5 @@ def _blocks(rows: int, channels: int, hidden: int, kernel: int, x: Tensor) -> di
     return {
         "BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_C": block_c, "TAPS": taps,
         "BLOCK_O": min(32 if fp32 else 64, max(16, triton.next_power_of_2(channels))),
-        "num_warps": 8 if block_h > 64 and rows > 64 else 4, "num_stages": 2,
+        "num_warps": 8 if block_h > (32 if fp32 else 64) and rows > 64 else 4, "num_stages": 2,
     }  # fmt: skip

@@ -2,15 +2,18 @@
 
     code_l = argmin_s |c_{l,s}|^2 - 2 r_l . c_{l,s},      r_{l+1} = r_l - c_{l,code_l}
 
-A program keeps its rows' residuals on the chip through all levels and runs over each codebook in tiles: products on the
-tensor cores, the two best scores and entries so far beside them; no [N, S] matrix in memory. For N rows, L levels, S
-entries of D the reference moves 2 L N S floats of scores; this moves N D of residuals and, from the L2 cache, L S D of
-codebook per program.
+A program takes its rows through all levels and runs over each codebook in tiles: products on the tensor cores, and
+beside them the two best scores and entries so far; no [N, S] matrix in memory. For N rows, L levels and S entries the
+reference writes and reads 2 L N S floats of scores; this moves N D of residuals, and from the L2 cache S D of codebook
+for each program and level.
 
 Exact: scores from the tensor cores (three TF32 products) err by some 1e-6, so the two best entries are scored again as
 sum_d (r_d - c_d)^2 in fp64, and the nearer wins, the first index on a tie. The residual is subtracted in fp32, as the
-reference does. Wide entries (JODIO: D = 1028) do not fit the registers: their residuals lie in a scratch buffer, which
-the cache holds, and products and scores run over D in blocks.
+reference does.
+
+The residual lies in a scratch buffer [N, D], which a program reads block by block as it reads the codebook, and which
+its caches hold from one level to the next. Kept in registers, 64 rows of 256 with the parts that three TF32 products
+need spilt 1.4 to 16 KB a thread (compiled for sm_80, 90, 100), and JODIO's 1028 dimensions would not fit at all.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from . import _launch
 from ._launch import unsupported  # noqa: F401
 
 FAR = tl.constexpr(float("inf"))
-WIDEST = 256  # entries up to so many dimensions keep the residual in registers
+BLOCKS = {  # by whether there are more than 16 rows
+    False: {"BLOCK_N": 16, "BLOCK_S": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
+    True: {"BLOCK_N": 64, "BLOCK_S": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
+}
 
 
 @triton.jit
@@ -46,15 +52,14 @@ def best_two(score, s, best, code, second, runner_up):
 
 @triton.jit
 def rvq_encode_fwd_kernel(
-    p_r, p_books, p_norms, p_codes, N, L, S, D,
-    HELD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    p_r, p_books, p_norms, p_codes, N, L, S, units,
+    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """HELD: BLOCK_D covers D and the residual stays in registers; else p_r [N, D] is scratch."""
+    D = units * UNIT  # so that the compiler knows rows to start at multiples of 16 bytes
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = n < N
     d = tl.arange(0, BLOCK_D)
-    p_rows = p_r + n[:, None] * D + d[None, :]
-    b_r = tl.load(p_rows, mask=m_n[:, None] & (d < D)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+    p_rows = p_r + n[:, None] * D + d[None, :]  # the residual, x at first
     for level in range(L):
         p_book = p_books + level * S * D
         best = tl.full([BLOCK_N], FAR, tl.float32)
@@ -65,15 +70,11 @@ def rvq_encode_fwd_kernel(
             s = s0 + tl.arange(0, BLOCK_S)
             p_entries = p_book + s[None, :] * D + d[:, None]  # [BLOCK_D, BLOCK_S]
             dots = tl.zeros([BLOCK_N, BLOCK_S], dtype=tl.float32)
-            if HELD:
-                b_c = tl.load(p_entries, mask=(d < D)[:, None] & (s < S)[None, :], other=0.0)
+            for d0 in range(0, D, BLOCK_D):
+                m_d = d0 + d < D
+                b_r = tl.load(p_rows + d0, mask=m_n[:, None] & m_d[None, :], other=0.0)
+                b_c = tl.load(p_entries + d0, mask=m_d[:, None] & (s < S)[None, :], other=0.0)
                 dots = tl.dot(b_r, b_c, dots, input_precision=PRECISION)
-            else:
-                for d0 in range(0, D, BLOCK_D):
-                    m_d = d0 + d < D
-                    b_x = tl.load(p_rows + d0, mask=m_n[:, None] & m_d[None, :], other=0.0)
-                    b_c = tl.load(p_entries + d0, mask=m_d[:, None] & (s < S)[None, :], other=0.0)
-                    dots = tl.dot(b_x, b_c, dots, input_precision=PRECISION)
             norm = tl.load(p_norms + level * S + s, mask=s < S, other=FAR)
             best, code, second, runner_up = best_two(norm[None, :] - 2.0 * dots, s, best, code, second, runner_up)
         runner_up = tl.where(second < FAR, runner_up, code)  # a codebook of one entry has no second
@@ -81,28 +82,21 @@ def rvq_encode_fwd_kernel(
         near = tl.zeros([BLOCK_N], tl.float64)
         far = tl.zeros([BLOCK_N], tl.float64)
         for d0 in range(0, D, BLOCK_D):
-            m_d = m_n[:, None] & (d0 + d < D)[None, :]
-            b_x = b_r
-            if not HELD:
-                b_x = tl.load(p_rows + d0, mask=m_d, other=0.0)
+            m = m_n[:, None] & (d0 + d < D)[None, :]
+            b_r = tl.load(p_rows + d0, mask=m, other=0.0)
             p_d = p_book + (d0 + d)[None, :]
-            a = (b_x - tl.load(p_d + code[:, None] * D, mask=m_d, other=0.0)).to(tl.float64)
-            b = (b_x - tl.load(p_d + runner_up[:, None] * D, mask=m_d, other=0.0)).to(tl.float64)
-            near += tl.sum(a * a, axis=1)
-            far += tl.sum(b * b, axis=1)
-        other = (far < near) | ((far == near) & (runner_up < code))
-        code = tl.where(other, runner_up, code)
+            gap = (b_r - tl.load(p_d + code[:, None] * D, mask=m, other=0.0)).to(tl.float64)
+            near += tl.sum(gap * gap, axis=1)
+            gap = (b_r - tl.load(p_d + runner_up[:, None] * D, mask=m, other=0.0)).to(tl.float64)
+            far += tl.sum(gap * gap, axis=1)
+        code = tl.where((far < near) | ((far == near) & (runner_up < code)), runner_up, code)
         tl.store(p_codes + level * N + n, code.to(tl.int64), mask=m_n)
 
         for d0 in range(0, D, BLOCK_D):
-            m_d = m_n[:, None] & (d0 + d < D)[None, :]
-            b_c = tl.load(p_book + code[:, None] * D + (d0 + d)[None, :], mask=m_d, other=0.0)
-            if HELD:
-                b_r -= b_c
-            else:
-                tl.store(p_rows + d0, tl.load(p_rows + d0, mask=m_d, other=0.0) - b_c, mask=m_d)
-        if not HELD:
-            tl.debug_barrier()  # other threads read these residuals next
+            m = m_n[:, None] & (d0 + d < D)[None, :]
+            b_c = tl.load(p_book + code[:, None] * D + (d0 + d)[None, :], mask=m, other=0.0)
+            tl.store(p_rows + d0, tl.load(p_rows + d0, mask=m, other=0.0) - b_c, mask=m)
+        tl.debug_barrier()  # other threads read these residuals next
 
 
 def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
@@ -112,16 +106,12 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     if not rows:
         return codes
     codebooks = codebooks.contiguous()
-    held = dim <= WIDEST
-    residual = x.contiguous() if held else x.clone(memory_format=torch.contiguous_format)
-    block_d = max(16, triton.next_power_of_2(dim)) if held else 64
-    tile = (
-        {"BLOCK_N": 16, "BLOCK_S": 64, "num_warps": 4} if rows <= 16 else {"BLOCK_N": 64, "BLOCK_S": 64, "num_warps": 8}
-    )
+    tile = BLOCKS[rows > 16]
+    unit = 4 if dim % 4 == 0 else 1
     _launch.launch(
         "rvq_encode", rvq_encode_fwd_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),),
-        residual, codebooks, _norms(codebooks), codes, rows, levels, size, dim,
-        HELD=held, BLOCK_D=block_d, PRECISION=_launch.precision(x), num_stages=2, **tile,
+        x.clone(memory_format=torch.contiguous_format), codebooks, _norms(codebooks), codes,
+        rows, levels, size, dim // unit, UNIT=unit, PRECISION=_launch.precision(x), **tile,
     )  # fmt: skip
     return codes
 

@@ -1,0 +1,105 @@
+"""Kernels as PyTorch ops (`torch.library`): schema, fake and autograd, so that tracing goes through them. A leaf.
+
+A kernel of an op becomes `fastmimi::<op>_<kind>`, and where the op streams also `fastmimi::<op>_<kind>_step`, which
+changes the state in place and has no gradient. Backward, `fastmimi::<op>_backward`, computes the op again through the
+reference and differentiates that: gradients are the reference's, and training keeps none of the op's insides. It cannot
+be differentiated a second time.
+
+The reference is not registered: PyTorch sees through it, compiles it, and exports it as plain ATen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import SCHEMAS, Schema
+
+Implementation = Callable[..., Tensor]
+
+_library = torch.library.Library("fastmimi", "DEF")
+_defined: dict[str, Any] = {}
+
+
+def register(op: str, kind: str, kernel: Implementation, reference: Implementation) -> Implementation:
+    """The kernel, with the signature of its reference, as a PyTorch op."""
+    schema, name = SCHEMAS[op], f"{op}_{kind}"
+    if name not in _defined:
+
+        def run(*tensors: Tensor | None, **options: Any) -> Tensor:
+            return kernel(**dict(zip(schema.names, tensors, strict=False)), **options)
+
+        _define(name, f"{schema.tensors}{_keywords(schema.options)}", run, schema.fake)
+        if schema.state:
+            keywords = _keywords(f"{schema.state}, {schema.options}")
+            _define(f"{name}_step", f"{schema.tensors}{keywords}", run, schema.fake)
+        if op != "rvq_encode":  # which answers integers
+            _differentiate(op, name, schema, reference)
+    offline, step = _defined[name], _defined.get(f"{name}_step")
+    names, state = schema.names, schema.state_names
+
+    def call(*tensors: Tensor | None, dropout: float = 0.0, **options: Any) -> Tensor:
+        if dropout:  # attention's, in training: backward would need the same mask again
+            return reference(*tensors, dropout=dropout, **options)
+        tensors += tuple(options.pop(name, None) for name in names[len(tensors) :])
+        if step is not None and options.get(state[0]) is not None:
+            return step(*tensors, **options)
+        return offline(*tensors, **options)
+
+    return call
+
+
+def _keywords(options: str) -> str:
+    return f", *, {options}" if options else ""
+
+
+def _define(name: str, arguments: str, function: Callable[..., Any], fake: Callable[..., Any], gives: str = "Tensor"):
+    _library.define(f"{name}({arguments}) -> {gives}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastmimi::{name}", fake, lib=_library)
+    _defined[name] = getattr(torch.ops.fastmimi, name)
+
+
+def _differentiate(op: str, name: str, schema: Schema, reference: Implementation) -> None:
+    names = schema.names
+    back = f"{op}_backward"
+
+    def gradients(grad: Tensor, *inputs: Any, **options: Any) -> list[Tensor]:
+        *tensors, needs = inputs
+        with torch.enable_grad():
+            tensors = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
+            y = reference(**dict(zip(names, tensors, strict=True)), **options)
+            wanted = [t for t in tensors if t is not None and t.requires_grad]
+            return [g.contiguous() for g in torch.autograd.grad(y, wanted, grad)]
+
+    def fake(grad: Tensor, *inputs: Any, **options: Any) -> list[Tensor]:
+        *tensors, needs = inputs
+        return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need]
+
+    if back not in _defined:
+        arguments = f"Tensor grad, {_without_defaults(schema.tensors)}, bool[] needs{_keywords(schema.options)}"
+        _define(back, arguments, gradients, fake, "Tensor[]")
+
+    def remember(ctx: Any, inputs: Any, output: Any, keyword_only_inputs: Any = None) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.options = keyword_only_inputs or {}
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, given = ctx.saved_tensors, list(ctx.needs_input_grad)
+        needs = given + [False] * (len(inputs) - len(given))  # PyTorch leaves out defaults at the end
+        found = iter(_defined[back](grad, *inputs, needs, **ctx.options))
+        return tuple(next(found) if need else None for need in given)
+
+    torch.library.register_autograd(f"fastmimi::{name}", backward, setup_context=remember, lib=_library)
+
+
+def _without_defaults(tensors: str) -> str:
+    return ", ".join(tensor.partition("=")[0] for tensor in tensors.split(", "))
+
+
+def op(name: str) -> Any:
+    """A registered op by its name, `<op>_<kind>` or `<op>_<kind>_step`."""
+    return _defined[name]

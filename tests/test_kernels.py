@@ -1,0 +1,86 @@
+"""Whole models through the Triton kernels, against the reference: offline, ragged, streaming, half precision."""
+
+import pytest
+import torch
+
+from fastmimi.testing import assert_same_codes, chunks, noise, relative_error, small_model
+
+pytestmark = pytest.mark.kernels
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHORT = {"upsampling_ratios": [4, 3, 2], "frame_rate": 500}  # frames of 48 samples
+
+
+def pair(name="small", **changes):
+    """The same model through the kernels and through the reference."""
+    models = [small_model(name, **changes).to(DEVICE) for _ in range(2)]
+    models[0].impl, models[1].impl = "triton", "reference"
+    return models
+
+
+@pytest.mark.parametrize("name", [
+    "small", "residual_layers", "shortcut", "semantic", "attention", "rope", "unprojected", "stereo", "replicate",
+    "reflect", "not_causal", "trim",
+])  # fmt: skip
+@torch.no_grad()
+def test_offline(name):
+    mine, theirs = pair(name, **SHORT)
+    for samples in (1, 1357):
+        audio = noise(2, mine.config.audio_channels, samples).to(DEVICE)
+        assert_same_codes(mine.encode(audio), theirs.encode(audio), theirs.encode_to_latent(audio), theirs)
+        codes = theirs.encode(audio)
+        assert relative_error(mine.decode(codes), theirs.decode(codes)) < 1e-5
+
+
+@torch.no_grad()
+def test_ragged():
+    mine, theirs = pair(**SHORT)
+    audio, mask = noise(3, 1, 500).to(DEVICE), torch.ones(3, 500, dtype=torch.bool, device=DEVICE)
+    mask[1, 300:] = mask[2, :77] = False
+    codes = theirs.encode(audio, padding_mask=mask)
+    assert torch.equal(mine.encode(audio, padding_mask=mask), codes)
+    frames = theirs.frame_mask(mask)
+    assert relative_error(*(m.decode(codes, padding_mask=frames) for m in (mine, theirs))) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["small", "replicate", "attention"])
+@torch.no_grad()
+def test_streams(name):
+    """Chunks of any length equal one call over the whole; a masked stream is left alone."""
+    mine, theirs = pair(name, **SHORT)
+    audio = noise(3, 1, 1100).to(DEVICE)
+    codes, state = theirs.encode(audio), mine.new_state(3)
+    parts = [mine.encode(chunk, state=state) for chunk in audio.split(chunks(1100, 1, 500), dim=-1)]
+    assert torch.equal(torch.cat([*parts, mine.flush(state)], dim=-1), codes)
+    state.exec_mask[1] = False
+    before = {k: v[1].clone() for k, v in state.decode.buffers.items()}
+    sounds = [mine.decode(part, state=state) for part in codes.split(chunks(codes.shape[-1], 2, 9), dim=-1)]
+    assert relative_error(torch.cat(sounds, dim=-1)[::2], theirs.decode(codes)[::2]) < 1e-5
+    assert all(torch.equal(state.decode.buffers[k][1], v) for k, v in before.items())
+
+
+@torch.no_grad()
+def test_tiles_of_long_audio(monkeypatch):
+    from fastmimi import codec
+
+    mine, theirs = pair(**SHORT)
+    audio = noise(2, 1, 3000).to(DEVICE)
+    codes = theirs.encode(audio)
+    for name in ("TILE_SAMPLES", "TILE_SAMPLES_ACCELERATOR"):
+        monkeypatch.setattr(codec, name, 1500)
+    assert torch.equal(mine.encode(audio), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision(dtype):
+    """Against fp32, no further off than the reference in the same precision, and a rounding."""
+    mine, theirs = (model.to(dtype) for model in pair(**SHORT))
+    full = pair(**SHORT)[1]
+    audio = noise(2, 1, 1000).to(DEVICE)
+    codes, truth = full.encode(audio), full.encode_to_latent(audio)
+    errors = [relative_error(m.encode_to_latent(audio.to(dtype)), truth) for m in (mine, theirs)]
+    assert errors[0] < 1.5 * errors[1] + torch.finfo(dtype).eps
+    truth = full.decode(codes)
+    errors = [relative_error(m.decode(codes), truth) for m in (mine, theirs)]
+    assert errors[0] < 1.5 * errors[1] + torch.finfo(dtype).eps
+    assert mine.encode(audio.to(dtype)).shape == codes.shape
