@@ -78,6 +78,16 @@ def assert_as_exact(mine: Tensor, plain: Tensor, truth: Tensor) -> None:
     assert error <= allowed, f"off by {error:.2e} of the peak, {allowed:.2e} allowed"
 
 
+def assert_nearest(codes: Tensor, x: Tensor, codebooks: Tensor) -> None:
+    """Codes [L, N] of x [N, D] are, level by level, of the nearest entries in fp64, or of one as near to 1e-6."""
+    for rows, code_rows in zip(x.double().split(8192), codes.split(8192, dim=1), strict=True):
+        residual = rows
+        for code, book in zip(code_rows, codebooks.double(), strict=True):
+            nearest = torch.cdist(residual, book).square().amin(dim=1)
+            residual = residual - book[code]
+            assert (residual.square().sum(dim=1) <= nearest * (1 + 1e-6) + 1e-20).all(), "an entry was nearer"
+
+
 def assert_same_codes(mine: Tensor, theirs: Tensor, latents: Tensor, core: Mimi) -> None:
     """Codes [B, K, T] are identical, or where a residual chain parts, the two entries are equally near.
 

@@ -5,7 +5,7 @@ import torch
 
 from fastmimi.reference import rvq_encode as module
 from fastmimi.reference.rvq_encode import rvq_encode as reference
-from fastmimi.testing import noise
+from fastmimi.testing import assert_nearest, noise
 
 
 def exhaustive(x, codebooks):
@@ -46,16 +46,6 @@ def test_many_rows_go_in_parts(monkeypatch):
 def test_fp64():
     x, codebooks = noise(20, 8, seed=1).double(), noise(3, 32, 8, seed=2).double()
     assert torch.equal(reference(x, codebooks), exhaustive(x, codebooks))
-
-
-def assert_nearest(codes, x, codebooks):
-    """Each code is the nearest entry to its residual, or within 1e-6 of it (relative, in fp64)."""
-    residual = x.double()
-    for code, book in zip(codes, codebooks.double(), strict=True):
-        distances = torch.cdist(residual, book, compute_mode="donot_use_mm_for_euclid_dist").square()
-        chosen = distances.gather(1, code[:, None])[:, 0]
-        assert (chosen <= distances.amin(dim=1) * (1 + 1e-6)).all()
-        residual = residual - book[code]
 
 
 @pytest.mark.parametrize("rows", [1, 90])

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from . import _launch
 
+# Arguments that vary from call to call: Triton is not to compile anew for their alignment.
+LENGTHS = ("B", "T", "T_out", "mirror", "seg", "per_tile")
+
 
 @triton.jit
 def activate(x, KIND: tl.constexpr, FINE: tl.constexpr):
@@ -142,7 +145,7 @@ def blocks(rows: int, C: int, O: int, K: int, x: Tensor) -> dict[str, Any]:
     taps = min(wide // block_c, max(triton.next_power_of_2(K), 16 // block_c))
     fp32 = x.dtype == torch.float32  # three products, each with operands of its own: half the tile, or it spills
     if rows <= 64:  # a step of a stream: bound by reading weights, so many small programs
-        tile = {"BLOCK_T": 16, "BLOCK_O": 32, "num_warps": 4, "num_stages": 4}
+        tile = {"BLOCK_T": 16, "BLOCK_O": 32, "num_warps": 4, "num_stages": 3 if fp32 else 4}
     elif O <= 64:
         block_o = max(16, triton.next_power_of_2(O))
         tile = {"BLOCK_T": 64 if fp32 else 128, "BLOCK_O": block_o, "num_warps": 4, "num_stages": 3}

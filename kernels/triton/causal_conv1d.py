@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _launch
 from ._conv import (
+    LENGTHS,
     activate,
     advance_history,
     blocks,
@@ -30,7 +31,7 @@ from ._conv import (
 from ._launch import unsupported  # noqa: F401
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def causal_conv1d_fwd_kernel(
     p_x, p_w, p_bias, p_residual, p_history, p_first, p_active, p_arrivals, p_y,
     B, T, T_out, C, O, K, stride, dilation, pad, mirror, seg, per_tile,
@@ -120,5 +121,5 @@ def _launch_group(x, weight, bias, residual, history, first, active, y, stride, 
         mirrored_length(length, pad, pad_mode), seg, per_tile,
         x.stride(0), x.stride(2), r.stride(0), r.stride(2), y.stride(0), y.stride(2), h.stride(0),
         PRE=pre, POST=post, MODE=pad_mode, BIAS=bias is not None, RESIDUAL=residual is not None, STREAM=stream,
-        BLOCK_P=triton.next_power_of_2(max(pad[0], 1)), PRECISION=_launch.precision(x), **tile,
+        BLOCK_P=triton.next_power_of_2(pad[0]) if stream else 1, PRECISION=_launch.precision(x), **tile,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._conv import activate, blocks, convolve, rows_of, segments
+from ._conv import LENGTHS, activate, blocks, convolve, rows_of, segments
 from ._launch import unsupported  # noqa: F401
 from .causal_conv1d import causal_conv1d
 
@@ -44,7 +44,7 @@ def add_and_keep_overlap(acc, p_overlap, p_active, b, p, m, T_out, tail, channel
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def causal_conv_transpose1d_step_kernel(
     p_x, p_w, p_bias, p_overlap, p_active, p_y,
     B, T, C, O, stride, taps, tail, seg, per_tile, sx_b, sx_t, so_b, sy_b,
@@ -70,7 +70,7 @@ def causal_conv_transpose1d_step_kernel(
     tl.store(p_out, acc.to(p_y.dtype.element_ty), mask=m & (p < T * stride))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def causal_conv_transpose1d_depthwise_kernel(
     p_x, p_w, p_bias, p_overlap, p_active, p_y,
     B, T, C, K, stride, taps, tail, T_out, left, seg, per_tile, sx_b, sx_t, so_b, sy_b, sy_t,

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from . import _launch
 from ._conv import (
+    LENGTHS,
     activate,
     advance_history,
     by_taps,
@@ -46,7 +47,7 @@ from .causal_conv1d import causal_conv1d
 WIDEST = {torch.float32: 64, torch.float16: 256, torch.bfloat16: 256}  # hidden channels that fit the registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def resblock_fwd_kernel(
     p_x, p_w1, p_b1, p_w2, p_b2, p_skip, p_history, p_first, p_active, p_arrivals, p_y,
     B, T, C, H, K, dilation, pad, mirror, seg, per_tile,
@@ -128,7 +129,7 @@ def resblock(
         batch, length, channels, hidden, kernel, dilation, pad[0], mirrored_length(length, pad, pad_mode),
         seg, per_tile,
         x.stride(0), x.stride(2), skip.stride(0), skip.stride(2), y.stride(0), y.stride(2), h.stride(0),
-        MODE=pad_mode, STREAM=stream, BLOCK_P=triton.next_power_of_2(max(pad[0], 1)),
+        MODE=pad_mode, STREAM=stream, BLOCK_P=triton.next_power_of_2(pad[0]) if stream else 1,
         PRECISION=_launch.precision(x), **tile,
     )  # fmt: skip
     return y
@@ -144,5 +145,5 @@ def _blocks(rows: int, channels: int, hidden: int, kernel: int, x: Tensor) -> di
     return {
         "BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_C": block_c, "TAPS": taps,
         "BLOCK_O": min(32 if fp32 else 64, max(16, triton.next_power_of_2(channels))),
-        "num_warps": 8 if block_h > (32 if fp32 else 64) and rows > 64 else 4, "num_stages": 2,
+        "num_warps": 8 if block_h > 32 and rows > 64 else 4, "num_stages": 2,
     }  # fmt: skip

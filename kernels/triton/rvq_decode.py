@@ -15,7 +15,7 @@ from . import _launch
 from ._launch import unsupported  # noqa: F401
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "L", "sc_l", "sc_n"])
 def rvq_decode_fwd_kernel(p_codes, p_books, p_y, N, L, S, D, sc_l, sc_n, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     columns = tl.cdiv(D, BLOCK_D)
     n = (tl.program_id(0) // columns) * BLOCK_N + tl.arange(0, BLOCK_N)

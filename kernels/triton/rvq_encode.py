@@ -50,7 +50,7 @@ def best_two(score, s, best, code, second, runner_up):
     return best, code, second, runner_up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "L"])
 def rvq_encode_fwd_kernel(
     p_r, p_books, p_norms, p_codes, N, L, S, units,
     UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,

@@ -70,7 +70,7 @@ def attend(q_a, q_b, k_a, k_b, v, visible, top, total, acc, scale, PRECISION: tl
     return new_top, total * fade + tl.sum(weights, axis=1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def window_attention_fwd_kernel(
     p_q, p_k, p_v, p_freq, p_y, p_offset, p_ring_k, p_ring_v, p_active, p_arrivals,
     H, H_kv, T, D, window, scale, rope_scale,

@@ -1,0 +1,11 @@
+"""causal_conv_transpose1d by each implementation that runs here, at the models' shapes."""
+
+import pytest
+
+from fastmimi import dispatch, workloads
+
+
+@pytest.mark.parametrize("workload", workloads.of("causal_conv_transpose1d"), ids=str)
+@pytest.mark.parametrize("candidate", dispatch.CANDIDATES)
+def bench_causal_conv_transpose1d(time_op, workload, candidate):
+    time_op(workload, candidate)

@@ -1,0 +1,44 @@
+"""What the benchmarks of single ops share: inputs, the check before the clock, and the size that a CPU can take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastmimi import dispatch
+from fastmimi.errors import InputError
+from fastmimi.workloads import Workload
+
+CPU_FLOPS = 2e9  # a round on a CPU: about 10 ms
+
+
+@pytest.fixture
+def time_op(benchmark) -> Callable[[Workload, str], None]:
+    """Check a workload by a candidate of the dispatcher, then time it; a group is a workload."""
+
+    @torch.inference_mode()
+    def run(workload: Workload, candidate: str) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        try:
+            dispatch.explain(device, dtype, {workload.op: candidate})
+        except InputError as error:
+            pytest.skip(str(error))
+        rows = workload.rows
+        if device == "cpu":
+            rows = max(16, min(rows, int(rows * CPU_FLOPS / workload.flops(rows)))) // 16 * 16
+        benchmark.group = f"{workload.op}: {workload}" + (f", cut to {rows}" if rows < workload.rows else "")
+        with torch.device(device):
+            workload.check(candidate, dtype, rows)
+            tensors = workload.tensors(dtype, rows)
+
+        def once() -> None:
+            workload.run(candidate, tensors)
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(once, rounds=10, warmup_rounds=2)
+
+    return run

@@ -1,0 +1,236 @@
+"""One command for a machine with a GPU: check every kernel, time it beside what people use today, and keep the numbers.
+
+    python bench/gpu.py          # needs a GPU; under 8 minutes; writes bench/results/<gpu>.json and prints tables
+    python bench/gpu.py --dry    # no GPU: the checks on small shapes in Triton's interpreter; times: not measured
+
+First the two ceilings of the card (a copy, a bf16 matrix product). Then each op at the models' shapes: against the
+reference in fp64 (an op that fails gets no time), then the median of CUDA-event times, inputs rotated so that none is
+found in the L2 cache, beside PyTorch eager, `torch.compile` of the reference, and for attention also FlexAttention and
+SDPA with a dense mask. "of ceiling" is the time that the binding ceiling allows over the time taken. Then the whole
+codec beside transformers' module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BUDGET_S = 450  # after which what is left is reported as not measured
+RESULTS = Path(__file__).parent / "results"
+Timed = Callable[[], Any]
+start = time.monotonic()
+
+
+def median_ms(calls: list[Timed], repeats: int = 20) -> float:
+    """Median time of a call in ms, going round over `calls`, which do the same on different memory."""
+    for call in calls[:2] * 2:
+        call()
+    torch.cuda.synchronize()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for i, (begin, end) in enumerate(events):
+        begin.record()
+        calls[i % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes/s of a device copy (read + written), and FLOP/s of a bf16 matrix product."""
+    pair = [torch.randn(2**28, device="cuda") for _ in range(2)]
+    square = [torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    copy_ms, product_ms = (median_ms([f]) for f in (lambda: pair[0].copy_(pair[1]), lambda: square[0] @ square[1]))
+    return {"copy_bytes_s": 2 * 2**30 / copy_ms * 1e3, "bf16_flops_s": 2 * 8192**3 / product_ms * 1e3}
+
+
+def rotated(make: Callable[[], list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    """Copies of the inputs, three L2 caches full of them, at least two and at most sixteen."""
+    first = make()
+    size = sum(t.numel() * t.element_size() for t in first)
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return [first, *([t.clone() for t in first] for _ in range(min(15, max(1, 3 * l2 // size))))]
+
+
+def rivals(workload: Any, sets: list[list[torch.Tensor]]) -> dict[str, list[Timed]]:
+    """By name, the same work as others do it, once for each set of inputs."""
+    from fastmimi import dispatch
+
+    reference = dispatch.implementation(workload.op, "reference")
+    calls: dict[str, list[Timed]] = {"eager": [lambda s=s: reference(*s, **workload.options) for s in sets]}
+    if sets[0][0].dtype != torch.float32 or workload.op.startswith("rvq"):
+        compiled = torch.compile(reference, dynamic=False)
+        calls["compile"] = [lambda s=s: compiled(*s, **workload.options) for s in sets]
+    if workload.op == "window_attention":
+        calls |= attention_rivals(workload, sets)
+    return calls
+
+
+def attention_rivals(workload: Any, sets: list[list[torch.Tensor]]) -> dict[str, list[Timed]]:
+    """Without the rotation, which they leave to others: what they take is a little less than the same work."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.functional import scaled_dot_product_attention
+
+    length, window = sets[0][0].shape[2], workload.options["window"]
+    flex = torch.compile(flex_attention, dynamic=False)
+    band = create_block_mask(lambda b, h, i, j: (j <= i) & (j > i - window), None, None, length, length)
+    calls = {"flex": [lambda s=s: flex(*s[:3], block_mask=band) for s in sets]}
+    if length <= 10_000:
+        steps = torch.arange(length, device="cuda")
+        mask = (steps[None] <= steps[:, None]) & (steps[None] > steps[:, None] - window)
+        calls["sdpa, dense mask"] = [lambda s=s: scaled_dot_product_attention(*s[:3], mask) for s in sets]
+    return calls
+
+
+def measure(workload: Any, dtype: torch.dtype, roof: dict[str, float]) -> dict[str, Any]:
+    """The row of one op: its error, its times, and how near it comes to the ceiling that binds."""
+    row: dict[str, Any] = {"op": workload.op, "case": workload.name, "dtype": str(dtype)[6:]}
+    row |= {"bytes": workload.bytes(dtype), "flops": workload.flops(workload.rows)}
+    try:
+        workload.check("triton", dtype, min(workload.rows, 24_000))
+    except Exception as error:  # a red check gives no number, and the other ops still get theirs
+        return row | {"failed": f"{type(error).__name__}: {error}"[:500]}
+    sets = rotated(lambda: workload.tensors(dtype))
+    row["ms"] = median_ms([lambda s=s: workload.run("triton", s) for s in sets])
+    flops_s = roof["bf16_flops_s"] / (6 if dtype == torch.float32 else 1)  # three TF32 products at half the rate
+    least = max(row["bytes"] / roof["copy_bytes_s"], row["flops"] / flops_s) * 1e3
+    row["of_ceiling"] = least / row["ms"]
+    row["binds"] = "bytes" if least == row["bytes"] / roof["copy_bytes_s"] * 1e3 else "flops"
+    for name, calls in rivals(workload, sets).items():
+        if time.monotonic() - start > BUDGET_S:
+            break
+        try:
+            row[f"{name}_ms"] = median_ms(calls)
+        except Exception as error:  # a rival that cannot run here is no reason to stop
+            row[f"{name}_failed"] = f"{type(error).__name__}: {error}"[:200]
+    return row
+
+
+@torch.inference_mode()
+def end_to_end(dtype: torch.dtype, batch: int) -> list[dict[str, Any]]:
+    """10 s of audio both ways, ours beside transformers' on the same weights, and one frame of streams."""
+    import tempfile
+
+    from transformers import MimiModel
+
+    import fastmimi
+
+    with tempfile.TemporaryDirectory() as folder:
+        mimi = fastmimi.load("random:0", num_codebooks=8)
+        fastmimi.save_pretrained(mimi, folder)
+        peer = MimiModel.from_pretrained(folder).eval().to("cuda", dtype)
+    mimi = mimi.to("cuda", dtype)
+    audio = (torch.randn(batch, 1, 240_000, device="cuda") * 0.1).to(dtype)
+    codes = mimi.encode(audio)
+    rows = []
+    for name, ours, theirs in (
+        ("encode 10 s", lambda: mimi.encode(audio), lambda: peer.encode(audio, num_quantizers=8).audio_codes),
+        ("decode 10 s", lambda: mimi.decode(codes), lambda: peer.decode(codes).audio_values),
+    ):
+        row = {"case": name, "batch": batch, "dtype": str(dtype)[6:]}
+        row["equal_codes"] = (ours() == theirs()).float().mean().item() if "encode" in name else None
+        pairs = [(median_ms([ours], 5), median_ms([theirs], 5)) for _ in range(4)]  # in turn
+        row["ms"], row["transformers_ms"] = (statistics.median(p[i] for p in pairs) for i in range(2))
+        rows.append(row)
+    state, frame, one = mimi.new_state(batch), audio[..., : mimi.frame_size], codes[..., :1]
+    for name, call in (("stream: encode a frame", lambda: mimi.encode(frame, state=state)),
+                       ("stream: decode a frame", lambda: mimi.decode(one, state=state))):  # fmt: skip
+        rows.append({"case": name, "batch": batch, "dtype": str(dtype)[6:], "ms": median_ms([call])})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("bytes", "flops")))
+    grid = Table(*names, box=box.MARKDOWN)
+    for row in rows:
+        values = (row.get(name, "") for name in names)
+        grid.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values))
+    Console(width=200).print(grid)
+
+
+def dry() -> int:
+    os.environ["TRITON_INTERPRET"] = "1"
+    from fastmimi.testing import mend_interpreter
+    from fastmimi.workloads import WORKLOADS
+
+    mend_interpreter()
+    torch.set_num_threads(1)
+    rows = []
+    for workload in WORKLOADS:
+        for dtype in (torch.float32, torch.bfloat16)[: 1 if workload.op.startswith("rvq") else 2]:
+            row = {"op": workload.op, "case": workload.name, "dtype": str(dtype)[6:], "check": "equal"}
+            try:
+                workload.check("triton", dtype, min(workload.rows, 24))
+            except AssertionError as error:
+                row["check"] = str(error)
+            rows.append(row | {"ms": "not measured"})
+    table(rows)
+    return sum(row["check"] != "equal" for row in rows)
+
+
+def commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return git.stdout.strip() or "unknown"
+
+
+def measured(out: Path | None) -> int:
+    import triton
+
+    from fastmimi.workloads import WORKLOADS
+
+    gpu = torch.cuda.get_device_name()
+    roof = ceilings()
+    result: dict[str, Any] = {
+        "gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "commit": commit(), "ceilings": roof,
+        "ops": [], "end_to_end": [],
+    }  # fmt: skip
+    path = out or RESULTS / f"{gpu.lower().replace(' ', '-')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{gpu}: copy {roof['copy_bytes_s'] / 1e12:.2f} TB/s, bf16 {roof['bf16_flops_s'] / 1e12:.0f} TFLOP/s")
+    with torch.device("cuda"), torch.no_grad():
+        for workload in WORKLOADS:
+            for dtype in (torch.bfloat16, torch.float32)[1 if workload.op.startswith("rvq") else 0 :]:
+                result["ops"].append(measure(workload, dtype, roof))
+                print(json.dumps(result["ops"][-1]), flush=True)
+                path.write_text(json.dumps(result, indent=1) + "\n")  # what there is so far, should the time run out
+    for dtype, batch in ((torch.bfloat16, 1), (torch.bfloat16, 32), (torch.float32, 1)):
+        if time.monotonic() - start < BUDGET_S:
+            try:
+                result["end_to_end"] += end_to_end(dtype, batch)
+            except Exception as error:  # the ops' numbers are worth keeping
+                result["end_to_end"].append({"batch": batch, "failed": f"{type(error).__name__}: {error}"[:500]})
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    table(result["ops"])
+    table(result["end_to_end"])
+    print(f"wrote {path} after {time.monotonic() - start:.0f} s")
+    return sum("failed" in row for row in result["ops"] + result["end_to_end"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dry", action="store_true", help="check in Triton's interpreter; nothing is timed")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    arguments = parser.parse_args()
+    if arguments.dry:
+        return min(1, dry())
+    if not torch.cuda.is_available():
+        print("there is no GPU here: pass --dry to run the checks in Triton's interpreter", file=sys.stderr)
+        return 2
+    return min(1, measured(arguments.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

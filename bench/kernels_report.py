@@ -1,0 +1,230 @@
+"""Every Triton kernel as the models launch it, compiled ahead of time: registers, spills, shared memory, tensor cores.
+
+    python bench/kernels_report.py             # all targets, writes bench/results/kernels.md (`make kernels-report`)
+    python bench/kernels_report.py sm_90       # one target, only the check
+
+No GPU is needed: the launches of Mimi (offline, and one frame of a stream) and of JODIO's shapes are listened to, not
+run, and each distinct one is compiled for each target as it would be at its first launch there. Exit code 1 where a
+kernel spills registers, exceeds the shared memory of its target, or has no tensor-core instruction where it multiplies.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from rich.progress import track
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fastmimi.config import CodecConfig
+from fastmimi.kernels.triton import (
+    _launch,
+    causal_conv1d,
+    causal_conv_transpose1d,
+    resblock,
+    rvq_decode,
+    rvq_encode,
+    window_attention,
+)
+from fastmimi.model import Mimi
+from fastmimi.ops import OPS, Ops
+
+MODULES = (causal_conv1d, causal_conv_transpose1d, resblock, rvq_decode, rvq_encode, window_attention)
+KERNELS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a block may have
+TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+SMALL_TILES = "HMMA"  # tiles of 16 or 32 rows are too short for a warp group: the older instruction is the right one
+NO_PRODUCTS = ("rvq_decode_fwd_kernel", "causal_conv_transpose1d_depthwise_kernel")
+OUT = Path(__file__).parent / "results" / "kernels.md"
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What Triton compiles anew for: types, alignment, ones, constants."""
+        parameters = zip(self.args, self.kernel.params, strict=False)
+        kinds = [
+            str(a.dtype) if isinstance(a, torch.Tensor) else p.do_not_specialize or (a == 1, a % 16 == 0)
+            for a, p in parameters
+        ]
+        return (self.kernel.__name__, *map(str, kinds), str(sorted(self.options.items())))
+
+
+class Usage(NamedTuple):
+    registers: int
+    spilled: int  # bytes a thread
+    shared: int  # bytes a block
+    tensor_cores: str  # the instruction, or ""
+
+
+class Absent:
+    """A driver for a GPU that is not there."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target.arch)  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+def launches() -> list[Launch]:
+    """The distinct launches of the models."""
+    heard: dict[tuple[Any, ...], Launch] = {}
+
+    def listen(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        launch = Launch(kernel, grid, args, options)
+        heard.setdefault(launch.key, launch)
+
+    _launch.launch = listen
+    ops = Ops(**{op: getattr(KERNELS[op], op) for op in OPS})
+    ops = ops._replace(window_attention=lambda *a, dropout, **k: window_attention.window_attention(*a, **k))
+    for dtype in (torch.float32, torch.bfloat16):
+        _run_mimi(ops, dtype)
+        _run_jodio_shapes(dtype)
+    return list(heard.values())
+
+
+@torch.no_grad()
+def _run_mimi(ops: Ops, dtype: torch.dtype) -> None:
+    mimi = Mimi(CodecConfig()).to(dtype)
+    mimi._ops = lambda: ops  # type: ignore[method-assign]
+    audio, codes = torch.zeros(1, 1, 96_000, dtype=dtype), torch.zeros(1, 32, 50, dtype=torch.int64)
+    mimi.encode(audio)
+    mimi.decode(codes)
+    for batch, frames in ((1, 1), (32, 1), (2, 40)):
+        state = mimi.new_state(batch)
+        mimi.encode(audio[..., : 1920 * frames].expand(batch, -1, -1), state=state)
+        mimi.decode(codes[..., :frames].expand(batch, -1, -1), state=state)
+
+
+def _run_jodio_shapes(dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.zeros(*shape, dtype=dtype) for shape in ((1, 896, 2400), (896, 896, 3), (896,)))
+    for dilation in (1, 2, 4):
+        causal_conv1d.causal_conv1d(x, weight, bias, dilation=dilation, pad=(2 * dilation, 0), post="silu")
+    rvq_encode.rvq_encode(torch.zeros(250, 1028), torch.zeros(8, 2048, 1028))
+    for dim in (16, 128):
+        q = torch.zeros(1, 250, 4, dim, dtype=dtype).transpose(1, 2)
+        window_attention.window_attention(q, q, q, torch.zeros(dim // 2), window=250)
+
+
+def compile_for(name: str, launch: Launch) -> Usage:
+    target, options = TARGETS[name], dict(launch.options)
+    if target.backend == "hip" and "PRECISION" in options:
+        options["PRECISION"] = "ieee"  # as `_launch.precision` says there
+    driver.set_active(Absent(target))
+    compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **options)
+    shared = compiled.metadata.shared
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers, spilled = (int(re.search(rf"\.{n}:\s+(\d+)", text)[1]) for n in ("vgpr_count", "vgpr_spill_count"))
+        return Usage(registers, spilled * 4, shared, "v_mfma" if "v_mfma" in text else "")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        resources, code = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())
+    found = re.search(r"\b(HGMMA|UTCHMMA|HMMA)\b", code)
+    return Usage(registers, stack, shared, found[1] if found else "")
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+
+
+def faults(name: str, launch: Launch, usage: Usage) -> Iterator[str]:
+    where = f"{describe(launch)} for {name}"
+    if usage.spilled:
+        yield f"{where} spills {usage.spilled} bytes a thread"
+    if usage.shared > SHARED[name] * 1024:
+        yield f"{where} wants {usage.shared} bytes of shared memory of {SHARED[name]} KiB"
+    if launch.kernel.__name__ not in NO_PRODUCTS and usage.tensor_cores not in (TENSOR_CORES[name], SMALL_TILES):
+        yield f"{where} has no tensor-core instruction, but {usage.tensor_cores or 'none'}"
+    rows = launch.options.get("BLOCK_T", launch.options.get("BLOCK_Q", launch.options.get("BLOCK_N", 0)))
+    if rows >= 64 and launch.kernel.__name__ not in NO_PRODUCTS and usage.tensor_cores != TENSOR_CORES[name]:
+        yield f"{where} runs on {usage.tensor_cores}, not on {TENSOR_CORES[name]}"
+
+
+def describe(launch: Launch) -> str:
+    options = launch.options
+    dtype = next(str(a.dtype)[6:] for a in launch.args if isinstance(a, torch.Tensor) and a.dtype.is_floating_point)
+    words = [launch.kernel.__name__, dtype, *(["stream"] if options.get("STREAM") else [])]
+    for name, value in options.items():
+        if name in ("PRE", "POST", "MODE") and value not in ("none", "constant"):
+            words.append(f"{name.lower()} {value}")
+    return " ".join(words) + " " + tile(launch)
+
+
+def tile(launch: Launch) -> str:
+    names = [name for name in launch.options if name.startswith("BLOCK") or name in ("TAPS", "HALF")]
+    return ", ".join(f"{n.removeprefix('BLOCK_')} {launch.options[n]}" for n in names)
+
+
+def table(rows: list[tuple[Launch, dict[str, Usage]]], targets: list[str]) -> str:
+    lines = [
+        "# Triton kernels, compiled ahead of time",
+        "",
+        f"Written by `make kernels-report` with Triton {triton.__version__}, without a GPU; nothing was timed here.",
+        "Each cell: registers a thread / KiB of shared memory a block / tensor-core instruction. No kernel spills",
+        "registers: the report fails where one does. Products of tiles under 64 rows run on `HMMA` by choice, since a",
+        "warp group needs 64. fp16 compiles as bf16 does. fp32 multiplies as three TF32 products on NVIDIA, in IEEE",
+        "fp32 on AMD.",
+        "",
+        f"| kernel | dtype | form | tile | warps, stages | {' | '.join(targets)} |",
+        f"|---|---|---|---|---|{'---|' * len(targets)}",
+    ]
+    for launch, usages in rows:
+        name, dtype, *form = describe(launch).removesuffix(tile(launch)).split()
+        cells = [
+            f"{u.registers} / {u.shared / 1024:.0f} / {u.tensor_cores or '-'}" for u in (usages[t] for t in targets)
+        ]
+        options = launch.options
+        warps = f"{options['num_warps']}, {options.get('num_stages', '-')}"
+        lines.append(f"| {name} | {dtype} | {' '.join(form)} | {tile(launch)} | {warps} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(targets: list[str]) -> int:
+    heard = sorted(launches(), key=lambda launch: describe(launch))
+    rows, wrong = [], []
+    for launch in track(heard, f"compiling {len(heard)} kernels for {', '.join(targets or TARGETS)}"):
+        usages = {name: compile_for(name, launch) for name in targets or TARGETS}
+        rows.append((launch, usages))
+        wrong += [fault for name, usage in usages.items() for fault in faults(name, launch, usage)]
+    for sentence in dict.fromkeys(wrong):
+        print(sentence, file=sys.stderr)
+    if not targets and not wrong:
+        OUT.parent.mkdir(exist_ok=True)
+        OUT.write_text(table(rows, list(TARGETS)), encoding="utf-8")
+        print(f"wrote {OUT}")
+    print(f"{len(heard)} kernels compiled, {len(wrong)} faults")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

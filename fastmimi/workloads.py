@@ -1,0 +1,168 @@
+"""What the models ask of each op, with the least bytes and FLOPs it takes: shared by bench/ and by `bench/gpu.py`.
+
+A workload says its op, makes its inputs on a device, and counts: bytes are each input read and each output written
+once; FLOPs count a multiplication and an addition as two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .ops import SCHEMAS
+from .testing import assert_as_exact, assert_nearest, noise
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call of an op: shapes by name, options, and the FLOPs per element of `rows` (its time or frames)."""
+
+    op: str
+    name: str
+    rows: int  # samples, positions or frames that the op runs over, at full size
+    shapes: Callable[[int], list[tuple[int, ...]]]  # of the tensors, for so many rows
+    flops: Callable[[int], float]
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def tensors(self, dtype: torch.dtype, rows: int | None = None) -> list[Tensor]:
+        """The inputs, on the default device; weights are small, so that outputs stay near 1."""
+        shapes = self.shapes(rows or self.rows)
+        if self.op.startswith("rvq"):
+            dtype = torch.float32
+        made = [noise(*shape, seed=i, scale=0.3 if i == 0 else 0.1).to(dtype) for i, shape in enumerate(shapes)]
+        if self.op == "window_attention":
+            made = [t.transpose(1, 2) * 5 for t in made]  # as projections leave them
+            dim = made[0].shape[-1]
+            made.append(1.0 / 10_000.0 ** (torch.arange(0, dim, 2) / dim))
+        if self.op == "rvq_decode":
+            made[0] = made[0].mul(1e4).long() % made[1].shape[1]
+        return made
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes read and written at full size if each tensor moves once."""
+        with torch.device("meta"):
+            inputs = self.meta_tensors(dtype)
+            output = SCHEMAS[self.op].fake(*inputs, **self.options)
+        return sum(t.numel() * t.element_size() for t in (*inputs, output))
+
+    def meta_tensors(self, dtype: torch.dtype) -> list[Tensor]:
+        kinds = {"rvq_encode": [torch.float32] * 2, "rvq_decode": [torch.int64, torch.float32]}
+        shapes = self.shapes(self.rows)
+        inputs = [
+            torch.empty(shape, dtype=kind, device="meta")
+            for shape, kind in zip(shapes, kinds.get(self.op, [dtype] * len(shapes)), strict=True)
+        ]
+        if self.op == "window_attention":
+            inputs = [t.transpose(1, 2) for t in inputs]
+        return inputs
+
+    def run(self, candidate: str, tensors: list[Tensor]) -> Tensor:
+        """The op's answer by a candidate of the dispatcher."""
+        return dispatch.implementation(self.op, candidate)(*tensors, **self.options)
+
+    def check(self, candidate: str, dtype: torch.dtype, rows: int | None = None) -> None:
+        """AssertionError unless the candidate is as exact as PyTorch in the same dtype, against fp64."""
+        tensors = self.tensors(dtype, rows)
+        mine = self.run(candidate, tensors)
+        if self.op == "rvq_encode":
+            assert_nearest(mine, *tensors)
+            return
+        plain = self.run("reference", tensors)
+        exempt = {3} if self.op == "window_attention" else set()  # frequencies are fp32 in every precision
+        wide = [t.double() if t.is_floating_point() and i not in exempt else t for i, t in enumerate(tensors)]
+        assert_as_exact(mine, plain, self.run("reference", wide))
+
+
+def _conv(
+    name: str, channels: tuple[int, int], kernel: int, rate: int, *, stride: int = 1, dilation: int = 1, **options: Any
+) -> Workload:
+    (c, o), left = channels, (kernel - 1) * dilation + 1 - stride
+    return Workload(
+        "causal_conv1d",
+        name,
+        10 * rate,
+        lambda n: [(1, c, n), (o, c, kernel), (o,)],
+        lambda n: 2.0 * n / stride * c * o * kernel,
+        {"stride": stride, "dilation": dilation, "pad": (left, 0), **options},
+    )
+
+
+def _upsampling(name: str, channels: tuple[int, int], stride: int, rate: int, groups: int = 1) -> Workload:
+    (c, o), pre = channels, "none" if groups > 1 else "elu"
+    return Workload(
+        "causal_conv_transpose1d",
+        name,
+        10 * rate,
+        lambda n: [(1, c, n), (c, o // groups, 2 * stride), *([] if groups > 1 else [(o,)])],
+        lambda n: 4.0 * n * c * o // groups * stride,
+        {"stride": stride, "groups": groups, "trim": (0, stride), "pre": pre},
+    )
+
+
+def _resblock(channels: int, rate: int) -> Workload:
+    c, h = channels, channels // 2
+    return Workload(
+        "resblock",
+        f"{c} channels at {rate} Hz",
+        10 * rate,
+        lambda n: [(1, c, n), (h, c, 3), (h,), (c, h, 1), (c,)],
+        lambda n: 8.0 * n * c * h,
+        {"pad": (2, 0)},
+    )
+
+
+def _attention(positions: int, heads: int = 8, dim: int = 64, window: int = 250) -> Workload:
+    return Workload(
+        "window_attention",
+        f"{positions} positions, {heads} heads of {dim}",
+        positions,
+        lambda n: [(1, n, heads, dim)] * 3,
+        lambda n: 4.0 * n * min(n, window) * heads * dim,
+        {"window": window},
+    )
+
+
+def _rvq(op: str, name: str, frames: int, levels: int, dim: int) -> Workload:
+    encode = op == "rvq_encode"
+    return Workload(
+        op,
+        name,
+        frames,
+        lambda n: [(n, dim) if encode else (levels, n), (levels, 2048, dim)],
+        lambda n: n * levels * dim * (2.0 * 2048 if encode else 1.0),
+        {},
+    )
+
+
+WORKLOADS: list[Workload] = [  # 10 s of audio, or as named
+    _conv("first, 1 to 64, k7", (1, 64), 7, 24_000),
+    _conv("down, 64 to 128, k8 s4", (64, 128), 8, 24_000, stride=4, pre="elu"),
+    _conv("last, 64 to 1, k3", (64, 1), 3, 24_000, pre="elu"),
+    _conv("wide, 896 to 896, k3, SiLU", (896, 896), 3, 2_400, post="silu"),
+    _conv("wide, dilated by 4", (896, 896), 3, 2_400, dilation=4, post="silu"),
+    _upsampling("128 to 64, stride 4", (128, 64), 4, 6_000),
+    _upsampling("1024 to 512, stride 8", (1024, 512), 8, 25),
+    _upsampling("depthwise 512, stride 2", (512, 512), 2, 25, groups=512),
+    _resblock(64, 24_000),
+    _resblock(128, 6_000),
+    _resblock(256, 1_200),
+    _attention(250),
+    _attention(3_000),
+    _attention(30_000),
+    _rvq("rvq_encode", "7 levels, 125 frames", 125, 7, 256),
+    _rvq("rvq_encode", "8 levels, 100,000 frames", 100_000, 8, 256),
+    _rvq("rvq_encode", "8 levels of 1028, 1,000 frames", 1_000, 8, 1028),
+    _rvq("rvq_decode", "31 levels, 10,000 frames", 10_000, 31, 256),
+]
+
+
+def of(op: str) -> list[Workload]:
+    return [workload for workload in WORKLOADS if workload.op == op]
