@@ -11,10 +11,10 @@ MOSHI_NEEDS := einops huggingface_hub safetensors sentencepiece sphn tqdm
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench lint types clean
+.PHONY: help demo test bench kernels-report lint types clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/stamp-demo  ## install, then encode and decode a bundled speech clip; results in out/
 	mkdir -p out
@@ -25,6 +25,9 @@ test: $(VENV)/stamp-test  ## install the test extras and the peers, run the test
 
 bench: $(VENV)/stamp-test  ## run the benchmarks: ratios to the reference and to the peers
 	$(PY) -m pytest bench/ --benchmark-only
+
+kernels-report: $(VENV)/stamp-test  ## compile every kernel for four GPU generations, without one: bench/results/kernels.md
+	$(PY) bench/kernels_report.py
 
 lint: $(VENV)/stamp-lint  ## ruff: rules and format (seconds; installs ruff alone)
 	$(PY) -m ruff check .

@@ -1,11 +1,12 @@
 """Every Triton kernel as the models launch it, compiled ahead of time: registers, spills, shared memory, tensor cores.
 
     python bench/kernels_report.py             # all targets, writes bench/results/kernels.md (`make kernels-report`)
-    python bench/kernels_report.py sm_90       # one target, only the check
+    python bench/kernels_report.py sm_90       # one target, only the checks
 
 No GPU is needed: the launches of Mimi (offline, and one frame of a stream) and of JODIO's shapes are listened to, not
 run, and each distinct one is compiled for each target as it would be at its first launch there. Exit code 1 where a
-kernel spills registers, exceeds the shared memory of its target, or has no tensor-core instruction where it multiplies.
+kernel spills registers, exceeds the shared memory of its target, has no tensor-core instruction where it multiplies, or
+where the table that is committed lacks a kernel.
 """
 
 from __future__ import annotations
@@ -133,9 +134,8 @@ def _run_jodio_shapes(dtype: torch.dtype) -> None:
 
 
 def compile_for(name: str, launch: Launch) -> Usage:
-    target, options = TARGETS[name], dict(launch.options)
-    if target.backend == "hip" and "PRECISION" in options:
-        options["PRECISION"] = "ieee"  # as `_launch.precision` says there
+    target = TARGETS[name]
+    options = _launch.for_amd(launch.options) if target.backend == "hip" else launch.options
     driver.set_active(Absent(target))
     compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **options)
     shared = compiled.metadata.shared
@@ -185,6 +185,13 @@ def tile(launch: Launch) -> str:
     return ", ".join(f"{n.removeprefix('BLOCK_')} {launch.options[n]}" for n in names)
 
 
+def head(launch: Launch) -> str:
+    """The cells of a kernel's row that say which it is."""
+    name, dtype, *form = describe(launch).removesuffix(tile(launch)).split()
+    warps = f"{launch.options['num_warps']}, {launch.options.get('num_stages', '-')}"
+    return f"| {name} | {dtype} | {' '.join(form)} | {tile(launch)} | {warps} |"
+
+
 def table(rows: list[tuple[Launch, dict[str, Usage]]], targets: list[str]) -> str:
     lines = [
         "# Triton kernels, compiled ahead of time",
@@ -199,13 +206,10 @@ def table(rows: list[tuple[Launch, dict[str, Usage]]], targets: list[str]) -> st
         f"|---|---|---|---|---|{'---|' * len(targets)}",
     ]
     for launch, usages in rows:
-        name, dtype, *form = describe(launch).removesuffix(tile(launch)).split()
         cells = [
             f"{u.registers} / {u.shared / 1024:.0f} / {u.tensor_cores or '-'}" for u in (usages[t] for t in targets)
         ]
-        options = launch.options
-        warps = f"{options['num_warps']}, {options.get('num_stages', '-')}"
-        lines.append(f"| {name} | {dtype} | {' '.join(form)} | {tile(launch)} | {warps} | {' | '.join(cells)} |")
+        lines.append(f"{head(launch)} {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -216,6 +220,9 @@ def main(targets: list[str]) -> int:
         usages = {name: compile_for(name, launch) for name in targets or TARGETS}
         rows.append((launch, usages))
         wrong += [fault for name, usage in usages.items() for fault in faults(name, launch, usage)]
+    if targets:
+        committed = OUT.read_text(encoding="utf-8")
+        wrong += [f"{describe(k)} is not in {OUT.name}: make kernels-report" for k in heard if head(k) not in committed]
     for sentence in dict.fromkeys(wrong):
         print(sentence, file=sys.stderr)
     if not targets and not wrong:

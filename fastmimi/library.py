@@ -56,7 +56,9 @@ def _keywords(options: str) -> str:
     return f", *, {options}" if options else ""
 
 
-def _define(name: str, arguments: str, function: Callable[..., Any], fake: Callable[..., Any], gives: str = "Tensor"):
+def _define(
+    name: str, arguments: str, function: Callable[..., Any], fake: Callable[..., Any], gives: str = "Tensor"
+) -> None:
     _library.define(f"{name}({arguments}) -> {gives}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastmimi::{name}", fake, lib=_library)

@@ -88,19 +88,27 @@ class ResidualQuantizer(nn.Module):
         if width != config.hidden_size:
             self.input_proj = nn.Conv1d(config.hidden_size, width, 1, bias=False)
             self.output_proj = nn.Conv1d(width, config.hidden_size, 1, bias=False)
-        self._packed: tuple[Snapshot, Tensor] | None = None
+        self._packed: tuple[Snapshot, dict[int, Tensor]] | None = None
 
-    def codebooks(self) -> Tensor:
-        """Centroids of all levels [L, S, D]; computed once, and again after any change of the running sums."""
+    def codebooks(self, levels: int | None = None) -> Tensor:
+        """Centroids of the first levels (all of them without the number) [L, S, D].
+
+        Computed once, and again after any change of the running sums; until then the same tensor each time, so that
+        kernels may keep what they derive from it.
+        """
+        count = len(self.layers) if levels is None else levels
         sums = [t for book in self._books() for t in (book.embed_sum, book.cluster_usage)]
         # tensors of inference mode count no versions, so a change could not be seen; nor is there any while tracing
         if torch.compiler.is_compiling() or any(t.is_inference() for t in sums):
-            return torch.stack([centroids(book) for book in self._books()])
+            return torch.stack([centroids(book) for book in self._books()[:count]])
         if self._packed is None or not self._packed[0].matches(sums):
             with torch.inference_mode(False), torch.no_grad():
                 packed = torch.stack([centroids(book) for book in self._books()])
-            self._packed = (Snapshot(sums), packed)
-        return self._packed[1]
+            self._packed = (Snapshot(sums), {len(packed): packed})
+        slices = self._packed[1]
+        if count not in slices:
+            slices[count] = slices[len(self.layers)][:count]
+        return slices[count]
 
     def _books(self) -> list[Any]:
         return [level.codebook for level in self.layers]
@@ -121,14 +129,14 @@ class ResidualQuantizer(nn.Module):
         return self._search(self.project(latents, call), levels, call)
 
     def _search(self, projected: Tensor, levels: int, call: Call) -> Tensor:
-        codebooks = self.codebooks()[:levels]
+        codebooks = self.codebooks(levels)
         rows = projected.transpose(1, 2).flatten(0, 1).to(codebooks.dtype)  # [B * T, D]
         codes = call.ops.rvq_encode(rows, codebooks)
         return codes.unflatten(1, (projected.shape[0], -1)).transpose(0, 1)
 
     def entries(self, codes: Tensor, dtype: torch.dtype, call: Call) -> Tensor:
         """[B, L, T] -> the sum of the entries [B, D, T]."""
-        codebooks = self.codebooks()[: codes.shape[1]]
+        codebooks = self.codebooks(codes.shape[1])
         total = call.ops.rvq_decode(codes.transpose(0, 1).flatten(1), codebooks)  # [B * T, D]
         return total.unflatten(0, (codes.shape[0], -1)).transpose(1, 2).to(dtype)
 

@@ -138,17 +138,18 @@ def mirrored_length(length: int, pad: tuple[int, int], pad_mode: str) -> int:
     return max(length, max(pad) + 1) if pad_mode == "reflect" else length
 
 
-def blocks(rows: int, C: int, O: int, K: int, x: Tensor) -> dict[str, Any]:
+def blocks(rows: int, C: int, O: int, K: int, x: Tensor, stream: bool = False) -> dict[str, Any]:
     """Block sizes, warps and pipeline stages of a convolution with so many output rows, B * T_out."""
     wide = 32 if x.dtype == torch.float32 else 64  # reduction elements per step: 128 bytes
     block_c = min(wide, triton.next_power_of_2(C))
     taps = min(wide // block_c, max(triton.next_power_of_2(K), 16 // block_c))
     fp32 = x.dtype == torch.float32  # three products, each with operands of its own: half the tile, or it spills
     if rows <= 64:  # a step of a stream: bound by reading weights, so many small programs
-        tile = {"BLOCK_T": 16, "BLOCK_O": 32, "num_warps": 4, "num_stages": 3 if fp32 else 4}
+        tile = {"BLOCK_T": 16, "BLOCK_O": 32, "num_warps": 2 if fp32 else 4, "num_stages": 3 if fp32 else 4}
     elif O <= 64:
         block_o = max(16, triton.next_power_of_2(O))
-        tile = {"BLOCK_T": 64 if fp32 else 128, "BLOCK_O": block_o, "num_warps": 4, "num_stages": 3}
+        tall = block_o == 16 if fp32 else not stream  # reading the history takes registers, too
+        tile = {"BLOCK_T": 128 if tall else 64, "BLOCK_O": block_o, "num_warps": 4, "num_stages": 2 if stream else 3}
     else:
         tile = {"BLOCK_T": 128, "BLOCK_O": 64 if fp32 else 128, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_C": block_c, "TAPS": taps, **tile}

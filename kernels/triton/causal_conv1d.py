@@ -93,23 +93,21 @@ def causal_conv1d(
     residual = None if residual is None else _launch.time_major(residual)
     if not total or not batch:
         return y
-    for part in range(groups):
-
-        def of(tensor: Tensor | None, dim: int, part: int = part) -> Tensor | None:
-            return tensor if tensor is None or groups == 1 else tensor.chunk(groups, dim)[part]
-
-        _launch_group(
-            of(x, 1), by_taps(weight) if groups == 1 else by_taps(of(weight, 0)), of(bias, 0), of(residual, 1),
-            of(history, 1), first, active, of(y, 1), stride, dilation, pad, pad_mode, pre, post,
-        )  # fmt: skip
+    for g in range(groups):
+        px, pw, pb, pr, ph, py = (
+            t if t is None or groups == 1 else t.chunk(groups, dim)[g]
+            for t, dim in ((x, 1), (weight, 0), (bias, 0), (residual, 1), (history, 1), (y, 1))
+        )
+        _launch_group(px, pw, pb, pr, ph, first, active, py, stride, dilation, pad, pad_mode, pre, post)
     return y
 
 
 def _launch_group(x, weight, bias, residual, history, first, active, y, stride, dilation, pad, pad_mode, pre, post):
-    """One group, weight [O, K, C], into y."""
-    (batch, channels, length), (out, kernel, _), total = x.shape, weight.shape, y.shape[2]
+    """One group, into y."""
+    (batch, channels, length), (out, _, kernel), total = x.shape, weight.shape, y.shape[2]
+    weight = by_taps(weight)
     stream = history is not None and pad[0] > 0
-    tile = blocks(batch * total, channels, out, kernel, x)
+    tile = blocks(batch * total, channels, out, kernel, x, stream)
     seg, per_tile, groups_of_rows, tiles = segments(batch, total, tile["BLOCK_T"])
     r = y if residual is None else residual
     h, f, a = (history, first, active) if stream else (x, x, x)

@@ -124,10 +124,9 @@ def causal_conv_transpose1d(
     if groups > 1:
         y = _launch.empty_time_major(x, per_group * groups, total)
         for g in range(groups):
-            px, pw, pb, po = (
-                None if t is None else t.chunk(groups, dim)[g]
-                for t, dim in ((x, 1), (weight, 0), (bias, 0), (overlap, 1))
-            )
+            px, pw = x.chunk(groups, 1)[g], weight.chunk(groups, 0)[g]
+            pb = None if bias is None else bias.chunk(groups, 0)[g]
+            po = None if overlap is None else overlap.chunk(groups, 1)[g]
             part = causal_conv_transpose1d(px, pw, pb, stride=stride, trim=trim, pre=pre, overlap=po, active=active)
             y[:, g * per_group : (g + 1) * per_group] = part
         return y
@@ -187,7 +186,7 @@ def _depthwise(x, weight, bias, stride, trim, pre, overlap, active, total):
     _launch.launch(
         "causal_conv_transpose1d", causal_conv_transpose1d_depthwise_kernel,
         (groups * tiles * triton.cdiv(channels, tile["BLOCK_C"]),),
-        x, weight, weight if bias is None else bias, o, a, y,
+        x, weight.contiguous(), weight if bias is None else bias, o, a, y,
         batch, length, channels, kernel, stride, taps, kernel - stride, total, 0 if stream else trim[0], seg, per_tile,
         x.stride(0), x.stride(2), o.stride(0), y.stride(0), y.stride(2),
         PRE=pre, BIAS=bias is not None, STREAM=stream, **tile,

@@ -24,6 +24,8 @@ A `shortcut` convolution (Mimi has none) runs as a launch of its own, and is wha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -119,12 +121,13 @@ def resblock(
     if not length or not batch:
         return y
     stream = history is not None and pad[0] > 0
-    tile = _blocks(batch * length, channels, hidden, kernel, x)
+    tile = _blocks(batch * length, channels, hidden, kernel, x, stream)
     seg, per_tile, groups, tiles = segments(batch, length, tile["BLOCK_T"])
-    h, f, a = (history, first, active) if stream else (x, x, x)
+    h: Any = history if stream else x
+    f, a = (first, active) if stream else (x, x)
     _launch.launch(
         "resblock", resblock_fwd_kernel, (groups * tiles,),
-        x, by_taps(weight1), bias1, weight2, bias2, skip, h, f, a,
+        x, by_taps(weight1), bias1, weight2.contiguous(), bias2, skip, h, f, a,
         _launch.arrivals(x, groups) if stream else x, y,
         batch, length, channels, hidden, kernel, dilation, pad[0], mirrored_length(length, pad, pad_mode),
         seg, per_tile,
@@ -135,13 +138,13 @@ def resblock(
     return y
 
 
-def _blocks(rows: int, channels: int, hidden: int, kernel: int, x: Tensor) -> dict[str, int]:
+def _blocks(rows: int, channels: int, hidden: int, kernel: int, x: Tensor, stream: bool) -> dict[str, int]:
     fp32 = x.dtype == torch.float32
     wide = 32 if fp32 else 64
     block_h = max(16, triton.next_power_of_2(hidden))
     block_c = min(wide, triton.next_power_of_2(channels))
     taps = min(wide // block_c, max(triton.next_power_of_2(kernel), 16 // block_c))
-    block_t = 16 if rows <= 64 else 64 if fp32 or block_h > 64 else 128
+    block_t = 16 if rows <= 64 else 64 if fp32 or stream or block_h > 64 else 128
     return {
         "BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_C": block_c, "TAPS": taps,
         "BLOCK_O": min(32 if fp32 else 64, max(16, triton.next_power_of_2(channels))),
