@@ -11,6 +11,7 @@ The reference is not registered: PyTorch sees through it, compiles it, and expor
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor
 from .ops import SCHEMAS, Schema
 
 Implementation = Callable[..., Tensor]
+Exactly = Callable[[Tensor], AbstractContextManager[None]]
 
 _library = torch.library.Library("fastmimi", "DEF")
 _defined: dict[str, Any] = {}
 
 
-def register(op: str, kind: str, kernel: Implementation, reference: Implementation) -> Implementation:
-    """The kernel, with the signature of its reference, as a PyTorch op."""
+def register(op: str, kind: str, kernel: Implementation, reference: Implementation, exactly: Exactly) -> Implementation:
+    """The kernel, with the signature of its reference, as a PyTorch op; `exactly(x)` guards fp32 in backward."""
     schema, name = SCHEMAS[op], f"{op}_{kind}"
     if name not in _defined:
 
@@ -37,7 +39,7 @@ def register(op: str, kind: str, kernel: Implementation, reference: Implementati
             keywords = _keywords(f"{schema.state}, {schema.options}")
             _define(f"{name}_step", f"{schema.tensors}{keywords}", run, schema.fake)
         if op != "rvq_encode":  # which answers integers
-            _differentiate(op, name, schema, reference)
+            _differentiate(op, name, schema, reference, exactly)
     offline, step = _defined[name], _defined.get(f"{name}_step")
     names, state = schema.names, schema.state_names
 
@@ -65,7 +67,7 @@ def _define(
     _defined[name] = getattr(torch.ops.fastmimi, name)
 
 
-def _differentiate(op: str, name: str, schema: Schema, reference: Implementation) -> None:
+def _differentiate(op: str, name: str, schema: Schema, reference: Implementation, exactly: Exactly) -> None:
     names = schema.names
     back = f"{op}_backward"
 
@@ -75,7 +77,8 @@ def _differentiate(op: str, name: str, schema: Schema, reference: Implementation
             tensors = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
             y = reference(**dict(zip(names, tensors, strict=True)), **options)
             wanted = [t for t in tensors if t is not None and t.requires_grad]
-            return [g.contiguous() for g in torch.autograd.grad(y, wanted, grad)]
+            with exactly(grad):  # backward convolutions, too, are not TF32
+                return [g.contiguous() for g in torch.autograd.grad(y, wanted, grad)]
 
     def fake(grad: Tensor, *inputs: Any, **options: Any) -> list[Tensor]:
         *tensors, needs = inputs

@@ -99,11 +99,15 @@ class ResidualQuantizer(nn.Module):
         count = len(self.layers) if levels is None else levels
         sums = [t for book in self._books() for t in (book.embed_sum, book.cluster_usage)]
         # tensors of inference mode count no versions, so a change could not be seen; nor is there any while tracing
-        if torch.compiler.is_compiling() or any(t.is_inference() for t in sums):
+        # and what a CUDA graph computes is not there until it is replayed
+        in_graph = sums[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or in_graph or any(t.is_inference() for t in sums):
             return torch.stack([centroids(book) for book in self._books()[:count]])
         if self._packed is None or not self._packed[0].matches(sums):
             with torch.inference_mode(False), torch.no_grad():
                 packed = torch.stack([centroids(book) for book in self._books()])
+            if packed.is_cuda:
+                torch.cuda.current_stream(packed.device).synchronize()  # other streams may be the next to read it
             self._packed = (Snapshot(sums), {len(packed): packed})
         slices = self._packed[1]
         if count not in slices:

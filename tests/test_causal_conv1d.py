@@ -75,6 +75,14 @@ def test_reflect_on_less_than_it_mirrors(op, length):
     assert torch.equal(padded[..., 4:], x)
 
 
+@pytest.mark.parametrize("mode", ["constant", "replicate", "reflect"])
+@pytest.mark.parametrize("length", [1, 2, 6, 40])
+def test_padding_on_both_sides(op, mode, length):
+    x, weight = noise(2, 3, length), noise(4, 3, 8)
+    padded = [f(x, weight, pad=(4, 5), pad_mode=mode) for f in (op, reference)]
+    assert relative_error(*padded) < 1e-6
+
+
 def test_not_contiguous_input(op):
     x, weight, bias, options, left = case(SHAPES[2], 20)
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -102,6 +110,13 @@ def test_elu_near_zero_keeps_its_relative_accuracy(op):
     y = op(x, torch.ones(1, 1, 1), pre="elu")
     truth = torch.expm1(x.double())
     assert ((y - truth) / truth).abs().max() < 1e-6
+
+
+def test_nan_stays_visible(op):
+    x = noise(1, 4, 20)
+    x[0, 0, 10] = float("nan")
+    y = op(x, noise(4, 4, 3), pad=(2, 0), pre="elu", post="elu")
+    assert y[..., 10:13].isnan().all() and not y[..., :10].isnan().any()
 
 
 @pytest.mark.parametrize("batch, sizes", [(40, [1, 1, 2]), (5, [70, 1, 30])])

@@ -19,7 +19,7 @@ def pair(name="small", **changes):
 
 @pytest.mark.parametrize("name", [
     "small", "residual_layers", "shortcut", "semantic", "attention", "rope", "unprojected", "stereo", "replicate",
-    "reflect", "not_causal", "trim",
+    "reflect", "not_causal", "not_causal_reflect", "trim",
 ])  # fmt: skip
 @torch.no_grad()
 def test_offline(name):

@@ -82,6 +82,13 @@ def test_weights_are_packed_once():
     weight.data = noise(3, 3, seed=5)
     assert torch.equal(_launch.packed(weight, "form", pack), weight)
     assert len(count) == 3
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.1, fused=True).step()  # counts no version
+    assert torch.equal(_launch.packed(weight, "form", pack), weight)
+    layer = torch.nn.Linear(64, 64)  # a round trip that loses digits, perhaps to the same address
+    _launch.packed(layer.weight, "form", pack)
+    layer.half().float()
+    assert torch.equal(_launch.packed(layer.weight, "form", pack), layer.weight)
     with torch.inference_mode():
         fresh = noise(3, 3)
         _launch.packed(fresh, "form", pack)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastmimi.dispatch import implementation
 from fastmimi.reference import rvq_encode as module
 from fastmimi.reference.rvq_encode import rvq_encode as reference
 from fastmimi.testing import assert_nearest, noise
@@ -29,6 +30,13 @@ def test_first_index_wins_a_tie(op):
     book = noise(1, 40, 8)
     book[0, 30] = book[0, 3]
     assert op(book[0, 30:31].clone(), book).item() == 3
+
+
+def test_first_index_wins_among_many(op):
+    """Further apart than one tile of the search is long."""
+    book = noise(1, 700, 8)
+    book[0, [599, 333, 150, 41]] = book[0, 5].clone()
+    assert op(book[0, 5:6].clone(), book).item() == 5
 
 
 def test_entries_find_themselves(op):
@@ -71,6 +79,17 @@ def test_near_ties(op):
     a, b = book[0, 0:64], book[0, 64:128]
     x = (a + b) / 2 + (a - b) * torch.linspace(-1e-5, 1e-5, 64)[:, None]
     assert_nearest(op(x, book), x, book)
+
+
+@pytest.mark.kernels
+def test_the_best_two_are_scored_again_in_fp64():
+    """Pairs of entries whose scores in fp32 say nothing: |c|^2 is 1.6e7, their squared distance some 1e-3."""
+    op = implementation("rvq_encode", "triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for seed in range(8):
+        book = (1000 + noise(1, 2, 16, seed=seed, scale=1e-2)).to(device)
+        x = book[0] + noise(2, 16, seed=100 + seed, scale=1e-3).to(device)
+        assert op(x, book).tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -132,6 +132,18 @@ def test_what_a_ring_holds_from_before_a_reset_is_not_seen(op):
     assert relative_error(mine, op(q, k, v, frequencies(), window=5)) < 1e-6
 
 
+def test_wider_rings(op):
+    """Under autocast q, k and v are half, and the state is the model's."""
+    q, k, v = (t.bfloat16() for t in case(9))
+    rings = {"cache_k": torch.zeros(2, 2, 5, 8), "cache_v": torch.zeros(2, 2, 5, 8)}
+    state = {"active": torch.tensor([True, True]), **rings}
+    with torch.autocast(q.device.type, torch.bfloat16):
+        for part in (slice(0, 4), slice(4, 9)):
+            offset = torch.full((2,), part.start)
+            y = op(q[:, :, part], k[:, :, part], v[:, :, part], frequencies(), window=5, offset=offset, **state)
+    assert relative_error(y, reference(q.float(), k.float(), v.float(), frequencies(), window=5)[:, :, 4:]) < 0.02
+
+
 def test_gradients_are_the_references(op):
     inputs = [t.requires_grad_() for t in case(9)]
     grads = []

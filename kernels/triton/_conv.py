@@ -33,7 +33,7 @@ def activate(x, KIND: tl.constexpr, FINE: tl.constexpr):
             near = 1.0 / 720 + x * (1.0 / 5040)
             near = 1.0 / 24 + x * (1.0 / 120 + x * near)
             near = x * (1.0 + x * (0.5 + x * (1.0 / 6 + x * near)))
-        x = tl.where(x > 0, x, tl.where(x > (-0.35 if FINE else -0.01), near, tl.exp(tl.minimum(x, 0.0)) - 1.0))
+        x = tl.where(x > 0, x, tl.where(x > (-0.35 if FINE else -0.01), near, tl.exp(x) - 1.0))
     elif KIND == "silu":
         x = x / (1.0 + tl.exp(-x))
     return x
@@ -91,7 +91,7 @@ def convolve(
         b_w = tl.load(
             p_w + o[:, None] * (K * C) + (k * C + c)[None, :], mask=(o < O)[:, None] & m_r[None, :], other=0.0
         )
-        acc = tl.dot(b_x, tl.trans(b_w), acc, input_precision=PRECISION)
+        acc = tl.dot(b_x, tl.trans(b_w.to(dtype)), acc, input_precision=PRECISION)
     return acc
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 from triton.runtime.errors import OutOfResources
 
@@ -36,8 +38,11 @@ def unsupported(target: Any) -> str | None:
         return None
     if target.device != "cuda":
         return f"Triton kernels run on CUDA and ROCm GPUs, not on {target.device}"
-    if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < (8, 0):
-        return f"Triton kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    if not torch.cuda.is_available():
+        return "Triton kernels run on a GPU, and PyTorch sees none here"
+    devices = range(torch.cuda.device_count())
+    if torch.version.hip is None and (least := min(map(torch.cuda.get_device_capability, devices))) < (8, 0):
+        return f"Triton kernels need compute capability 8.0, a GPU here has {least[0]}.{least[1]}"
     return None
 
 
@@ -86,18 +91,30 @@ def empty_time_major(x: Tensor, channels: int, length: int) -> Tensor:
 
 
 _packed: Any = WeakTensorKeyDictionary()
+# fused optimizers edit weights without counting a version
+register_optimizer_step_post_hook(lambda *_: _packed.clear())
 
 
 def packed(tensor: Tensor, form: str, pack: Callable[[Tensor], Tensor]) -> Tensor:
-    """pack(tensor), computed once for each state of the tensor: a replaced, moved or edited one is packed anew."""
-    if tensor.is_inference():  # counts no versions: an edit could not be seen
+    """pack(tensor), computed once for each state of the tensor: a replaced, moved or edited one is packed anew.
+
+    Edits through `.data` count no version and are not seen. A CUDA graph packs on its own, at each replay.
+    """
+    on_gpu = tensor.device.type == "cuda"
+    if tensor.is_inference() or (on_gpu and torch.cuda.is_current_stream_capturing()):
         return pack(tensor.detach())
-    state = (tensor.data_ptr(), tensor._version)
+    # the weak reference keeps the storage's identity from being given to another one
+    state = (StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.dtype, tensor._version)
+    stream = torch.cuda.current_stream(tensor.device) if on_gpu else None
     forms = _packed.setdefault(tensor, {})
     if form not in forms or forms[form][0] != state:
         with torch.inference_mode(False), torch.no_grad():
-            forms[form] = (state, pack(tensor.detach()))
-    return forms[form][1]
+            result = pack(tensor.detach())
+        forms[form] = (state, result, stream, stream.record_event() if stream is not None else None)
+    _, result, made_on, event = forms[form]
+    if stream is not None and stream != made_on:
+        stream.wait_event(event)
+    return result
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}

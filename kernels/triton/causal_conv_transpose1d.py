@@ -33,12 +33,12 @@ def rotated_rows(tile, B, T, tail_rows, seg, per_tile, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def add_and_keep_overlap(acc, p_overlap, p_active, b, p, m, T_out, tail, channel, so_b):
+def add_and_keep_overlap(acc, p_overlap, p_active, b, m_row, p, m, T_out, tail, channel, so_b):
     """acc + the overlap of earlier calls at outputs p; what is beyond T_out becomes the next overlap, if active."""
     p_row = p_overlap + b * so_b + channel * tail
     acc += tl.load(p_row + p, mask=m & (p < tail), other=0.0).to(tl.float32)
     tl.debug_barrier()  # all is read before any of it is overwritten
-    active = tl.load(p_active + b, mask=m, other=0) != 0
+    active = tl.load(p_active + b, mask=m_row, other=0) != 0  # [BLOCK_T, 1]
     m = m & active & (p >= T_out) & (p < T_out + tail)
     tl.store(p_row + (p - T_out), acc.to(p_overlap.dtype.element_ty), mask=m)
     return acc
@@ -63,7 +63,7 @@ def causal_conv_transpose1d_step_kernel(
     m = m_row[:, None] & (n < stride * O)[None, :]
     p = t[:, None] * stride + (n // O)[None, :]
     o = (n % O)[None, :]
-    acc = add_and_keep_overlap(acc, p_overlap, p_active, b[:, None], p, m, T * stride, tail, o, so_b)
+    acc = add_and_keep_overlap(acc, p_overlap, p_active, b[:, None], m_row[:, None], p, m, T * stride, tail, o, so_b)
     if BIAS:
         acc += tl.load(p_bias + o, mask=(n < stride * O)[None, :], other=0.0).to(tl.float32)
     p_out = p_y + (b * sy_b)[:, None] + p.to(tl.int64) * O + o
@@ -94,7 +94,9 @@ def causal_conv_transpose1d_depthwise_kernel(
             acc += b_x * tl.load(p_w + c * K + k, mask=m_c & (k < K), other=0.0).to(tl.float32)[None, :]
         p = (t * stride + j)[:, None]
         if STREAM:
-            acc = add_and_keep_overlap(acc, p_overlap, p_active, b[:, None], p, m, T_out, tail, c[None, :], so_b)
+            acc = add_and_keep_overlap(
+                acc, p_overlap, p_active, b[:, None], m_row[:, None], p, m, T_out, tail, c[None, :], so_b
+            )
         if BIAS:
             acc += tl.load(p_bias + c, mask=m_c, other=0.0).to(tl.float32)[None, :]
         p = p - left

@@ -92,6 +92,7 @@ def rvq_encode_fwd_kernel(
         code = tl.where((far < near) | ((far == near) & (runner_up < code)), runner_up, code)
         tl.store(p_codes + level * N + n, code.to(tl.int64), mask=m_n)
 
+        tl.debug_barrier()  # all threads have read the residuals
         for d0 in range(0, D, BLOCK_D):
             m = m_n[:, None] & (d0 + d < D)[None, :]
             b_c = tl.load(p_book + code[:, None] * D + (d0 + d)[None, :], mask=m, other=0.0)

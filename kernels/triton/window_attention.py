@@ -109,9 +109,10 @@ def window_attention_fwd_kernel(
             exists = (j < 0) & (offset + j >= 0)
             p_slots = o_ring + tl.where(exists, (offset + j) % window, 0) * D
             m_k = exists[:, None] & m_half[None, :]
-            k_a = tl.load(p_ring_k + p_slots[:, None] + o_a[None, :], mask=m_k, other=0.0)
-            k_b = tl.load(p_ring_k + p_slots[:, None] + o_b[None, :], mask=m_k, other=0.0)
+            k_a = tl.load(p_ring_k + p_slots[:, None] + o_a[None, :], mask=m_k, other=0.0).to(q_a.dtype)
+            k_b = tl.load(p_ring_k + p_slots[:, None] + o_b[None, :], mask=m_k, other=0.0).to(q_a.dtype)
             v = tl.load(p_ring_v + p_slots[:, None] + d[None, :], mask=exists[:, None] & m_d[None, :], other=0.0)
+            v = v.to(q_a.dtype)  # under autocast, rings are wider
             visible = exists[None, :] & (j[None, :] > i[:, None] - window)
             top, total, acc = attend(q_a, q_b, k_a, k_b, v, visible, top, total, acc, scale, PRECISION)
     for j0 in range(tl.maximum(start - window + 1, 0), tl.minimum(start + BLOCK_Q, T), BLOCK_K):
