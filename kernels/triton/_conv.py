@@ -145,7 +145,7 @@ def blocks(rows: int, C: int, O: int, K: int, x: Tensor, stream: bool = False) -
     taps = min(wide // block_c, max(triton.next_power_of_2(K), 16 // block_c))
     fp32 = x.dtype == torch.float32  # three products, each with operands of its own: half the tile, or it spills
     if rows <= 64:  # a step of a stream: bound by reading weights, so many small programs
-        tile = {"BLOCK_T": 16, "BLOCK_O": 32, "num_warps": 2 if fp32 else 4, "num_stages": 3 if fp32 else 4}
+        tile = {"BLOCK_T": 16, "BLOCK_O": 32, "num_warps": 2 if fp32 else 4, "num_stages": 3}
     elif O <= 64:
         block_o = max(16, triton.next_power_of_2(O))
         tall = block_o == 16 if fp32 else not stream  # reading the history takes registers, too

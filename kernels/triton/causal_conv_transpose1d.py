@@ -163,7 +163,8 @@ def _step(x, weight, bias, stride, pre, overlap, active):
     taps = _taps(kernel, stride)
     y = _launch.empty_time_major(x, out, length * stride)
     tile = blocks(batch * (length + taps - 1), channels, stride * out, taps, x)
-    tile["BLOCK_O"] = min(tile["BLOCK_O"], 64)  # addresses of the overlap take registers
+    for name in ("BLOCK_T", "BLOCK_O"):
+        tile[name] = min(tile[name], 64)  # addresses of the overlap take registers
     seg, per_tile, groups, tiles = _tiles(batch, length + taps - 1, taps, tile)
     packed = _pack(weight, stride)
     by_taps = _launch.packed(packed, "by_taps", lambda w: w.permute(0, 2, 1).contiguous())
