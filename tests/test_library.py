@@ -8,6 +8,7 @@ from fastmimi.ops import OPS, SCHEMAS
 from fastmimi.testing import noise
 
 pytestmark = pytest.mark.kernels
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def history(channels, length):
@@ -47,6 +48,8 @@ def cases():
 @pytest.mark.parametrize("name, tensors, options, state", cases(), ids=lambda v: v if isinstance(v, str) else "")
 def test_opcheck(name, tensors, options, state):
     dispatch.implementation(name, "triton")
+    tensors = tuple(t if t is None else t.to(DEVICE) for t in tensors)
+    state = {key: t.to(DEVICE) for key, t in state.items()}
     trained = [t.clone().requires_grad_(t.is_floating_point()) if t is not None else None for t in tensors]
     torch.library.opcheck(library.op(f"{name}_triton").default, tuple(trained), options)
     if state:
@@ -60,7 +63,7 @@ def test_every_op_is_checked():
 def test_a_step_without_its_state_is_refused():
     conv = dispatch.implementation("causal_conv1d", "triton")
     with pytest.raises((RuntimeError, TypeError)):
-        conv(noise(1, 2, 3), noise(2, 2, 3), history=noise(1, 2, 2))
+        conv(*(noise(*shape).to(DEVICE) for shape in ((1, 2, 3), (2, 2, 3))), history=noise(1, 2, 2).to(DEVICE))
 
 
 def test_weights_are_packed_once():
