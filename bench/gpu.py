@@ -1,6 +1,6 @@
 """One command for a machine with a GPU: check every kernel, time it beside what people use today, and keep the numbers.
 
-    python bench/gpu.py          # needs a GPU; under 8 minutes; writes bench/results/<gpu>.json and prints tables
+    python bench/gpu.py          # needs a GPU and some 8 minutes; writes bench/results/<gpu>.json, prints tables
     python bench/gpu.py --dry    # no GPU: the checks on small shapes in Triton's interpreter; times: not measured
 
 First the two ceilings of the card (a copy, a bf16 matrix product). Then each op at the models' shapes: against the

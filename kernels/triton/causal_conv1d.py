@@ -3,8 +3,8 @@
     y[b, t, o] = post(bias[o] + sum_{k, c} w[o, k, c] * pre(x)[b, t * stride + k * dilation - pad, c]) + r[b, t, o]
 
 The arithmetic is `_conv.convolve`. Streaming, the same launch reads the history and the last program of each group of
-batch rows writes it. Unfused, the activation reads and writes x once more, and the padding once more again: for the
-strided convolutions of the encoder that is three times the bytes.
+batch rows writes it. On paper, the first strided convolution of the encoder (64 to 128 channels, stride 4) moves x and
+half as much of y; padding and activation apart read and write x twice more, 5.5 tensors of x's size instead of 1.5.
 
 Output is time-major; input that is not gets copied. Groups run one after another (Mimi has none here).
 """
