@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -71,7 +71,11 @@ def _tabled(device: str, dtype: torch.dtype, impl: Impl) -> str:
     """The key of a table in `_tables`, made where it is new."""
     key = f"{device} {dtype} {sorted(impl.items()) if isinstance(impl, dict) else impl}"
     if key not in _tables:
-        _tables[key] = Ops(**{row.op: implementation(row.op, row.chosen) for row in explain(device, dtype, impl)})
+        ops = {row.op: implementation(row.op, row.chosen) for row in explain(device, dtype, impl)}
+        if ops["transformer_layer"] is implementation("transformer_layer", "reference"):
+            # which is written in terms of another op
+            ops["transformer_layer"] = partial(ops["transformer_layer"], attention=ops["window_attention"])
+        _tables[key] = Ops(**ops)
     return key
 
 

@@ -46,6 +46,8 @@ def register(op: str, kind: str, kernel: Implementation, reference: Implementati
     def call(*tensors: Tensor | None, dropout: float = 0.0, **options: Any) -> Tensor:
         if dropout:  # attention's, in training: backward would need the same mask again
             return reference(*tensors, dropout=dropout, **options)
+        if callable(options.get("activation")):  # a function of transformers, which no schema has a type for
+            return reference(*tensors, **options)
         tensors += tuple(options.pop(name, None) for name in names[len(tensors) :])
         if step is not None and options.get(state[0]) is not None:
             return step(*tensors, **options)

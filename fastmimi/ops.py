@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .memory import empty_time_major
+
 if TYPE_CHECKING:
     from .state import Lane
 
@@ -24,6 +26,7 @@ OPS: dict[str, str] = {
     "causal_conv_transpose1d": "[activation ->] transposed convolution, overlap-add, bias, trim",
     "resblock": "a SEANet residual unit: ELU, conv k3, ELU, conv k1, + input",
     "window_attention": "RoPE and causal attention over the last `window` positions, ring KV cache when streaming",
+    "transformer_layer": "norm, window attention, norm, feed-forward, each half scaled and added to its input",
     "rvq_encode": "the residual chain of nearest-entry searches over all levels, in fp32",
     "rvq_decode": "sum over levels of the chosen codebook entries",
 }
@@ -36,6 +39,7 @@ class Ops(NamedTuple):
     causal_conv_transpose1d: Callable[..., Tensor]
     resblock: Callable[..., Tensor]
     window_attention: Callable[..., Tensor]
+    transformer_layer: Callable[..., Tensor]
     rvq_encode: Callable[..., Tensor]
     rvq_decode: Callable[..., Tensor]
 
@@ -76,16 +80,11 @@ class Schema:
         return [tensor.split()[-1] for tensor in self.state.split(", ") if tensor]
 
 
-def time_major(x: Tensor, channels: int, length: int) -> Tensor:
-    """[B, channels, length], empty, channels next to each other in memory."""
-    return x.new_empty(x.shape[0], length, channels).transpose(1, 2)
-
-
 def _conv(
     x: Tensor, weight: Tensor, *_: Any, stride: int = 1, dilation: int = 1, pad: Any = (0, 0), **__: Any
 ) -> Tensor:
     length = (x.shape[2] + pad[0] + pad[1] - (weight.shape[2] - 1) * dilation - 1) // stride + 1
-    return time_major(x, weight.shape[0], length)
+    return empty_time_major(x, weight.shape[0], length)
 
 
 def _conv_transpose(
@@ -94,17 +93,21 @@ def _conv_transpose(
 ) -> Tensor:  # fmt: skip
     channels, kernel = weight.shape[1] * groups, weight.shape[2]
     if overlap is not None:
-        return time_major(x, channels, x.shape[2] * stride)
-    return time_major(x, channels, (x.shape[2] - 1) * stride + kernel - trim[0] - trim[1])
+        return empty_time_major(x, channels, x.shape[2] * stride)
+    return empty_time_major(x, channels, (x.shape[2] - 1) * stride + kernel - trim[0] - trim[1])
 
 
 def _resblock(x: Tensor, weight1: Tensor, *_: Any, dilation: int = 1, pad: Any = (0, 0), **__: Any) -> Tensor:
-    return time_major(x, x.shape[1], x.shape[2] + pad[0] + pad[1] - (weight1.shape[2] - 1) * dilation)
+    return empty_time_major(x, x.shape[1], x.shape[2] + pad[0] + pad[1] - (weight1.shape[2] - 1) * dilation)
 
 
 def _attention(q: Tensor, *_: Any, **__: Any) -> Tensor:
     batch, heads, length, dim = q.shape
     return q.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _layer(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _encode(x: Tensor, codebooks: Tensor) -> Tensor:
@@ -115,6 +118,7 @@ def _decode(codes: Tensor, codebooks: Tensor) -> Tensor:
     return codebooks.new_empty(codes.shape[1], codebooks.shape[2])
 
 
+_RINGS = "Tensor offset, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor active"
 _HISTORY = "Tensor(a!) history, Tensor first, Tensor active"
 SCHEMAS: dict[str, Schema] = {
     "causal_conv1d": Schema(
@@ -140,8 +144,16 @@ SCHEMAS: dict[str, Schema] = {
     "window_attention": Schema(
         "Tensor q, Tensor k, Tensor v, Tensor inv_freq",
         "int window, float rope_scale=1.0, bool interleaved=False",
-        "Tensor offset, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor active",
+        _RINGS,
         _attention,
+    ),
+    "transformer_layer": Schema(
+        "Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor q, Tensor k, Tensor v, Tensor o, Tensor scale1, "
+        "Tensor norm2_weight, Tensor norm2_bias, Tensor fc1, Tensor fc2, Tensor scale2, Tensor inv_freq, "
+        "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? o_bias=None",
+        "int window, float eps, str activation='gelu', float rope_scale=1.0",
+        _RINGS,
+        _layer,
     ),
     "rvq_encode": Schema("Tensor x, Tensor codebooks", "", "", _encode),
     "rvq_decode": Schema("Tensor codes, Tensor codebooks", "", "", _decode),

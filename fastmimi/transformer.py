@@ -1,6 +1,6 @@
 """The bottleneck transformers (arXiv 2410.00037, section 3.3.1): pre-norm, RoPE, sliding window, LayerScale.
 
-Parameters under transformers' names (`MimiTransformerModel`); attention is an op, plain GEMMs are `nn.Linear`.
+Parameters under transformers' names (`MimiTransformerModel`); a layer is one op.
 """
 
 from __future__ import annotations
@@ -8,26 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CodecConfig
 from .errors import InputError
 from .ops import Call
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
+# Feed-forward activations that the op knows, by transformers' names for them
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
 }
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """A feed-forward activation by transformers' name; names beyond the usual ones are looked up there."""
+def activation(name: str) -> str | Callable[[Tensor], Tensor]:
+    """A feed-forward activation by transformers' name: the op's name for it, or the function of transformers."""
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]
     from transformers.activations import ACT2FN
@@ -62,7 +62,7 @@ def rope_frequencies(config: CodecConfig) -> tuple[Tensor, float]:
 
 
 class Attention(nn.Module):
-    """Self-attention over the last `sliding_window` positions, [B, T, hidden] -> [B, T, hidden]."""
+    """The parameters of self-attention over the last `sliding_window` positions, and its rings."""
 
     name = ""  # path in the model, the key of its state; set by the model
 
@@ -82,33 +82,22 @@ class Attention(nn.Module):
         ring = (batch, self.kv_heads, self.window, self.head_dim)
         return {f"{self.name}.k": ring, f"{self.name}.v": ring}
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, float], call: Call) -> Tensor:
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        state: dict[str, Tensor] = {}
-        if (lane := call.lane) is not None:
-            rings = {f"cache_{kind}": lane.buffers[f"{self.name}.{kind}"] for kind in "kv"}
-            state = {"offset": lane.offset, "active": lane.active, **rings}
-        dropout = self.dropout if self.training else 0.0
-        y = call.ops.window_attention(
-            q, k, v, rope[0], window=self.window, rope_scale=rope[1], dropout=dropout, **state
-        )
-        return self.o_proj(y.transpose(1, 2).flatten(-2))
+    def state(self, call: Call) -> dict[str, Tensor]:
+        """The arguments of the op that say what came before."""
+        if (lane := call.lane) is None:
+            return {}
+        rings = {f"cache_{kind}": lane.buffers[f"{self.name}.{kind}"] for kind in "kv"}
+        return {"offset": lane.offset, "active": lane.active, **rings}
 
 
 class FeedForward(nn.Module):
-    """[B, T, hidden] -> intermediate -> [B, T, hidden]."""
+    """The parameters hidden_size -> intermediate_size -> hidden_size."""
 
     def __init__(self, config: CodecConfig):
         super().__init__()
         self.activation = activation(config.hidden_act)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -118,11 +107,10 @@ class LayerScale(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_initial_scale))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * x
-
 
 class TransformerLayer(nn.Module):
+    """[B, T, hidden] -> the same: one op; the modules own its parameters, under transformers' names."""
+
     def __init__(self, config: CodecConfig):
         super().__init__()
         self.self_attn = Attention(config)
@@ -133,8 +121,16 @@ class TransformerLayer(nn.Module):
         self.mlp_layer_scale = LayerScale(config)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, float], call: Call) -> Tensor:
-        x = x + self.self_attn_layer_scale(self.self_attn(self.input_layernorm(x), rope, call))
-        return x + self.mlp_layer_scale(self.mlp(self.post_attention_layernorm(x)))
+        attn, mlp, norm1, norm2 = self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm
+        biases = (attn.q_proj.bias, attn.k_proj.bias, attn.v_proj.bias, attn.o_proj.bias)
+        return call.ops.transformer_layer(
+            x, norm1.weight, norm1.bias,
+            attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight, attn.o_proj.weight,
+            self.self_attn_layer_scale.scale, norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc2.weight,
+            self.mlp_layer_scale.scale, rope[0], *biases,
+            window=attn.window, eps=norm1.eps, activation=mlp.activation, rope_scale=rope[1],
+            dropout=attn.dropout if self.training else 0.0, **attn.state(call),
+        )  # fmt: skip
 
 
 class Transformer(nn.Module):

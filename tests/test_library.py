@@ -77,26 +77,26 @@ def test_weights_are_packed_once():
 
     weight = torch.nn.Parameter(noise(3, 3))
     for _ in range(3):
-        _launch.packed(weight, "form", pack)
+        memory.packed(weight, "form", pack)
     assert len(count) == 1
     with torch.no_grad():
         weight.mul_(2)
-    assert torch.equal(_launch.packed(weight, "form", pack), weight)
+    assert torch.equal(memory.packed(weight, "form", pack), weight)
     weight.data = noise(3, 3, seed=5)
-    assert torch.equal(_launch.packed(weight, "form", pack), weight)
+    assert torch.equal(memory.packed(weight, "form", pack), weight)
     assert len(count) == 3
     weight.grad = torch.ones_like(weight)
     torch.optim.AdamW([weight], lr=0.1, fused=True).step()  # counts no version
-    assert torch.equal(_launch.packed(weight, "form", pack), weight)
+    assert torch.equal(memory.packed(weight, "form", pack), weight)
     layer = torch.nn.Linear(64, 64)  # a round trip that loses digits, perhaps to the same address
-    _launch.packed(layer.weight, "form", pack)
+    memory.packed(layer.weight, "form", pack)
     layer.half().float()
-    assert torch.equal(_launch.packed(layer.weight, "form", pack), layer.weight)
+    assert torch.equal(memory.packed(layer.weight, "form", pack), layer.weight)
     with torch.inference_mode():
         fresh = noise(3, 3)
-        _launch.packed(fresh, "form", pack)
+        memory.packed(fresh, "form", pack)
         fresh.mul_(2)
-        assert torch.equal(_launch.packed(fresh, "form", pack), fresh)
+        assert torch.equal(memory.packed(fresh, "form", pack), fresh)
 
 
 def test_a_kernel_that_cannot_be_built_says_so(monkeypatch):

@@ -1,4 +1,4 @@
-"""What every launcher of this room needs: targets, the launch itself, packed weights, arrival counters.
+"""What every launcher of this room needs: targets, the launch itself, arrival counters.
 
 A kernel is launched through `launch`: on its tensors' device, and where Triton cannot build it for that GPU, with an
 error that says which op it was and how to go on. `make kernels-report` listens here for the launches of a whole model.
@@ -6,16 +6,12 @@ error that says which op it was and how to go on. `make kernels-report` listens 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 from triton.runtime.errors import OutOfResources
 
 TritonError = OutOfResources.__mro__[1]  # its module has moved between versions
@@ -76,45 +72,6 @@ def for_amd(options: dict[str, Any]) -> dict[str, Any]:
     """Options on AMD, which has no TF32 to take three times, and 64 KiB of shared memory a block."""
     changes = {"PRECISION": "ieee", "num_stages": min(2, options.get("num_stages", 2))}
     return {**options, **{name: value for name, value in changes.items() if name in options}}
-
-
-def time_major(x: Tensor) -> Tensor:
-    """x [B, C, T] with channels next to each other in memory: as it is, or a copy."""
-    if x.stride(1) == 1 or x.shape[1] == 1:
-        return x
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def empty_time_major(x: Tensor, channels: int, length: int) -> Tensor:
-    """[B, channels, length], channels next to each other in memory."""
-    return x.new_empty(x.shape[0], length, channels).transpose(1, 2)
-
-
-_packed: Any = WeakTensorKeyDictionary()
-# fused optimizers edit weights without counting a version
-register_optimizer_step_post_hook(lambda *_: _packed.clear())
-
-
-def packed(tensor: Tensor, form: str, pack: Callable[[Tensor], Tensor]) -> Tensor:
-    """pack(tensor), computed once for each state of the tensor: a replaced, moved or edited one is packed anew.
-
-    Edits through `.data` count no version and are not seen. A CUDA graph packs on its own, at each replay.
-    """
-    on_gpu = tensor.device.type == "cuda"
-    if tensor.is_inference() or (on_gpu and torch.cuda.is_current_stream_capturing()):
-        return pack(tensor.detach())
-    # the weak reference keeps the storage's identity from being given to another one
-    state = (StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.dtype, tensor._version)
-    stream = torch.cuda.current_stream(tensor.device) if on_gpu else None
-    forms = _packed.setdefault(tensor, {})
-    if form not in forms or forms[form][0] != state:
-        with torch.inference_mode(False), torch.no_grad():
-            result = pack(tensor.detach())
-        forms[form] = (state, result, stream, stream.record_event() if stream is not None else None)
-    _, result, made_on, event = forms[form]
-    if stream is not None and stream != made_on:
-        stream.wait_event(event)
-    return result
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import memory
 from . import _launch
 from ._conv import (
     LENGTHS,
@@ -89,8 +90,8 @@ def causal_conv1d(
 ) -> Tensor:  # [B, C_out, T_out], time-major
     (batch, _, length), (out, _, kernel) = x.shape, weight.shape
     total = output_length(length, kernel, stride, dilation, pad)
-    x, y = _launch.time_major(x), _launch.empty_time_major(x, out, total)
-    residual = None if residual is None else _launch.time_major(residual)
+    x, y = memory.time_major(x), memory.empty_time_major(x, out, total)
+    residual = None if residual is None else memory.time_major(residual)
     if not total or not batch:
         return y
     for g in range(groups):

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import memory
 from . import _launch
 from ._launch import unsupported  # noqa: F401
 
@@ -119,4 +120,4 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
 
 def _norms(codebooks: Tensor) -> Tensor:
     """|c|^2 [L, S]."""
-    return _launch.packed(codebooks, "norms", lambda books: books.square().sum(dim=-1))
+    return memory.packed(codebooks, "norms", lambda books: books.square().sum(dim=-1))

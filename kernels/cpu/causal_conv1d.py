@@ -1,0 +1,84 @@
+"""CPU kernel of `causal_conv1d`: activation, padding or history, product, bias, activation and residual in one pass.
+
+In time-major memory a convolution is a product of overlapping rows with packed weights, without any copy of the
+overlap (native/conv.h). Least work for one second of the first strided layer, 64 to 128, k8 s4: 0.79 GFLOP, 9 MB read and
+written; the activated input of a chunk stays in a thread's caches.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from ... import memory
+from ._native import ACTIVATIONS, DTYPES, MOST_ROWS, PAD_MODES, Input, Output, native, unsupported  # noqa: F401
+from ._pack import address, panels, row
+
+
+def causal_conv1d(
+    x: Tensor,  # [B, C, T]
+    weight: Tensor,  # [C_out, C / groups, K]
+    bias: Tensor | None = None,  # [C_out]
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    pad: tuple[int, int] = (0, 0),
+    pad_mode: str = "constant",
+    pre: str = "none",
+    post: str = "none",
+    residual: Tensor | None = None,  # [B, C_out, T_out]
+    history: Tensor | None = None,  # [B, C, pad[0]], mutated
+    first: Tensor | None = None,  # [B] bool
+    active: Tensor | None = None,  # [B] bool
+) -> Tensor:  # [B, C_out, T_out], channels next to each other in memory
+    x = memory.time_major(x)
+    out, per_group, kernel = weight.shape
+    length = (x.shape[2] + pad[0] + pad[1] - (kernel - 1) * dilation - 1) // stride + 1
+    y = memory.empty_time_major(x, out, length)
+    if not y.numel():
+        return y
+    residual = None if residual is None else memory.time_major(residual)
+    state = (history, first, active)
+    for group in range(groups):
+        inputs, outputs = (slice(group * n, (group + 1) * n) for n in (per_group, out // groups))
+        weights = weight[outputs] if groups > 1 else weight
+        packed = panels(weights, "by taps", lambda w: w.transpose(1, 2), x.dtype)
+        offset = row(bias[outputs] if groups > 1 and bias is not None else bias)
+        target = output_of(y[:, outputs], offset, None if residual is None else residual[:, outputs])
+        target.post = ACTIVATIONS[post]
+        native().conv(
+            byref(input_of(x[:, inputs], pad, pad_mode, *state, group * per_group)), byref(packed.structure(offset)),
+            byref(target), packed.kind, stride, dilation, ACTIVATIONS[pre], length, y.stride(0),
+            0 if residual is None else residual.stride(0), torch.get_num_threads(),
+        )  # fmt: skip
+    if history is not None and pad[0]:
+        native().advance(byref(input_of(x, pad, pad_mode, *state)))
+    return y
+
+
+def input_of(
+    x: Tensor,
+    pad: tuple[int, int] = (0, 0),
+    pad_mode: str = "constant",
+    history: Tensor | None = None,
+    first: Tensor | None = None,
+    active: Tensor | None = None,
+    channel: int = 0,
+) -> Input:
+    """x [B, C, T], time-major, and what stands before and after it; `channel` is its first one in the history."""
+    begin = None if history is None else history.data_ptr() + channel * pad[0] * history.element_size()
+    return Input(
+        x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[2], x.shape[1], x.stride(0), x.stride(2), *pad,
+        PAD_MODES[pad_mode], begin, 0 if history is None else history.stride(0), address(first), address(active),
+    )  # fmt: skip
+
+
+def output_of(y: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Output:
+    """y and what is added to it [B, C, T], time-major; `bias` from `_pack.row`."""
+    return Output(
+        y.data_ptr(), DTYPES[y.dtype], y.stride(2), address(bias), 0, None, None, address(residual),
+        DTYPES[y.dtype], 0 if residual is None else residual.stride(2), MOST_ROWS, None,
+    )  # fmt: skip

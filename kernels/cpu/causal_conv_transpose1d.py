@@ -1,0 +1,108 @@
+"""CPU kernel of `causal_conv_transpose1d`: a causal convolution over packed weights, so that nothing is overlap-added.
+
+    y[t s + j, o] = bias[o] + sum_{tap, c} w[c, o, j + (taps - 1 - tap) s] x[t - taps + 1 + tap, c],   taps = ceil(K / s)
+
+is a convolution with s * C_out outputs, which lie in time-major memory as the upsampled signal does (native/conv.h).
+Streaming, the product runs one row or more beyond the input: that is the tail which the next call adds to its head.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import memory
+from ._native import ACTIVATIONS, DTYPES, native, unsupported  # noqa: F401
+from ._pack import address, panels, row
+from .causal_conv1d import input_of, output_of
+
+
+def causal_conv_transpose1d(
+    x: Tensor,  # [B, C, T]
+    weight: Tensor,  # [C, C_out / groups, K]
+    bias: Tensor | None = None,  # [C_out]
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    trim: tuple[int, int] = (0, 0),
+    pre: str = "none",
+    overlap: Tensor | None = None,  # [B, C_out, K - stride], mutated
+    active: Tensor | None = None,  # [B] bool
+) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride), channels next to each other in memory
+    x = memory.time_major(x)
+    batch, channels, length = x.shape
+    out, kernel = weight.shape[1] * groups, weight.shape[2]
+    taps = -(-kernel // stride)
+    if overlap is not None:
+        y, tail = x.new_empty(batch, length, stride * out), x.new_empty(batch, taps - 1, stride * out).float()
+        _multiply(x, weight, bias, stride, groups, taps, pre, y, tail)
+        samples = y.view(batch, length * stride, out)
+        if (reach := overlap.shape[2]) > 0:
+            native().overlap(
+                DTYPES[x.dtype], samples.data_ptr(), tail.data_ptr(), overlap.data_ptr(), address(active), batch,
+                samples.shape[1], tail.shape[1] * stride, out, reach, samples.stride(0), out, overlap.stride(0),
+            )  # fmt: skip
+        return samples.transpose(1, 2)
+    total = (length - 1) * stride + kernel - sum(trim)
+    rows = -(-(total + trim[0]) // stride)
+    y = x.new_empty(batch, rows, stride * out)
+    if y.numel():
+        _multiply(x, weight, bias, stride, groups, taps, pre, y, None)
+    return y.view(batch, rows * stride, out)[:, trim[0] : trim[0] + total].contiguous().transpose(1, 2)
+
+
+def _multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, taps: int, pre: str, y: Tensor,
+    tail: Tensor | None,
+) -> None:  # fmt: skip
+    """Rows of y [B, rows, s C_out], and what comes after them, without bias, into tail [B, taps - 1, s C_out]."""
+    channels, per_group, kernel = weight.shape
+    rows, beyond = y.shape[1], 0 if tail is None else taps - 1
+    pad = (taps - 1, max(0, rows + beyond - x.shape[2]))
+    threads = torch.get_num_threads()
+    if groups == channels and per_group == 1:
+        taps_first = memory.packed(weight, f"depthwise, stride {stride}", lambda w: _by_taps(w, stride, taps).float())
+        offset = None if bias is None else bias.float()
+        target = output_of(y.transpose(1, 2), offset)
+        target.rows, target.tail = rows, address(tail)
+        native().depthwise(
+            byref(input_of(x)), taps_first.data_ptr(), address(offset), byref(target), stride, taps, ACTIVATIONS[pre],
+            rows + beyond, threads,
+        )  # fmt: skip
+        return
+    for group in range(groups):
+        inputs = slice(group * channels // groups, (group + 1) * channels // groups)
+        part, outputs = weight, slice(group * per_group, (group + 1) * per_group)
+        mine, my_tail, offset = y, tail, bias
+        if groups > 1:
+            part, mine = weight[inputs], x.new_empty(y.shape[0], rows, stride * per_group)
+            my_tail = None if tail is None else tail.new_empty(tail.shape[0], beyond, stride * per_group)
+            offset = None if bias is None else bias[outputs]
+        packed = panels(part, f"transposed, stride {stride}", lambda w: _by_outputs(w, stride, taps), x.dtype)
+        offset = row(offset, stride)
+        target = output_of(mine.transpose(1, 2), offset)
+        if my_tail is not None:
+            target.rows, target.tail = rows, address(my_tail)
+        native().conv(
+            byref(input_of(x[:, inputs], pad)), byref(packed.structure(offset)), byref(target), packed.kind, 1, 1,
+            ACTIVATIONS[pre], rows + beyond, mine.stride(0), 0, threads,
+        )  # fmt: skip
+        if groups > 1:
+            for whole, piece in ((y, mine), (tail, my_tail)):
+                if whole is not None and piece is not None:
+                    shape = (*whole.shape[:2], stride, -1)
+                    whole.view(shape)[..., outputs] = piece.view(*piece.shape[:2], stride, per_group)
+
+
+def _by_taps(weight: Tensor, stride: int, taps: int) -> Tensor:
+    """[C, C_out, K] -> [taps, s, C, C_out], the oldest input first; zeros beyond K."""
+    weight = F.pad(weight, (0, taps * stride - weight.shape[2]))
+    return weight.unflatten(2, (taps, stride)).flip(2).permute(2, 3, 0, 1).contiguous()
+
+
+def _by_outputs(weight: Tensor, stride: int, taps: int) -> Tensor:
+    """[C, C_out, K] -> [s C_out, taps, C]."""
+    return _by_taps(weight, stride, taps).permute(1, 3, 0, 2).flatten(0, 1)

@@ -1,0 +1,171 @@
+// Products of rows with packed weights: the one inner loop that every op of this library ends in.
+//
+//   y[m, n] = residual[m, n] + scale[n] * post( bias[n] + sum_{tap, c} rows[m, tap, c] * weight[n, tap, c] )
+//
+// Weights are packed in panels of P = 2 W outputs: [N / P, taps, C, P], zeros beyond N. `Rows` walks memory by steps, so
+// that a convolution over time-major input is this product without any copy of overlapping windows: row m begins
+// `stride` time steps after row m - 1. The tile is R <= 8 rows by one panel, its sums stay in registers over all taps
+// and channels; a panel is used for all rows before the next one is begun.
+#pragma once
+#include <climits>
+
+#include "simd.h"
+
+namespace {
+
+constexpr int P = 2 * W;  // outputs in a panel
+constexpr int R = 8;      // rows in a tile
+
+// How weights are stored, and what rows they multiply
+struct Full {  // fp32
+  typedef float Row;
+  typedef float Weight;
+  static constexpr long GROUP = 1;  // channels that one step of the inner loop takes
+};
+struct Half {  // bf16, widened on the way
+  typedef float Row;
+  typedef bf16 Weight;
+  static constexpr long GROUP = 1;
+};
+struct Int8 {  // a scale for each output
+  typedef float Row;
+  typedef int8_t Weight;
+  static constexpr long GROUP = 1;
+};
+struct Pairs {  // bf16 times bf16, two channels at a time: [N / P, taps, C / 2, P, 2]
+  typedef bf16 Row;
+  typedef bf16 Weight;
+  static constexpr long GROUP = 2;
+};
+
+template <class T> struct Rows {
+  const T* start;
+  long row, tap;     // steps between rows and between taps, in elements
+  long taps, depth;  // depth: channels, a multiple of GROUP
+};
+
+struct Output {
+  void* y = nullptr;
+  int dtype = F32;
+  long row = 0;  // step between rows of y
+  const float* bias = nullptr;
+  int post = NONE;
+  const float* scale = nullptr;
+  const float* dequantize = nullptr;  // of int8 weights
+  const void* residual = nullptr;
+  int residual_dtype = F32;
+  long residual_row = 0;
+  long rows = LONG_MAX;   // rows from this one on go, as plain sums, to
+  float* tail = nullptr;  // which has the same row step
+};
+
+#if defined(__AVX512BF16__)
+INLINE vf multiply_pairs(vf sum, const bf16* row, const bf16* weight) {
+  int32_t pair;
+  memcpy(&pair, row, 4);
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(weight));
+}
+#else
+INLINE vf multiply_pairs(vf, const bf16*, const bf16*) { abort(); }  // the variant never chooses Pairs
+#endif
+
+template <class Kind, int ROWS>
+INLINE void multiply(const Rows<typename Kind::Row>& a, const typename Kind::Weight* b, vf (&sum)[ROWS][2]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = (vf){};
+  for (long tap = 0; tap < a.taps; tap++) {
+    const typename Kind::Row* row = a.start + tap * a.tap;
+    for (long c = 0; c < a.depth; c += Kind::GROUP, b += P * Kind::GROUP) {
+      if constexpr (Kind::GROUP == 2) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+          sum[r][0] = multiply_pairs(sum[r][0], row + r * a.row + c, b);
+          sum[r][1] = multiply_pairs(sum[r][1], row + r * a.row + c, b + P);
+        }
+      } else {
+        vf left = load(b), right = load(b + W);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+          vf x = broadcast(row[r * a.row + c]);
+          sum[r][0] += x * left;
+          sum[r][1] += x * right;
+        }
+      }
+    }
+  }
+}
+
+template <class T> INLINE vf load_up_to(const T* p, long count) { return count >= W ? load(p) : load_some(p, count); }
+template <class T> INLINE void store_up_to(T* p, vf x, long count) {
+  if (count >= W)
+    store(p, x);
+  else
+    store_some(p, x, count);
+}
+
+// One vector of output n of row m, `count` of it inside
+INLINE void finish(vf x, const Output& out, long m, long n, long count) {
+  if (out.dequantize) x *= load(out.dequantize + n);
+  if (m >= out.rows) return store_up_to(out.tail + (m - out.rows) * out.row + n, x, count);
+  if (out.bias) x += load(out.bias + n);
+  x = activate(x, out.post);
+  if (out.scale) x *= load(out.scale + n);
+  if (out.residual) {
+    long i = m * out.residual_row + n;
+    x += out.residual_dtype == F32 ? load_up_to((const float*)out.residual + i, count)
+                                   : load_up_to((const bf16*)out.residual + i, count);
+  }
+  long i = m * out.row + n;
+  if (out.dtype == F32)
+    store_up_to((float*)out.y + i, x, count);
+  else
+    store_up_to((bf16*)out.y + i, x, count);
+}
+
+// Outputs [n, n + P) of rows [m, m + rows), of `width` in all. Called once for each tile: kept out of the tiles, whose
+// inner loops are many, so that it is compiled once.
+__attribute__((noinline)) void finish_tile(const vf (*sum)[2], long rows, const Output& out, long m, long n, long width) {
+  for (long r = 0; r < rows; r++) {
+    finish(sum[r][0], out, m + r, n, width - n);
+    if (width - n > W) finish(sum[r][1], out, m + r, n + W, width - n - W);
+  }
+}
+
+template <class Kind, int ROWS>
+__attribute__((noinline)) void tile(
+    const Rows<typename Kind::Row>& a, const typename Kind::Weight* b, const Output& out, long m, long n, long width) {
+  vf sum[ROWS][2];
+  multiply<Kind, ROWS>(a, b, sum);
+  finish_tile(sum, ROWS, out, m, n, width);
+}
+
+// Rows [0, count) times panels [first, last), of `width` outputs in all
+template <class Kind>
+void multiply_rows(
+    Rows<typename Kind::Row> a, long count, const void* weights, long first, long last, long width, const Output& out) {
+  typedef void Tile(const Rows<typename Kind::Row>&, const typename Kind::Weight*, const Output&, long, long, long);
+  static Tile* const tiles[] = {tile<Kind, 1>, tile<Kind, 2>, tile<Kind, 3>, tile<Kind, 4>,
+                                tile<Kind, 5>, tile<Kind, 6>, tile<Kind, 7>, tile<Kind, 8>};
+  const typename Kind::Row* start = a.start;
+  for (long panel = first; panel < last; panel++) {
+    const auto* b = (const typename Kind::Weight*)weights + panel * a.taps * a.depth * P;
+    for (long m = 0; m < count; m += R) {
+      a.start = start + m * a.row;
+      tiles[min(R, count - m) - 1](a, b, out, m, panel * P, width);
+    }
+  }
+}
+
+// A step between time steps of `channels`, such that rows `stride` steps apart do not all fall into the same cache sets
+INLINE long pitch_of(long channels, long stride, size_t size) {
+  return channels * stride * size % 2048 ? channels : channels + 64 / size;
+}
+
+// The rows of a convolution over scratch of that pitch: taps next to each other are one long tap
+template <class T>
+INLINE Rows<T> rows_of(const T* start, long pitch, long stride, long dilation, long taps, long channels) {
+  if (dilation == 1 && pitch == channels) return {start, stride * pitch, 0, 1, taps * channels};
+  return {start, stride * pitch, dilation * pitch, taps, channels};
+}
+
+}  // namespace

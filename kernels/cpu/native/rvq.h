@@ -1,0 +1,134 @@
+// rvq_encode: the residual chain of searches. code = argmin |c|^2 - 2 r . c, in fp32, and where the two best are near,
+// the sum of squared differences in fp64 decides; the lower index wins a tie.
+#pragma once
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "conv.h"
+
+namespace {
+
+struct Best {
+  float distance[2];
+  int32_t index[2];
+};
+
+constexpr float NEAR = 1e-4f;  // of |c|^2 + |distance|: well above fp32's rounding over any usual depth
+
+thread_local Arena best_scratch, residual_scratch;
+
+INLINE void consider(Best& best, float distance, int32_t index) {
+  if (distance < best.distance[0]) {
+    best.distance[1] = best.distance[0], best.index[1] = best.index[0];
+    best.distance[0] = distance, best.index[0] = index;
+  } else if (distance < best.distance[1]) {
+    best.distance[1] = distance, best.index[1] = index;
+  }
+}
+
+// The two nearest entries of panels [first, last) to ROWS residuals
+template <int ROWS>
+__attribute__((noinline)) void search(const float* residual, long dim, const float* packed, const float* norms,
+                                      long first, long last, Best* best) {
+  for (long panel = first; panel < last; panel++) {
+    Rows<float> rows = {residual, dim, 0, 1, dim};
+    vf sum[ROWS][2];
+    multiply<Full, ROWS>(rows, packed + panel * dim * P, sum);
+    for (int r = 0; r < ROWS; r++)
+      for (int half = 0; half < 2; half++) {
+        long n = panel * P + half * W;
+        vf distance = load(norms + n) - 2.0f * sum[r][half];
+        vi closer = distance < best[r].distance[1];
+        int any = 0;
+        for (int i = 0; i < W; i++) any |= closer[i];
+        if (!any) continue;
+        float lanes[W];
+        store(lanes, distance);
+        for (int i = 0; i < W; i++) consider(best[r], lanes[i], (int32_t)(n + i));
+      }
+  }
+}
+
+void search_rows(const float* residual, long rows, long dim, const float* packed, const float* norms, long first, long last,
+                 Best* best) {
+  typedef void Search(const float*, long, const float*, const float*, long, long, Best*);
+  static Search* const searches[] = {search<1>, search<2>, search<3>, search<4>, search<5>, search<6>, search<7>, search<8>};
+  for (long m = 0; m < rows; m++) best[m] = {{INFINITY, INFINITY}, {0, 0}};
+  for (long m = 0; m < rows; m += R)
+    searches[min(R, rows - m) - 1](residual + m * dim, dim, packed, norms, first, last, best + m);
+}
+
+double squared_distance(const float* a, const float* b, long dim) {
+  double sum = 0;
+  for (long d = 0; d < dim; d++) sum += ((double)a[d] - b[d]) * ((double)a[d] - b[d]);
+  return sum;
+}
+
+// The nearer of the two, and the residual that it leaves
+int64_t settle(float* residual, const Best& best, const float* codebook, const float* norms, long dim) {
+  int32_t index = best.index[0], other = best.index[1];
+  float gap = best.distance[1] - best.distance[0];
+  if (gap <= NEAR * (norms[index] + fabsf(best.distance[0]))) {
+    double mine = squared_distance(residual, codebook + index * dim, dim);
+    double theirs = squared_distance(residual, codebook + other * dim, dim);
+    if (theirs < mine || (theirs == mine && other < index)) index = other;
+  }
+  for (long d = 0; d < dim; d++) residual[d] -= codebook[index * dim + d];
+  return index;
+}
+
+// x [N, D]; codebooks [L, S, D] plain, and packed as weights [L, S / P, D, P] with norms [L, S], inf beyond S
+void encode_rows(const float* x, long x_step, long rows, long dim, long levels, long size, const float* codebooks,
+                 const float* packed, const float* norms, int64_t* codes, int threads) {
+  long panels = ceil_div(size, P);
+  bool share_rows = rows >= 8 * threads;
+  long chunk = share_rows ? min(64, round_up(ceil_div(rows, threads), R)) : rows;
+  Best* shared = best_scratch.take<Best>(threads * max(chunk, 1));
+  float* residuals = residual_scratch.take<float>(threads * chunk * dim);
+#pragma omp parallel num_threads(threads)
+  {
+    int thread = 0, team = 1;
+#ifdef _OPENMP
+    thread = omp_get_thread_num(), team = omp_get_num_threads();
+#endif
+    float* residual = residuals + thread * chunk * dim;
+    Best* best = shared + thread * chunk;
+    auto take = [&](long m, long count) {
+      for (long i = 0; i < count; i++) memcpy(residual + i * dim, x + (m + i) * x_step, dim * sizeof(float));
+    };
+    if (share_rows) {
+#pragma omp for schedule(dynamic)
+      for (long m = 0; m < rows; m += chunk) {
+        long count = min(chunk, rows - m);
+        take(m, count);
+        for (long level = 0; level < levels; level++) {
+          const float* norm = norms + level * panels * P;
+          search_rows(residual, count, dim, packed + level * panels * P * dim, norm, 0, panels, best);
+          for (long i = 0; i < count; i++)
+            codes[level * rows + m + i] = settle(residual + i * dim, best[i], codebooks + level * size * dim, norm, dim);
+        }
+      }
+    } else {  // few rows: each thread searches its share of the entries, and all keep the residuals
+      take(0, rows);
+      for (long level = 0; level < levels; level++) {
+        const float* norm = norms + level * panels * P;
+        search_rows(residual, rows, dim, packed + level * panels * P * dim, norm, panels * thread / team,
+                    panels * (thread + 1) / team, best);
+#pragma omp barrier
+        for (long i = 0; i < rows; i++) {
+          Best all = {{INFINITY, INFINITY}, {0, 0}};
+          for (int t = 0; t < team; t++)
+            for (int rank = 0; rank < 2; rank++)
+              if (shared[t * chunk + i].distance[rank] < INFINITY)
+                consider(all, shared[t * chunk + i].distance[rank], shared[t * chunk + i].index[rank]);
+          int64_t code = settle(residual + i * dim, all, codebooks + level * size * dim, norm, dim);
+          if (thread == 0) codes[level * rows + i] = code;
+        }
+#pragma omp barrier
+      }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,194 @@
+// Vectors of floats of the variant's width, conversions, and the elementwise functions. GCC's vector extensions: the
+// same source serves every variant, and the compiler picks the instructions.
+//
+// All of native/ has internal linkage but the entry points of variant.cpp: the variants are linked into one library, and
+// a function shared between them would be compiled for one of them only.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // floats in a vector
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef int8_t vb __attribute__((vector_size(W)));
+typedef float loose_vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t loose_vh __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef int8_t loose_vb __attribute__((vector_size(W), aligned(1), may_alias));
+
+#define INLINE inline __attribute__((always_inline))
+
+enum Dtype { F32 = 0, BF16 = 1 };
+enum Activation { NONE = 0, ELU, SILU, GELU, GELU_TANH, RELU, TANH };
+
+struct bf16 {
+  uint16_t bits;
+};
+
+INLINE long min(long a, long b) { return a < b ? a : b; }
+INLINE long max(long a, long b) { return a > b ? a : b; }
+INLINE long ceil_div(long a, long b) { return (a + b - 1) / b; }
+INLINE long round_up(long a, long b) { return ceil_div(a, b) * b; }
+
+// ---- loads, stores, conversions
+
+INLINE vf broadcast(float x) { return x - (vf){}; }
+INLINE vf load(const float* p) { return *(const loose_vf*)p; }
+INLINE void store(float* p, vf x) { *(loose_vf*)p = x; }
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(bf16 x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+
+INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const loose_vh*)p, vu) << 16); }
+INLINE vf load(const int8_t* p) { return __builtin_convertvector(*(const loose_vb*)p, vf); }
+
+INLINE void store(bf16* p, vf x) {  // round to nearest even; a NaN stays one
+  vu bits = (vu)x;
+  vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  vi is_number = x == x;
+  *(loose_vh*)p = __builtin_convertvector(is_number ? rounded : (vu){} + 0x7FC0, vh);
+}
+
+// `count` < W elements
+template <class T> INLINE vf load_some(const T* p, long count) {
+  T buffer[W] = {};
+  memcpy((void*)buffer, p, count * sizeof(T));
+  return load(buffer);
+}
+template <class T> INLINE void store_some(T* p, vf x, long count) {
+  T buffer[W];
+  store(buffer, x);
+  memcpy((void*)p, buffer, count * sizeof(T));
+}
+
+INLINE float largest_lane(vf x) {
+  float buffer[W], y;
+  store(buffer, x);
+  y = buffer[0];
+  for (int i = 1; i < W; i++) y = buffer[i] > y ? buffer[i] : y;
+  return y;
+}
+
+#if defined(__AVX512F__)
+INLINE float sum_lanes(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+#else
+INLINE float sum_lanes(vf x) {
+  float buffer[W];
+  store(buffer, x);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) buffer[i] += buffer[i + half];
+  return buffer[0];
+}
+#endif
+
+// ---- elementwise functions. Each lets a NaN through: comparisons are written so that it takes the arithmetic branch.
+
+// x = n ln 2 + r: e^r - 1 by its Taylor series to r^7 (|r| <= 0.347: the next term is 5e-9 of r), and 2^n
+INLINE vf expm1_parts(vf x, vf& power) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  vf n = (x * 1.44269504088896341f + magic) - magic;
+  vf r = x - n * 0.693145751953125f - n * 1.42860682030941723212e-6f;
+  vf p = r * (1.0f / 5040) + (1.0f / 720);
+  p = p * r + (1.0f / 120);
+  p = p * r + (1.0f / 24);
+  p = p * r + (1.0f / 6);
+  p = p * r + 0.5f;
+  p = p * (r * r) + r;
+  power = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+  return p;
+}
+
+INLINE vf exp(vf x) {
+  x = x < -87.0f ? (vf){} - 87.0f : x;
+  x = x > 88.0f ? (vf){} + 88.0f : x;
+  vf power, p = expm1_parts(x, power);
+  return p * power + power;
+}
+
+INLINE vf expm1_of_negative(vf x) {
+  x = x < -30.0f ? (vf){} - 30.0f : x;
+  vf power, p = expm1_parts(x, power);
+  return p * power + (power - 1.0f);
+}
+
+INLINE vf elu(vf x) {
+  vf y = expm1_of_negative(x > 0.0f ? (vf){} : x);
+  return x > 0.0f ? x : y;
+}
+
+INLINE vf tanh(vf x) {
+  vf size = x < 0.0f ? -x : x;
+  vf e = expm1_of_negative(-2.0f * size);
+  vf y = -e / (e + 2.0f);
+  return x < 0.0f ? -y : y;
+}
+
+// |x| < 1: x P(x^2); beyond, 1 - exp(Q(|x|)). Both are minimax fits; 1.4e-7 is the largest error.
+constexpr float ERF_P[] = {1.128379166e+00f, -3.761262714e-01f, 1.128360018e-01f, -2.685444459e-02f, 5.189535343e-03f, -8.020841305e-04f, 7.889119606e-05f};
+constexpr float ERF_Q[] = {1.834514681e-04f, -1.129556868e+00f, -6.332625312e-01f, -1.083725738e-01f, 2.517903359e-02f, -4.193637789e-03f, 4.391122643e-04f, -2.149665814e-05f};
+
+template <int N> INLINE vf polynomial(const float (&c)[N], vf x) {
+  vf y = broadcast(c[N - 1]);
+#pragma GCC unroll 8
+  for (int i = N - 2; i >= 0; i--) y = y * x + c[i];
+  return y;
+}
+
+INLINE vf erf(vf x) {
+  vf size = x < 0.0f ? -x : x, square = x * x;
+  vf inner = x * polynomial(ERF_P, square);
+  vf outer = 1.0f - exp(polynomial(ERF_Q, size > 4.0f ? (vf){} + 4.0f : size));
+  return square < 1.0f ? inner : x < 0.0f ? -outer : outer;
+}
+
+INLINE vf activate(vf x, int activation) {
+  switch (activation) {
+    case ELU: return elu(x);
+    case SILU: return x / (1.0f + exp(-x));
+    case GELU: return 0.5f * x * (1.0f + erf(x * 0.70710678118654752f));
+    case GELU_TANH: return 0.5f * x * (1.0f + tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    case RELU: return x < 0.0f ? (vf){} : x;
+    case TANH: return tanh(x);
+  }
+  return x;
+}
+
+// ---- memory that a thread keeps from call to call: mapping it anew each time costs a page fault for every 4 KB
+
+struct Arena {
+  char* memory = nullptr;
+  size_t size = 0;
+  ~Arena() { free(memory); }
+  template <class T> T* take(size_t count) {
+    size_t bytes = round_up(count * sizeof(T) + 64, 4096);
+    if (bytes > size) {
+      free(memory);
+      memory = (char*)aligned_alloc(4096, bytes);
+      if (!memory) abort();
+      size = bytes;
+    }
+    return (T*)memory;
+  }
+};
+
+}  // namespace

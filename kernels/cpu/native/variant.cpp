@@ -1,0 +1,95 @@
+// The entry points, compiled once for each instruction set: VARIANT ends their names. Structures are passed as
+// _native.py lays them out.
+#include "rvq.h"
+#include "transformer.h"
+
+#define JOIN_(name, variant) name##_##variant
+#define JOIN(name, variant) JOIN_(name, variant)
+#define ENTRY(name) extern "C" __attribute__((visibility("default"))) void JOIN(name, VARIANT)
+
+namespace {
+
+enum Kind { FULL = 0, HALF, INT8, PAIRS };
+
+template <class Function> void with_kind(int kind, Function function) {
+  switch (kind) {
+    case FULL: return function(Full{});
+    case HALF: return function(Half{});
+    case INT8: return function(Int8{});
+#if defined(__AVX512BF16__)
+    case PAIRS: return function(Pairs{});
+#endif
+  }
+  abort();
+}
+
+}  // namespace
+
+ENTRY(outputs_per_panel)(long* count) { *count = P; }
+
+ENTRY(conv)(const Input& in, const Weights& weights, const Output& out, int kind, long stride, long dilation, int pre,
+            long out_length, long out_batch_step, long residual_batch_step, int threads) {
+  with_kind(kind, [&](auto k) {
+    conv_of<decltype(k)>(in, weights, out, stride, dilation, pre, out_length, out_batch_step, residual_batch_step, threads);
+  });
+}
+
+ENTRY(resblock)(const Input& in, const Weights& w1, const Weights& w2, const Output& out, int kind, long dilation,
+                long out_length, long out_batch_step, long residual_batch_step, int threads) {
+  with_kind(kind, [&](auto k) {
+    resblock_of<decltype(k)>(in, w1, w2, out, dilation, out_length, out_batch_step, residual_batch_step, threads);
+  });
+}
+
+ENTRY(depthwise)(const Input& in, const float* weight, const float* bias, const Output& out, long stride, long taps, int pre,
+                 long rows, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long i = 0; i < in.batch * rows; i++)
+    if (in.dtype == F32)
+      depthwise_rows<float>(in, weight, bias, out, stride, taps, i / rows, i % rows, pre);
+    else
+      depthwise_rows<bf16>(in, weight, bias, out, stride, taps, i / rows, i % rows, pre);
+}
+
+ENTRY(advance)(const Input& in) {
+  if (in.dtype == F32)
+    advance_history<float>(in);
+  else
+    advance_history<bf16>(in);
+}
+
+ENTRY(overlap)(int dtype, void* y, float* tail, void* overlap, const bool* active, long batch, long samples,
+               long tail_samples, long outputs, long length, long y_batch_step, long y_step, long overlap_step) {
+  if (dtype == F32)
+    overlap_add((float*)y, tail, (float*)overlap, active, batch, samples, tail_samples, outputs, length, y_batch_step,
+                y_step, overlap_step);
+  else
+    overlap_add((bf16*)y, tail, (bf16*)overlap, active, batch, samples, tail_samples, outputs, length, y_batch_step, y_step,
+                overlap_step);
+}
+
+ENTRY(attention)(const Attention& a, int threads) {
+  long positions = (a.offset ? a.batch : 1) * a.length;
+  float* angles = angle_scratch.take<float>(positions * a.dim);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (long t = 0; t < positions; t++) fill_angles(angles, a, t);
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < a.batch * a.kv_heads; i++) attend_head(a, i / a.kv_heads, i % a.kv_heads, angles);
+  }
+}
+
+ENTRY(layer)(const Layer& layer, int kind, int threads) {
+  with_kind(kind, [&](auto k) {
+    if (layer.dtype == F32)
+      run_layer<decltype(k), float>(layer, threads);
+    else
+      run_layer<decltype(k), bf16>(layer, threads);
+  });
+}
+
+ENTRY(rvq_encode)(const float* x, long x_step, long rows, long dim, long levels, long size, const float* codebooks,
+                  const float* packed, const float* norms, int64_t* codes, int threads) {
+  encode_rows(x, x_step, rows, dim, levels, size, codebooks, packed, norms, codes, threads);
+}

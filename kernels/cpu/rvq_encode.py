@@ -1,0 +1,36 @@
+"""CPU kernel of `rvq_encode`: the products of all levels and the running best two, near ties decided in fp64 (native/rvq.h).
+
+A row alone (a stream) is bound by reading the codebooks, 2 MB a level: threads share each level's entries. Many rows are
+bound by the products, 1 MFLOP per row and level; no matrix of distances is written.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import memory
+from ._native import native, unsupported  # noqa: F401
+
+
+def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
+    """x [N, D] and codebooks [L, S, D], both fp32 -> codes [L, N] int64."""
+    codebooks = codebooks.contiguous()
+    levels, size, dim = codebooks.shape
+    width = native().outputs_per_panel
+    x = x if x.stride(1) == 1 else x.contiguous()
+    codes = torch.empty(levels, len(x), dtype=torch.int64)
+
+    def pack(books: Tensor) -> tuple[Tensor, Tensor]:
+        norms = F.pad(books.square().sum(dim=-1), (0, -size % width), value=torch.inf)
+        books = F.pad(books, (0, 0, 0, -size % width)).view(levels, -1, width, dim)
+        return books.transpose(2, 3).contiguous(), norms
+
+    packed, norms = memory.packed(codebooks, f"search in panels of {width}", pack)
+    if codes.numel():
+        native().rvq_encode(
+            x.data_ptr(), x.stride(0), len(x), dim, levels, size, codebooks.data_ptr(), packed.data_ptr(),
+            norms.data_ptr(), codes.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return codes
