@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 Packed = TypeVar("Packed")
 
@@ -26,29 +26,48 @@ def empty_time_major(x: Tensor, channels: int, length: int) -> Tensor:
     return x.new_empty(x.shape[0], length, channels).transpose(1, 2)
 
 
-_packed: Any = WeakTensorKeyDictionary()
+class _Form:
+    """A packed form, and the state of the tensors that it was made of."""
+
+    def __init__(self, key: tuple[int, str], tensors: tuple[Tensor, ...], form: Any, stream: Any):
+        self.form, self.stream = form, stream
+        self.event = None if stream is None else stream.record_event()
+        self.tensors = [weakref.ref(t) for t in tensors]
+        self.first = weakref.ref(tensors[0], lambda _: _forms.pop(key, None))
+        # the weak references keep a storage's identity from being given to another one
+        self.storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+        self.states = [(t._version, t.storage_offset(), t.dtype) for t in tensors]
+
+    def is_of(self, tensors: tuple[Tensor, ...]) -> bool:
+        return all(
+            ref() is t and t.untyped_storage()._cdata == storage.cdata
+            and (t._version, t.storage_offset(), t.dtype) == state
+            for t, ref, storage, state in zip(tensors, self.tensors, self.storages, self.states, strict=True)
+        )  # fmt: skip
+
+
+_forms: dict[tuple[int, str], _Form] = {}
 # fused optimizers edit weights without counting a version
-register_optimizer_step_post_hook(lambda *_: _packed.clear())
+register_optimizer_step_post_hook(lambda *_: _forms.clear())
 
 
 def packed(tensors: Tensor | tuple[Tensor, ...], form: str, pack: Callable[..., Packed]) -> Packed:
-    """pack(tensors), computed once for each state of the tensors: replaced, moved or edited ones are packed anew.
+    """pack(*tensors), computed once for each state of the tensors: replaced, moved or edited ones are packed anew.
 
-    Edits through `.data` count no version and are not seen. A CUDA graph packs on its own, at each replay.
+    The form lives as long as the first of them. Edits through `.data` count no version and are not seen. A CUDA graph
+    packs on its own, at each replay.
     """
     tensors = (tensors,) if isinstance(tensors, Tensor) else tensors
-    on_gpu = tensors[0].device.type == "cuda"
+    on_gpu = tensors[0].is_cuda
     if any(t.is_inference() for t in tensors) or (on_gpu and torch.cuda.is_current_stream_capturing()):
         return pack(*(t.detach() for t in tensors))
-    # the weak references keep a storage's identity from being given to another one
-    state = [(StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.dtype, t._version) for t in tensors]
+    key = id(tensors[0]), form
     stream = torch.cuda.current_stream(tensors[0].device) if on_gpu else None
-    forms = _packed.setdefault(tensors[0], {})
-    if form not in forms or forms[form][0] != state:
+    found = _forms.get(key)
+    if found is None or not found.is_of(tensors):
         with torch.inference_mode(False), torch.no_grad():
             result = pack(*(t.detach() for t in tensors))
-        forms[form] = (state, result, stream, stream.record_event() if stream is not None else None)
-    _, result, made_on, event = forms[form]
-    if stream is not None and stream != made_on:
-        stream.wait_event(event)
-    return result
+        found = _forms[key] = _Form(key, tensors, result, stream)
+    if stream is not None and stream != found.stream:
+        stream.wait_event(found.event)
+    return found.form

@@ -58,7 +58,7 @@ class Mimi(Codec):
         self, audio: Tensor, lane: Lane | None, lengths: Tensor | None, transformer: Transform | None = None
     ) -> Tensor:
         """Audio [B, C, N] -> latents [B, hidden, ceil(N / frame_size)]; a face may bring its own transformer."""
-        call = Call(self._ops(), lane, lengths)
+        call = Call(self._ops(), lane, lengths, self._piece(len(audio)))
         assert self.encoder is not None and self.encoder_transformer is not None
         x = (transformer or self.encoder_transformer)(self.encoder(audio, call), call)
         positions = x.shape[-1]
@@ -69,7 +69,7 @@ class Mimi(Codec):
 
     def _decode_step(self, latents: Tensor, lane: Lane | None, transformer: Transform | None = None) -> Tensor:
         """Latents [B, hidden, T] -> audio [B, C, T * frame_size]; a face may bring its own transformer."""
-        call = Call(self._ops(), lane)
+        call = Call(self._ops(), lane, piece=self._piece(len(latents)))
         assert self.decoder is not None and self.decoder_transformer is not None
         x = latents if self.upsample is None else self.upsample(latents, call)
         positions = x.shape[-1]

@@ -49,12 +49,16 @@ class Call:
     """What one pass through the model hands from layer to layer.
 
     ops: the bound implementations; lane: the streaming state of this direction, or None offline; lengths: [B] int64,
-    the valid length of each row at the layer at hand (strided layers divide it), or None where rows are full.
+    the valid length of each row at the layer at hand (strided layers divide it), or None where rows are full;
+    piece: frames of the transformer's rate that pass the layers near the audio at once (None: all); `continues`: not
+    the first piece, so that no row is at the start of its stream.
     """
 
     ops: Ops
     lane: Lane | None = None
     lengths: Tensor | None = None
+    piece: int | None = None
+    continues: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ before the convolutions and are fused into them, which is why the numbering of `
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class CausalConv1d(nn.Module):
         arguments: dict[str, Any] = {"pad": self.padding(x.shape[-1]), "pad_mode": self.pad_mode}
         if call.lane is not None:
             history = call.lane.buffers[self.name]
-            arguments |= {"history": history, "first": call.lane.first, "active": call.lane.active}
+            first = call.lane.first & False if call.continues else call.lane.first
+            arguments |= {"history": history, "first": first, "active": call.lane.active}
         return arguments
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
@@ -145,11 +147,12 @@ class SeanetEncoder(nn.Module):
             width *= 2
         layers += [None, CausalConv1d(config, (width, config.hidden_size), config.last_kernel_size, pre="elu")]
         self.layers = _numbered(layers)
+        self.hop = math.prod(config.upsampling_ratios)  # samples per latent
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        for layer in self.layers.values():
-            x = layer(x, call)
-        return x
+        *_, slow = (i for i, layer in enumerate(self.layers.values()) if isinstance(layer, ResBlock))
+        layers = list(self.layers.values())
+        return _run(layers[slow:], _run_in_pieces(layers[:slow], x, call, self.hop), call)
 
 
 class SeanetDecoder(nn.Module):
@@ -167,11 +170,37 @@ class SeanetDecoder(nn.Module):
             ]
         layers += [None, CausalConv1d(config, (width, config.audio_channels), config.last_kernel_size, pre="elu")]
         self.layers = _numbered(layers)
+        self.ratio = config.upsampling_ratios[0]  # of the slow layers
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        for layer in self.layers.values():
-            x = layer(x, call)
-        return x
+        layers = list(self.layers.values())
+        fast = next(i for i, layer in enumerate(layers) if isinstance(layer, ResBlock))
+        return _run_in_pieces(layers[fast:], _run(layers[:fast], x, call), call, self.ratio)
+
+
+def _run(layers: list[nn.Module], x: Tensor, call: Call) -> Tensor:
+    for layer in layers:
+        x = layer(x, call)
+    return x
+
+
+def _run_in_pieces(layers: list[nn.Module], x: Tensor, call: Call, samples: int) -> Tensor:
+    """Layers near the audio, whose activations are large and whose weights are few, in pieces that stay in the caches.
+
+    A piece is `call.piece` times `samples` of x [B, C, T] long. The pieces follow one another as the chunks of a stream.
+    """
+    if call.piece is None or call.lane is None or x.shape[-1] <= call.piece * samples:
+        return _run(layers, x, call)
+    pieces, lengths, size = [], [], call.piece * samples
+    for start in range(0, x.shape[-1], size):
+        part = x[..., start : start + size]
+        inside = None if call.lengths is None else (call.lengths - start).clamp(0, part.shape[-1])
+        piece = replace(call, lengths=inside, continues=call.continues or start > 0)
+        pieces.append(_run(layers, part, piece).transpose(1, 2))
+        lengths.append(piece.lengths)
+    if call.lengths is not None:
+        call.lengths = torch.stack([length for length in lengths if length is not None]).sum(dim=0)
+    return torch.cat(pieces, dim=1).transpose(1, 2)  # [B, C, T], time-major as the pieces
 
 
 def fill_tail(x: Tensor, lengths: Tensor, pad_mode: str) -> Tensor:

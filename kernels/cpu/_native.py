@@ -101,7 +101,7 @@ class Variant:
         for entry, arguments in ENTRIES.items():
             function = getattr(library, f"{entry}_{name}")
             function.argtypes, function.restype = arguments, None
-            setattr(self, entry, function)
+            setattr(self, entry, function)  # structures go by address
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the native library has no entry {name!r}")

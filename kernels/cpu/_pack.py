@@ -17,18 +17,11 @@ from ._native import KINDS, Weights, native
 
 
 class Panels(NamedTuple):
-    """Packed weights of a product, how they are stored, and the structure that points at them."""
+    """Packed weights of a product with the rows added to and multiplied with it, and the structure of their addresses."""
 
-    weights: Tensor
+    tensors: tuple[Tensor | None, ...]  # kept alive for `structure`
+    structure: Weights
     kind: int
-    outputs: int
-    taps: int
-
-    def structure(self, bias: Tensor | None) -> Weights:
-        """For a bias from `row`. The caller keeps both alive while the structure is in use."""
-        return Weights(
-            self.weights.data_ptr(), self.outputs, self.taps, address(bias), None, self.weights.element_size()
-        )
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -41,32 +34,28 @@ def kind_of(dtype: torch.dtype) -> str:
     return "pairs" if native().name == "avx512bf16" else "half"
 
 
-def panels(
-    tensors: Tensor | tuple[Tensor, ...], form: str, arrange: Callable[..., Tensor], dtype: torch.dtype
-) -> Panels:
-    """arrange(tensors) [outputs, taps, channels], packed in `dtype` and kept with the tensors under the name `form`."""
-    variant, kind = native(), kind_of(dtype)
-    width = variant.outputs_per_panel
+def panels(weight: Tensor, bias: Tensor | None, form: str, arrange: Callable[[Tensor], Tensor], repeats: int = 1) -> Panels:
+    """arrange(weight) [outputs, taps, channels] in panels, with the bias `repeats` times; kept with the weight."""
 
-    def pack(*tensors: Tensor) -> Panels:
-        weight = arrange(*tensors).to(dtype)
-        outputs, taps, channels = weight.shape
-        group = 2 if kind == "pairs" else 1
-        weight = F.pad(weight, (0, -channels % group, 0, 0, 0, -outputs % width))
-        weight = weight.view(-1, width, taps, weight.shape[2] // group, group)
-        return Panels(weight.permute(0, 2, 3, 1, 4).contiguous(), KINDS[kind], outputs, taps)
+    def pack(weight: Tensor, bias: Tensor | None = None) -> Panels:
+        packed, values = in_panels(arrange(weight)), None if bias is None else in_row(bias.repeat(repeats))
+        outputs, taps, _ = arrange(weight).shape
+        pointers = (packed.data_ptr(), outputs, taps, address(values), None, packed.element_size())
+        return Panels((packed, values), Weights(*pointers), KINDS[kind_of(weight.dtype)])
 
-    return memory.packed(tensors, f"{form}, {kind}, panels of {width}", pack)
+    tensors = (weight,) if bias is None else (weight, bias)
+    return memory.packed(tensors, f"{form} {native().name}", pack)
 
 
-def row(tensor: Tensor | None, repeats: int = 1) -> Tensor | None:
-    """A value per output (bias, scale) in fp32, as often as told, and then zeros to a full panel."""
-    if tensor is None:
-        return None
-    width = native().outputs_per_panel
+def in_panels(weight: Tensor) -> Tensor:
+    """[outputs, taps, channels] -> [panels, taps, channels, outputs of a panel], zeros beyond the last output."""
+    width, group = native().outputs_per_panel, 2 if kind_of(weight.dtype) == "pairs" else 1
+    _, taps, channels = weight.shape
+    weight = F.pad(weight, (0, -channels % group, 0, 0, 0, -weight.shape[0] % width))
+    weight = weight.view(-1, width, taps, weight.shape[2] // group, group)
+    return weight.permute(0, 2, 3, 1, 4).contiguous()
 
-    def pack(tensor: Tensor) -> Tensor:
-        values = tensor.float().repeat(repeats)
-        return F.pad(values, (0, -len(values) % width))
 
-    return memory.packed(tensor, f"{repeats} rows in panels of {width}", pack)
+def in_row(values: Tensor) -> Tensor:
+    """A value per output in fp32, zeros beyond the last to a full panel."""
+    return F.pad(values.float(), (0, -len(values) % native().outputs_per_panel))

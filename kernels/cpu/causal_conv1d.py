@@ -7,14 +7,12 @@ written; the activated input of a chunk stays in a thread's caches.
 
 from __future__ import annotations
 
-from ctypes import byref
-
 import torch
 from torch import Tensor
 
 from ... import memory
 from ._native import ACTIVATIONS, DTYPES, MOST_ROWS, PAD_MODES, Input, Output, native, unsupported  # noqa: F401
-from ._pack import address, panels, row
+from ._pack import Panels, address, panels
 
 
 def causal_conv1d(
@@ -44,19 +42,25 @@ def causal_conv1d(
     state = (history, first, active)
     for group in range(groups):
         inputs, outputs = (slice(group * n, (group + 1) * n) for n in (per_group, out // groups))
-        weights = weight[outputs] if groups > 1 else weight
-        packed = panels(weights, "by taps", lambda w: w.transpose(1, 2), x.dtype)
-        offset = row(bias[outputs] if groups > 1 and bias is not None else bias)
-        target = output_of(y[:, outputs], offset, None if residual is None else residual[:, outputs])
+        if groups == 1:
+            packed = panels(weight, bias, "by taps", by_taps)
+        else:
+            packed = panels(weight[outputs], None if bias is None else bias[outputs], "by taps", by_taps)
+        target = output_of(y[:, outputs], packed, None if residual is None else residual[:, outputs])
         target.post = ACTIVATIONS[post]
         native().conv(
-            byref(input_of(x[:, inputs], pad, pad_mode, *state, group * per_group)), byref(packed.structure(offset)),
-            byref(target), packed.kind, stride, dilation, ACTIVATIONS[pre], length, y.stride(0),
-            0 if residual is None else residual.stride(0), torch.get_num_threads(),
+            input_of(x[:, inputs], pad, pad_mode, *state, group * per_group), packed.structure, target, packed.kind,
+            stride, dilation, ACTIVATIONS[pre], length, y.stride(0), 0 if residual is None else residual.stride(0),
+            torch.get_num_threads(),
         )  # fmt: skip
     if history is not None and pad[0]:
-        native().advance(byref(input_of(x, pad, pad_mode, *state)))
+        native().advance(input_of(x, pad, pad_mode, *state))
     return y
+
+
+def by_taps(weight: Tensor) -> Tensor:
+    """[C_out, C, K] -> [C_out, K, C]."""
+    return weight.transpose(1, 2)
 
 
 def input_of(
@@ -76,9 +80,9 @@ def input_of(
     )  # fmt: skip
 
 
-def output_of(y: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Output:
-    """y and what is added to it [B, C, T], time-major; `bias` from `_pack.row`."""
+def output_of(y: Tensor, weights: Panels, residual: Tensor | None = None) -> Output:
+    """y and what is added to it [B, C, T], time-major, with the bias of the weights."""
     return Output(
-        y.data_ptr(), DTYPES[y.dtype], y.stride(2), address(bias), 0, None, None, address(residual),
+        y.data_ptr(), DTYPES[y.dtype], y.stride(2), weights.structure.bias, 0, None, None, address(residual),
         DTYPES[y.dtype], 0 if residual is None else residual.stride(2), MOST_ROWS, None,
     )  # fmt: skip

@@ -8,15 +8,13 @@ Streaming, the product runs one row or more beyond the input: that is the tail w
 
 from __future__ import annotations
 
-from ctypes import byref
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import memory
-from ._native import ACTIVATIONS, DTYPES, native, unsupported  # noqa: F401
-from ._pack import address, panels, row
+from ._native import ACTIVATIONS, DTYPES, Output, native, unsupported  # noqa: F401
+from ._pack import address, panels
 from .causal_conv1d import input_of, output_of
 
 
@@ -64,12 +62,11 @@ def _multiply(
     pad = (taps - 1, max(0, rows + beyond - x.shape[2]))
     threads = torch.get_num_threads()
     if groups == channels and per_group == 1:
-        taps_first = memory.packed(weight, f"depthwise, stride {stride}", lambda w: _by_taps(w, stride, taps).float())
-        offset = None if bias is None else bias.float()
-        target = output_of(y.transpose(1, 2), offset)
-        target.rows, target.tail = rows, address(tail)
+        taps_first = memory.packed(weight, f"depthwise {stride}", lambda w: _by_taps(w, stride, taps).float())
+        offset = None if bias is None else memory.packed(bias, "fp32", lambda b: b.float().contiguous())
+        target = Output(y=y.data_ptr(), rows=rows, tail=address(tail))
         native().depthwise(
-            byref(input_of(x)), taps_first.data_ptr(), address(offset), byref(target), stride, taps, ACTIVATIONS[pre],
+            input_of(x), taps_first.data_ptr(), address(offset), target, stride, taps, ACTIVATIONS[pre],
             rows + beyond, threads,
         )  # fmt: skip
         return
@@ -81,14 +78,13 @@ def _multiply(
             part, mine = weight[inputs], x.new_empty(y.shape[0], rows, stride * per_group)
             my_tail = None if tail is None else tail.new_empty(tail.shape[0], beyond, stride * per_group)
             offset = None if bias is None else bias[outputs]
-        packed = panels(part, f"transposed, stride {stride}", lambda w: _by_outputs(w, stride, taps), x.dtype)
-        offset = row(offset, stride)
-        target = output_of(mine.transpose(1, 2), offset)
+        packed = panels(part, offset, f"upsampling {stride}", lambda w: _by_outputs(w, stride, taps), stride)
+        target = output_of(mine.transpose(1, 2), packed)
         if my_tail is not None:
             target.rows, target.tail = rows, address(my_tail)
         native().conv(
-            byref(input_of(x[:, inputs], pad)), byref(packed.structure(offset)), byref(target), packed.kind, 1, 1,
-            ACTIVATIONS[pre], rows + beyond, mine.stride(0), 0, threads,
+            input_of(x[:, inputs], pad), packed.structure, target, packed.kind, 1, 1, ACTIVATIONS[pre], rows + beyond,
+            mine.stride(0), 0, threads,
         )  # fmt: skip
         if groups > 1:
             for whole, piece in ((y, mine), (tail, my_tail)):

@@ -6,15 +6,13 @@ five passes through memory take 60.
 
 from __future__ import annotations
 
-from ctypes import byref
-
 import torch
 from torch import Tensor
 
 from ... import memory
 from ._native import native, unsupported  # noqa: F401
-from ._pack import panels, row
-from .causal_conv1d import causal_conv1d, input_of, output_of
+from ._pack import panels
+from .causal_conv1d import by_taps, causal_conv1d, input_of, output_of
 
 
 def resblock(
@@ -38,16 +36,12 @@ def resblock(
     y = memory.empty_time_major(x, x.shape[1], x.shape[2] + sum(pad) - (weight1.shape[2] - 1) * dilation)
     if not y.numel():
         return y
-    first_panels, second_panels = (
-        panels(weight, "by taps", lambda w: w.transpose(1, 2), x.dtype) for weight in (weight1, weight2)
-    )
-    offset1, offset2 = row(bias1), row(bias2)
+    hidden, outputs = panels(weight1, bias1, "by taps", by_taps), panels(weight2, bias2, "by taps", by_taps)
     source = input_of(x, pad, pad_mode, history, first, active)
     native().resblock(
-        byref(source), byref(first_panels.structure(offset1)), byref(second_panels.structure(offset2)),
-        byref(output_of(y, offset2, skip)), first_panels.kind, dilation, y.shape[2], y.stride(0), skip.stride(0),
-        torch.get_num_threads(),
+        source, hidden.structure, outputs.structure, output_of(y, outputs, skip), hidden.kind, dilation, y.shape[2],
+        y.stride(0), skip.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     if history is not None and pad[0]:
-        native().advance(byref(source))
+        native().advance(source)
     return y

@@ -6,15 +6,14 @@ A step of a stream is bound by reading the weights: 12.6 MB in fp32 for 512 chan
 
 from __future__ import annotations
 
-from ctypes import byref
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._native import ACTIVATIONS, DTYPES, Layer, Linear, native, unsupported  # noqa: F401
-from ._pack import Panels, address, panels, row
-from .window_attention import attention_of
+from ... import memory
+from ._native import ACTIVATIONS, DTYPES, KINDS, Attention, Layer, Linear, native, unsupported  # noqa: F401
+from ._pack import address, in_panels, in_row, kind_of
 
 
 def transformer_layer(
@@ -51,25 +50,44 @@ def transformer_layer(
     y = torch.empty_like(x)
     if not y.numel():
         return y
+    biases = [bias for bias in (q_bias, k_bias, v_bias, o_bias) if bias is not None]
+    weights = (q, k, v, o, fc1, fc2, norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, *biases)
+    packed = memory.packed(weights, f"layer {native().name}", _pack)
     dim = 2 * len(inv_freq)
-    shaped = x.new_empty(0).expand(0).new_empty((batch, length, q.shape[0] // dim, dim), device="meta")
-    alive: list[Any] = []  # what the structures point at
-
-    def linear(weights: Panels, bias: Tensor | None = None, scale: Tensor | None = None) -> Linear:
-        rows = row(bias), row(scale)
-        alive.extend((weights, *rows))
-        return Linear(weights.weights.data_ptr(), address(rows[0]), None, address(rows[1]), weights.outputs)
-
-    def pack(*weights: Tensor) -> Panels:
-        return panels(weights, "linear", lambda *w: torch.cat(w)[:, None], x.dtype)
-
-    qkv_bias = None if q_bias is None or k_bias is None or v_bias is None else torch.cat([q_bias, k_bias, v_bias])
-    norms = [row(t) for t in (norm1_weight, norm1_bias, norm2_weight, norm2_bias)]
-    layer = Layer(
-        x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], batch * length, channels, fc1.shape[0], *map(address, norms), eps,
-        ACTIVATIONS[activation], linear(pack(q, k, v), qkv_bias), linear(pack(o), o_bias, scale1), linear(pack(fc1)),
-        linear(pack(fc2), None, scale2),
-        attention_of(shaped, k.shape[0] // dim, inv_freq, window, rope_scale, offset, cache_k, cache_v, active),
+    layer = Layer.from_buffer_copy(packed.structure)
+    layer.x, layer.y, layer.rows = x.data_ptr(), y.data_ptr(), batch * length
+    layer.epsilon, layer.activation = eps, ACTIVATIONS[activation]
+    layer.attention = Attention(
+        batch=batch, length=length, heads=q.shape[0] // dim, kv_heads=k.shape[0] // dim, dim=dim, window=window,
+        dtype=DTYPES[x.dtype], inv_freq=inv_freq.data_ptr(), rope_scale=rope_scale, offset=address(offset),
+        cache_k=address(cache_k), cache_v=address(cache_v), active=address(active),
     )  # fmt: skip
-    native().layer(byref(layer), pack(o).kind, torch.get_num_threads())
+    native().layer(layer, packed.kind, torch.get_num_threads())
     return y
+
+
+class _Packed(NamedTuple):
+    tensors: list[Tensor]  # kept alive for `structure`
+    structure: Layer
+    kind: int
+
+
+def _pack(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, *rows: Tensor
+) -> _Packed:
+    norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, *biases = map(in_row, rows)
+    alive = [norm1_weight, norm1_bias, norm2_weight, norm2_bias]
+
+    def linear(weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Linear:
+        tensors = (in_panels(weight[:, None]), bias, scale)
+        alive.extend(t for t in tensors if t is not None)
+        return Linear(address(tensors[0]), address(bias), None, address(scale), len(weight))
+
+    qkv_bias = in_row(torch.cat(rows[6:9])) if biases else None
+    structure = Layer(
+        dtype=DTYPES[q.dtype], channels=q.shape[1], hidden=len(fc1), norm1_weight=address(norm1_weight),
+        norm1_bias=address(norm1_bias), norm2_weight=address(norm2_weight), norm2_bias=address(norm2_bias),
+        qkv=linear(torch.cat([q, k, v]), qkv_bias), out=linear(o, biases[3] if biases else None, scale1),
+        fc1=linear(fc1), fc2=linear(fc2, None, scale2),
+    )  # fmt: skip
+    return _Packed(alive, structure, KINDS[kind_of(q.dtype)])

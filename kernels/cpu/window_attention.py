@@ -6,8 +6,6 @@ values, 256 KB at most with the ring before them, stay in a thread's caches.
 
 from __future__ import annotations
 
-from ctypes import byref
-
 import torch
 from torch import Tensor
 
@@ -33,31 +31,10 @@ def window_attention(
     batch, heads, length, dim = q.shape
     y = q.new_empty(batch, length, heads, dim)
     if y.numel():
-        call = attention_of(y, k.shape[1], inv_freq, window, rope_scale, offset, cache_k, cache_v, active)
-        call.q, call.k, call.v, call.y = (t.data_ptr() for t in (q, k, v, y))
-        call.q_batch, call.q_head, call.q_step, _ = q.stride()
-        call.k_batch, call.k_head, call.k_step, _ = k.stride()
-        call.v_batch, call.v_head, call.v_step, _ = v.stride()
-        call.interleaved = interleaved
-        native().attention(byref(call), torch.get_num_threads())
+        call = Attention(
+            *(t.data_ptr() for t in (q, k, v, y)), DTYPES[q.dtype], batch, heads, k.shape[1], length, dim,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], inv_freq.data_ptr(), rope_scale, interleaved, window,
+            *map(address, (offset, cache_k, cache_v, active)),
+        )  # fmt: skip
+        native().attention(call, torch.get_num_threads())
     return y.transpose(1, 2)
-
-
-def attention_of(
-    shaped: Tensor,  # [B, T, H, D], for its shape and dtype
-    kv_heads: int,
-    inv_freq: Tensor,
-    window: int,
-    rope_scale: float,
-    offset: Tensor | None,
-    cache_k: Tensor | None,
-    cache_v: Tensor | None,
-    active: Tensor | None,
-) -> Attention:
-    """Everything about the attention but where q, k, v and the result lie."""
-    batch, length, heads, dim = shaped.shape
-    return Attention(
-        dtype=DTYPES[shaped.dtype], batch=batch, heads=heads, kv_heads=kv_heads, length=length, dim=dim,
-        inv_freq=inv_freq.data_ptr(), rope_scale=rope_scale, window=window, offset=address(offset),
-        cache_k=address(cache_k), cache_v=address(cache_v), active=address(active),
-    )  # fmt: skip

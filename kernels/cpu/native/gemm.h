@@ -15,6 +15,7 @@ namespace {
 
 constexpr int P = 2 * W;  // outputs in a panel
 constexpr int R = 8;      // rows in a tile
+constexpr long MOST_DEPTH_OF_ONE = 1024;
 
 // How weights are stored, and what rows they multiply
 struct Full {  // fp32
@@ -122,12 +123,45 @@ INLINE void finish(vf x, const Output& out, long m, long n, long count) {
     store_up_to((bf16*)out.y + i, x, count);
 }
 
+// Whole vectors of fp32 with a bias: the convolutions, whose sums are short enough for this to count
+template <int POST, bool RESIDUAL>
+INLINE void finish_plainly(const vf (*sum)[2], long rows, const Output& out, long m, long n) {
+  vf left = load(out.bias + n), right = load(out.bias + n + W);
+  float* y = (float*)out.y + m * out.row + n;
+  const float* residual = (const float*)out.residual + m * out.residual_row + n;
+  for (long r = 0; r < rows; r++, y += out.row, residual += out.residual_row) {
+    vf a = activate(sum[r][0] + left, POST), b = activate(sum[r][1] + right, POST);
+    store(y, RESIDUAL ? a + load(residual) : a);
+    store(y + W, RESIDUAL ? b + load(residual + W) : b);
+  }
+}
+
 // Outputs [n, n + P) of rows [m, m + rows), of `width` in all. Called once for each tile: kept out of the tiles, whose
 // inner loops are many, so that it is compiled once.
 __attribute__((noinline)) void finish_tile(const vf (*sum)[2], long rows, const Output& out, long m, long n, long width) {
+  if (width - n >= P && out.bias && out.dtype == F32 && !out.scale && !out.dequantize && m + rows <= out.rows) {
+    if (out.post == NONE && !out.residual) return finish_plainly<NONE, false>(sum, rows, out, m, n);
+    if (out.post == ELU && !out.residual) return finish_plainly<ELU, false>(sum, rows, out, m, n);
+    if (out.post == NONE && out.residual_dtype == F32) return finish_plainly<NONE, true>(sum, rows, out, m, n);
+  }
   for (long r = 0; r < rows; r++) {
     finish(sum[r][0], out, m + r, n, width - n);
     if (width - n > W) finish(sum[r][1], out, m + r, n + W, width - n - W);
+  }
+}
+
+// A single output: sums along the channels, where a panel would multiply zeros
+__attribute__((noinline)) void multiply_by_one(Rows<float> a, long count, const float* packed, const Output& out) {
+  long depth = a.depth;
+  float weight[MOST_DEPTH_OF_ONE];
+  for (long c = 0; c < depth; c++) weight[c] = packed[c * P];
+  for (long m = 0; m < count; m++, a.start += a.row) {
+    vf sum[2] = {};
+    for (long c = 0; c < depth; c += 2 * W) {
+      sum[0] += load(a.start + c) * load(weight + c);
+      sum[1] += load(a.start + c + W) * load(weight + c + W);
+    }
+    finish(broadcast(sum_lanes(sum[0] + sum[1])), out, m, 0, 1);
   }
 }
 
@@ -146,6 +180,10 @@ void multiply_rows(
   typedef void Tile(const Rows<typename Kind::Row>&, const typename Kind::Weight*, const Output&, long, long, long);
   static Tile* const tiles[] = {tile<Kind, 1>, tile<Kind, 2>, tile<Kind, 3>, tile<Kind, 4>,
                                 tile<Kind, 5>, tile<Kind, 6>, tile<Kind, 7>, tile<Kind, 8>};
+  if constexpr (__is_same(Kind, Full)) {
+    if (width == 1 && a.taps == 1 && a.depth % (2 * W) == 0 && a.depth <= MOST_DEPTH_OF_ONE)
+      return multiply_by_one(a, count, (const float*)weights, out);
+  }
   const typename Kind::Row* start = a.start;
   for (long panel = first; panel < last; panel++) {
     const auto* b = (const typename Kind::Weight*)weights + panel * a.taps * a.depth * P;

@@ -101,38 +101,51 @@ INLINE float sum_lanes(vf x) {
 }
 #endif
 
-// ---- elementwise functions. Each lets a NaN through: comparisons are written so that it takes the arithmetic branch.
+// The larger, the smaller of a constant and x: x where it is NaN, which a comparison alone would drop
+#if defined(__AVX512F__)
+INLINE vf at_least(float bound, vf x) { return (vf)_mm512_max_ps((__m512)broadcast(bound), (__m512)x); }
+INLINE vf at_most(float bound, vf x) { return (vf)_mm512_min_ps((__m512)broadcast(bound), (__m512)x); }
+#else
+INLINE vf at_least(float bound, vf x) { return x < bound ? broadcast(bound) : x; }
+INLINE vf at_most(float bound, vf x) { return x > bound ? broadcast(bound) : x; }
+#endif
 
-// x = n ln 2 + r: e^r - 1 by its Taylor series to r^7 (|r| <= 0.347: the next term is 5e-9 of r), and 2^n
+// ---- elementwise functions. Each lets a NaN through.
+
+template <int N> INLINE vf polynomial(const float (&c)[N], vf x) {
+  vf y = broadcast(c[N - 1]);
+#pragma GCC unroll 8
+  for (int i = N - 2; i >= 0; i--) y = y * x + c[i];
+  return y;
+}
+
+// (e^r - 1) / r for |r| <= ln 2 / 2: a minimax fit, 2e-8
+constexpr float EXPM1[] = {1.000000011e+00f, 5.000000081e-01f, 1.666650518e-01f,
+                           4.166624059e-02f, 8.369156142e-03f, 1.394858857e-03f};
+
+// x = n ln 2 + r: e^r - 1, and 2^n. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; 127 is the
+// bias of the exponent, to which a shift moves them.
 INLINE vf expm1_parts(vf x, vf& power) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  vf n = (x * 1.44269504088896341f + magic) - magic;
+  const float magic = 12582912.0f + 127.0f;
+  vf shifted = x * 1.44269504088896341f + magic;
+  vf n = shifted - magic;
   vf r = x - n * 0.693145751953125f - n * 1.42860682030941723212e-6f;
-  vf p = r * (1.0f / 5040) + (1.0f / 720);
-  p = p * r + (1.0f / 120);
-  p = p * r + (1.0f / 24);
-  p = p * r + (1.0f / 6);
-  p = p * r + 0.5f;
-  p = p * (r * r) + r;
-  power = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
-  return p;
+  power = (vf)((vi)shifted << 23);
+  return polynomial(EXPM1, r) * r;
 }
 
 INLINE vf exp(vf x) {
-  x = x < -87.0f ? (vf){} - 87.0f : x;
-  x = x > 88.0f ? (vf){} + 88.0f : x;
-  vf power, p = expm1_parts(x, power);
+  vf power, p = expm1_parts(at_most(88.0f, at_least(-87.0f, x)), power);
   return p * power + power;
 }
 
 INLINE vf expm1_of_negative(vf x) {
-  x = x < -30.0f ? (vf){} - 30.0f : x;
-  vf power, p = expm1_parts(x, power);
+  vf power, p = expm1_parts(at_least(-30.0f, x), power);
   return p * power + (power - 1.0f);
 }
 
 INLINE vf elu(vf x) {
-  vf y = expm1_of_negative(x > 0.0f ? (vf){} : x);
+  vf y = expm1_of_negative(at_most(0.0f, x));
   return x > 0.0f ? x : y;
 }
 
@@ -147,17 +160,10 @@ INLINE vf tanh(vf x) {
 constexpr float ERF_P[] = {1.128379166e+00f, -3.761262714e-01f, 1.128360018e-01f, -2.685444459e-02f, 5.189535343e-03f, -8.020841305e-04f, 7.889119606e-05f};
 constexpr float ERF_Q[] = {1.834514681e-04f, -1.129556868e+00f, -6.332625312e-01f, -1.083725738e-01f, 2.517903359e-02f, -4.193637789e-03f, 4.391122643e-04f, -2.149665814e-05f};
 
-template <int N> INLINE vf polynomial(const float (&c)[N], vf x) {
-  vf y = broadcast(c[N - 1]);
-#pragma GCC unroll 8
-  for (int i = N - 2; i >= 0; i--) y = y * x + c[i];
-  return y;
-}
-
 INLINE vf erf(vf x) {
   vf size = x < 0.0f ? -x : x, square = x * x;
   vf inner = x * polynomial(ERF_P, square);
-  vf outer = 1.0f - exp(polynomial(ERF_Q, size > 4.0f ? (vf){} + 4.0f : size));
+  vf outer = 1.0f - exp(polynomial(ERF_Q, at_most(4.0f, size)));
   return square < 1.0f ? inner : x < 0.0f ? -outer : outer;
 }
 
