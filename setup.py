@@ -1,5 +1,63 @@
-"""The metadata stands in pyproject.toml."""
+"""The metadata stands in pyproject.toml; here, the native library of the CPU kernels (kernels/cpu/native).
 
-from setuptools import setup
+It is no Python extension: one file is compiled once for each instruction set and linked into a plain shared library,
+which the kernels open. Without a C++ compiler, or where it fails, the package installs without it.
+"""
 
-setup()
+from __future__ import annotations
+
+import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NATIVE = Path("fastmimi", "kernels", "cpu", "native")
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+VARIANTS = {"portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wno-psabi"]
+# Linked without -fopenmp: OpenMP's symbols are bound, when the library is opened, to the runtime that PyTorch brought.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+
+
+class BuildNative(build_ext):
+    """Compiles the variants; what fails is told, and the package does without it."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        with ThreadPoolExecutor() as pool:
+            variants = list(pool.map(self.compile_variant, VARIANTS))
+        try:
+            objects = self.compile("library.cpp", self.build_temp, [])
+            for made in variants:
+                objects += made
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.compiler.link_shared_object(objects, str(target), target_lang="c++")
+        except Exception as error:
+            self.warn(f"the native CPU kernels are not built, and PyTorch's operations will run instead: {error}")
+
+    def compile_variant(self, name: str) -> list[str]:
+        """Object files; none where the compiler does not know the instructions."""
+        try:
+            flags = [*OPENMP, *VARIANTS[name], f"-DVARIANT={name}"]
+            return self.compile("variant.cpp", str(Path(self.build_temp, name)), flags)
+        except Exception as error:
+            self.warn(f"the {name} variant of the native CPU kernels is not built: {error}")
+            return []
+
+    def compile(self, source: str, folder: str, flags: list[str]) -> list[str]:
+        return self.compiler.compile([str(NATIVE / source)], output_dir=folder, extra_postargs=[*FLAGS, *flags])
+
+
+setup(
+    cmdclass={"build_ext": BuildNative},
+    ext_modules=[Extension("fastmimi.kernels.cpu.native.libfastmimi", [], optional=True)],
+)

@@ -31,7 +31,7 @@ class _Form:
 
     def __init__(self, key: tuple[int, str], tensors: tuple[Tensor, ...], form: Any, stream: Any):
         self.form, self.stream = form, stream
-        self.event = None if stream is None else stream.record_event()
+        self.event: Any = None if stream is None else stream.record_event()
         self.tensors = [weakref.ref(t) for t in tensors]
         self.first = weakref.ref(tensors[0], lambda _: _forms.pop(key, None))
         # the weak references keep a storage's identity from being given to another one

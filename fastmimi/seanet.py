@@ -187,7 +187,7 @@ def _run(layers: list[nn.Module], x: Tensor, call: Call) -> Tensor:
 def _run_in_pieces(layers: list[nn.Module], x: Tensor, call: Call, samples: int) -> Tensor:
     """Layers near the audio, whose activations are large and whose weights are few, in pieces that stay in the caches.
 
-    A piece is `call.piece` times `samples` of x [B, C, T] long. The pieces follow one another as the chunks of a stream.
+    A piece is `call.piece` times `samples` of x [B, C, T] long. Pieces follow one another as the chunks of a stream do.
     """
     if call.piece is None or call.lane is None or x.shape[-1] <= call.piece * samples:
         return _run(layers, x, call)

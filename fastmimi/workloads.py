@@ -17,6 +17,9 @@ from . import dispatch
 from .ops import SCHEMAS
 from .testing import assert_as_exact, assert_nearest, noise
 
+HEAD = 64  # head dimension of the transformers
+FREQUENCIES = {"window_attention": 3, "transformer_layer": 13}  # where RoPE's frequencies stand among the tensors
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -40,7 +43,8 @@ class Workload:
         made = [noise(*shape, seed=i, scale=0.3 if i == 0 else 0.1).to(dtype) for i, shape in enumerate(shapes)]
         if self.op == "window_attention":
             made = [t.transpose(1, 2) * 5 for t in made]  # as projections leave them
-            dim = made[0].shape[-1]
+        if self.op in FREQUENCIES:
+            dim = made[0].shape[-1] if self.op == "window_attention" else HEAD
             made.append(1.0 / 10_000.0 ** (torch.arange(0, dim, 2) / dim))
         if self.op == "rvq_decode":
             made[0] = made[0].mul(1e4).long() % made[1].shape[1]
@@ -76,8 +80,8 @@ class Workload:
             assert_nearest(mine, *tensors)
             return
         plain = self.run("reference", tensors)
-        exempt = {3} if self.op == "window_attention" else set()  # frequencies are fp32 in every precision
-        wide = [t.double() if t.is_floating_point() and i not in exempt else t for i, t in enumerate(tensors)]
+        exempt = FREQUENCIES.get(self.op)  # which are fp32 in every precision
+        wide = [t.double() if t.is_floating_point() and i != exempt else t for i, t in enumerate(tensors)]
         assert_as_exact(mine, plain, self.run("reference", wide))
 
 
@@ -130,6 +134,27 @@ def _attention(positions: int, heads: int = 8, dim: int = 64, window: int = 250)
     )
 
 
+def _layer(positions: int, width: int = 512, hidden: int = 2048, window: int = 250) -> Workload:
+    square, vector = (width, width), (width,)
+    return Workload(
+        "transformer_layer",
+        f"{positions} positions of {width}",
+        positions,
+        lambda n: [
+            (1, n, width),
+            vector,
+            vector,
+            *[square] * 4,
+            *[vector] * 3,
+            (hidden, width),
+            (width, hidden),
+            vector,
+        ],
+        lambda n: 2.0 * n * (4 * width * width + 2 * width * hidden) + 4.0 * n * min(n, window) * width,
+        {"window": window, "eps": 1e-5},
+    )
+
+
 def _rvq(op: str, name: str, frames: int, levels: int, dim: int) -> Workload:
     encode = op == "rvq_encode"
     return Workload(
@@ -157,6 +182,8 @@ WORKLOADS: list[Workload] = [  # 10 s of audio, or as named
     _attention(250),
     _attention(3_000),
     _attention(30_000),
+    _layer(2),
+    _layer(250),
     _rvq("rvq_encode", "7 levels, 125 frames", 125, 7, 256),
     _rvq("rvq_encode", "8 levels, 100,000 frames", 100_000, 8, 256),
     _rvq("rvq_encode", "8 levels of 1028, 1,000 frames", 1_000, 8, 1028),

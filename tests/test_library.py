@@ -7,13 +7,37 @@ from fastmimi import dispatch, library
 from fastmimi.ops import OPS, SCHEMAS
 from fastmimi.testing import noise
 
-pytestmark = pytest.mark.kernels
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = ["cpu", pytest.param("triton", marks=pytest.mark.kernels)]
+
+
+def device(kind):
+    return "cuda" if kind == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def history(channels, length):
     flags = {"first": torch.tensor([True, False]), "active": torch.tensor([True, False])}
     return {"history": noise(2, channels, length, seed=9), **flags}
+
+
+def layer():
+    """x and the weights of a layer of width 6 with 2 heads of 8, and their biases."""
+    shapes = [
+        (2, 5, 6),
+        (6,),
+        (6,),
+        *[(16, 6)] * 3,
+        (6, 16),
+        (6,),
+        (6,),
+        (6,),
+        (9, 6),
+        (6, 9),
+        (6,),
+        (4,),
+        *[(16,)] * 3,
+        (6,),
+    ]
+    return tuple(noise(*shape, seed=i) for i, shape in enumerate(shapes))
 
 
 def cases():
@@ -40,65 +64,39 @@ def cases():
         ("causal_conv_transpose1d", (noise(2, 5, 4), noise(5, 1, 4), None), {"stride": 2, "groups": 5}, overlap),
         ("resblock", (x, *weights), pad, history(6, 2)),
         ("window_attention", (q, q, q, noise(4)), {"window": 4}, {"offset": torch.tensor([3, 0]), **ring}),
+        ("transformer_layer", layer(), {"window": 4, "eps": 1e-5}, {"offset": torch.tensor([3, 0]), **ring}),
         ("rvq_encode", (noise(7, 6), codebooks), {}, {}),
         ("rvq_decode", (codes, codebooks), {}, {}),
     ]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name, tensors, options, state", cases(), ids=lambda v: v if isinstance(v, str) else "")
-def test_opcheck(name, tensors, options, state):
-    dispatch.implementation(name, "triton")
-    tensors = tuple(t if t is None else t.to(DEVICE) for t in tensors)
-    state = {key: t.to(DEVICE) for key, t in state.items()}
+def test_opcheck(kind, name, tensors, options, state):
+    if (kind, name) == ("triton", "transformer_layer"):
+        pytest.skip("there is no Triton kernel of transformer_layer")
+    dispatch.implementation(name, kind)
+    tensors = tuple(t if t is None else t.to(device(kind)) for t in tensors)
+    state = {key: t.to(device(kind)) for key, t in state.items()}
     trained = [t.clone().requires_grad_(t.is_floating_point()) if t is not None else None for t in tensors]
-    torch.library.opcheck(library.op(f"{name}_triton").default, tuple(trained), options)
+    torch.library.opcheck(library.op(f"{name}_{kind}").default, tuple(trained), options)
     if state:
-        torch.library.opcheck(library.op(f"{name}_triton_step").default, tensors, {**state, **options})
+        torch.library.opcheck(library.op(f"{name}_{kind}_step").default, tensors, {**state, **options})
 
 
 def test_every_op_is_checked():
     assert {name for name, *_ in cases()} == set(OPS) == set(SCHEMAS)
 
 
-def test_a_step_without_its_state_is_refused():
-    conv = dispatch.implementation("causal_conv1d", "triton")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_without_its_state_is_refused(kind):
+    conv = dispatch.implementation("causal_conv1d", kind)
+    x, weight, history = (noise(*shape).to(device(kind)) for shape in ((1, 2, 3), (2, 2, 3), (1, 2, 2)))
     with pytest.raises((RuntimeError, TypeError)):
-        conv(*(noise(*shape).to(DEVICE) for shape in ((1, 2, 3), (2, 2, 3))), history=noise(1, 2, 2).to(DEVICE))
+        conv(x, weight, history=history)
 
 
-def test_weights_are_packed_once():
-    from fastmimi.kernels.triton import _launch
-
-    count = []
-
-    def pack(tensor):
-        count.append(tensor)
-        return tensor.clone()
-
-    weight = torch.nn.Parameter(noise(3, 3))
-    for _ in range(3):
-        memory.packed(weight, "form", pack)
-    assert len(count) == 1
-    with torch.no_grad():
-        weight.mul_(2)
-    assert torch.equal(memory.packed(weight, "form", pack), weight)
-    weight.data = noise(3, 3, seed=5)
-    assert torch.equal(memory.packed(weight, "form", pack), weight)
-    assert len(count) == 3
-    weight.grad = torch.ones_like(weight)
-    torch.optim.AdamW([weight], lr=0.1, fused=True).step()  # counts no version
-    assert torch.equal(memory.packed(weight, "form", pack), weight)
-    layer = torch.nn.Linear(64, 64)  # a round trip that loses digits, perhaps to the same address
-    memory.packed(layer.weight, "form", pack)
-    layer.half().float()
-    assert torch.equal(memory.packed(layer.weight, "form", pack), layer.weight)
-    with torch.inference_mode():
-        fresh = noise(3, 3)
-        memory.packed(fresh, "form", pack)
-        fresh.mul_(2)
-        assert torch.equal(memory.packed(fresh, "form", pack), fresh)
-
-
+@pytest.mark.kernels
 def test_a_kernel_that_cannot_be_built_says_so(monkeypatch):
     from fastmimi.kernels.triton import _launch
 
@@ -115,14 +113,16 @@ def test_a_kernel_that_cannot_be_built_says_so(monkeypatch):
         _launch.launch("resblock", Unbuildable(), (1,), noise(1))
 
 
-@pytest.mark.parametrize("device, dtype, sentence", [
+@pytest.mark.kernels
+@pytest.mark.parametrize("target, dtype, sentence", [
     ("cpu", torch.float64, "not in float64"), ("mps", torch.float32, "not on mps"),
 ])  # fmt: skip
-def test_what_is_not_supported(device, dtype, sentence):
-    for row in dispatch.explain(device, dtype):
+def test_what_is_not_supported(target, dtype, sentence):
+    for row in dispatch.explain(target, dtype):
         assert sentence in dict(row.passed_over)["triton"]
 
 
+@pytest.mark.kernels
 def test_the_interpreter_runs_only_if_asked_for():
     if torch.cuda.is_available():
         pytest.skip("the kernels run on the GPU, not in the interpreter")

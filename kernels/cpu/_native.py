@@ -126,7 +126,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 def variants() -> tuple[str, ...]:
     """The variants that this processor runs, the best first."""
     library, _ = _load()
-    return tuple(name for name in VARIANTS if library is not None and library.can_run(name.encode()))
+    if library is None:
+        return ()
+    built = (name for name in VARIANTS if hasattr(library, f"conv_{name}"))
+    return tuple(name for name in built if library.can_run(name.encode()))
 
 
 @cache

@@ -17,7 +17,7 @@ from ._native import KINDS, Weights, native
 
 
 class Panels(NamedTuple):
-    """Packed weights of a product with the rows added to and multiplied with it, and the structure of their addresses."""
+    """Packed weights and bias of a product, and the structure of their addresses."""
 
     tensors: tuple[Tensor | None, ...]  # kept alive for `structure`
     structure: Weights
@@ -34,7 +34,9 @@ def kind_of(dtype: torch.dtype) -> str:
     return "pairs" if native().name == "avx512bf16" else "half"
 
 
-def panels(weight: Tensor, bias: Tensor | None, form: str, arrange: Callable[[Tensor], Tensor], repeats: int = 1) -> Panels:
+def panels(
+    weight: Tensor, bias: Tensor | None, form: str, arrange: Callable[[Tensor], Tensor], repeats: int = 1
+) -> Panels:
     """arrange(weight) [outputs, taps, channels] in panels, with the bias `repeats` times; kept with the weight."""
 
     def pack(weight: Tensor, bias: Tensor | None = None) -> Panels:

@@ -1,8 +1,8 @@
 """CPU kernel of `causal_conv1d`: activation, padding or history, product, bias, activation and residual in one pass.
 
 In time-major memory a convolution is a product of overlapping rows with packed weights, without any copy of the
-overlap (native/conv.h). Least work for one second of the first strided layer, 64 to 128, k8 s4: 0.79 GFLOP, 9 MB read and
-written; the activated input of a chunk stays in a thread's caches.
+overlap (native/conv.h). Least work for one second of the first strided layer, 64 to 128, k8 s4: 0.79 GFLOP, 9 MB read
+and written; the activated input of a chunk stays in a thread's caches.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """CPU kernel of `causal_conv_transpose1d`: a causal convolution over packed weights, so that nothing is overlap-added.
 
-    y[t s + j, o] = bias[o] + sum_{tap, c} w[c, o, j + (taps - 1 - tap) s] x[t - taps + 1 + tap, c],   taps = ceil(K / s)
+    y[t s + j, o] = bias[o] + sum_{tap, c} w[c, o, j + (taps - 1 - tap) s] x[t - taps + 1 + tap, c],  taps = ceil(K / s)
 
 is a convolution with s * C_out outputs, which lie in time-major memory as the upsampled signal does (native/conv.h).
 Streaming, the product runs one row or more beyond the input: that is the tail which the next call adds to its head.
@@ -31,7 +31,7 @@ def causal_conv_transpose1d(
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride), channels next to each other in memory
     x = memory.time_major(x)
-    batch, channels, length = x.shape
+    batch, _, length = x.shape
     out, kernel = weight.shape[1] * groups, weight.shape[2]
     taps = -(-kernel // stride)
     if overlap is not None:
@@ -57,7 +57,7 @@ def _multiply(
     tail: Tensor | None,
 ) -> None:  # fmt: skip
     """Rows of y [B, rows, s C_out], and what comes after them, without bias, into tail [B, taps - 1, s C_out]."""
-    channels, per_group, kernel = weight.shape
+    channels, per_group, _ = weight.shape
     rows, beyond = y.shape[1], 0 if tail is None else taps - 1
     pad = (taps - 1, max(0, rows + beyond - x.shape[2]))
     threads = torch.get_num_threads()

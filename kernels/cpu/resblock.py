@@ -1,7 +1,7 @@
 """CPU kernel of `resblock`: ELU, conv k3, ELU, conv k1, + input in one pass over chunks that stay in a thread's caches.
 
-The hidden half never reaches memory (native/conv.h): per second of the 64-channel unit 12 MB are read and written, where
-five passes through memory take 60.
+The hidden half never reaches memory (native/conv.h): per second of the 64-channel unit 12 MB are read and written,
+where five passes through memory take 60.
 """
 
 from __future__ import annotations

@@ -14,6 +14,6 @@ from ._native import unsupported  # noqa: F401
 
 def rvq_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
     """codes [L, N] int64 and codebooks [L, S, D] -> [N, D] in the codebooks' dtype."""
-    levels, size, dim = codebooks.shape
+    levels, (_, size, dim) = len(codes), codebooks.shape
     entries = codes.t() + torch.arange(levels) * size  # [N, L]
     return F.embedding_bag(entries, codebooks.reshape(-1, dim), mode="sum")

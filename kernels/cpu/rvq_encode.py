@@ -1,7 +1,7 @@
-"""CPU kernel of `rvq_encode`: the products of all levels and the running best two, near ties decided in fp64 (native/rvq.h).
+"""CPU kernel of `rvq_encode`: products of all levels, running best two, near ties decided in fp64 (native/rvq.h).
 
-A row alone (a stream) is bound by reading the codebooks, 2 MB a level: threads share each level's entries. Many rows are
-bound by the products, 1 MFLOP per row and level; no matrix of distances is written.
+A row alone (a stream) is bound by reading the codebooks, 2 MB a level: threads share each level's entries. Many rows
+are bound by the products, 1 MFLOP per row and level; no matrix of distances is written.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def transformer_layer(
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, T, C]
     x = x.contiguous()
-    batch, length, channels = x.shape
+    batch, length, _ = x.shape
     y = torch.empty_like(x)
     if not y.numel():
         return y
@@ -72,9 +72,7 @@ class _Packed(NamedTuple):
     kind: int
 
 
-def _pack(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, *rows: Tensor
-) -> _Packed:
+def _pack(q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, *rows: Tensor) -> _Packed:
     norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, *biases = map(in_row, rows)
     alive = [norm1_weight, norm1_bias, norm2_weight, norm2_bias]
 

@@ -1,4 +1,4 @@
-"""CPU kernel of `window_attention`: RoPE, the band alone, softmax and values per head, and the rings (native/attention.h).
+"""CPU kernel of `window_attention`: RoPE, the band alone, softmax and values, and the rings (native/attention.h).
 
 For 250 positions of 8 heads of 64 with a full window: 128 MFLOP; q, k, v and the result are 2 MB. A head's keys and
 values, 256 KB at most with the ring before them, stay in a thread's caches.

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ... import memory
 
-
 # Arguments that vary from call to call: Triton is not to compile anew for their alignment.
 LENGTHS = ("B", "T", "T_out", "mirror", "seg", "per_tile")
 

@@ -159,17 +159,18 @@ template <class T>
 void overlap_add(T* y, float* tail, T* overlap, const bool* active, long batch, long samples, long tail_samples,
                  long outputs, long length, long y_batch_step, long y_step, long overlap_step) {
   for (long b = 0; b < batch; b++, y += y_batch_step, tail += tail_samples * outputs, overlap += overlap_step)
-    for (long o = 0; o < outputs; o++)
+    for (long o = 0; o < outputs; o++) {
       for (long p = 0; p < length; p++) {
         float before = to_float(overlap[o * length + p]);
-        if (p < samples) {
-          T* sum = y + p * y_step + o;
+        T* sum = y + p * y_step + o;
+        if (p < samples)
           store_some(sum, load_some(sum, 1) + before, 1);
-        } else {
+        else
           tail[(p - samples) * outputs + o] += before;
-        }
-        if (active[b]) store_some(overlap + o * length + p, broadcast(tail[p * outputs + o]), 1);
       }
+      if (!active[b]) continue;
+      for (long p = 0; p < length; p++) store_some(overlap + o * length + p, broadcast(tail[p * outputs + o]), 1);
+    }
 }
 
 // Depthwise: y[t s + j, c] = bias[c] + sum_tap weight[tap, j, c] x[t - taps + 1 + tap, c], `weight` fp32

@@ -70,30 +70,47 @@ INLINE vf multiply_pairs(vf sum, const bf16* row, const bf16* weight) {
 INLINE vf multiply_pairs(vf, const bf16*, const bf16*) { abort(); }  // the variant never chooses Pairs
 #endif
 
+constexpr long BLOCK = 256;  // steps summed before they join the total: fp32's error grows with the length of a sum
+
 template <class Kind, int ROWS>
-INLINE void multiply(const Rows<typename Kind::Row>& a, const typename Kind::Weight* b, vf (&sum)[ROWS][2]) {
+INLINE void multiply_block(
+    const typename Kind::Row* row, long step, const typename Kind::Weight* b, long depth, vf (&sum)[ROWS][2]) {
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = (vf){};
-  for (long tap = 0; tap < a.taps; tap++) {
-    const typename Kind::Row* row = a.start + tap * a.tap;
-    for (long c = 0; c < a.depth; c += Kind::GROUP, b += P * Kind::GROUP) {
-      if constexpr (Kind::GROUP == 2) {
+  for (long c = 0; c < depth; c += Kind::GROUP, b += P * Kind::GROUP) {
+    if constexpr (Kind::GROUP == 2) {
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-          sum[r][0] = multiply_pairs(sum[r][0], row + r * a.row + c, b);
-          sum[r][1] = multiply_pairs(sum[r][1], row + r * a.row + c, b + P);
-        }
-      } else {
-        vf left = load(b), right = load(b + W);
+      for (int r = 0; r < ROWS; r++) {
+        sum[r][0] = multiply_pairs(sum[r][0], row + r * step + c, b);
+        sum[r][1] = multiply_pairs(sum[r][1], row + r * step + c, b + P);
+      }
+    } else {
+      vf left = load(b), right = load(b + W);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-          vf x = broadcast(row[r * a.row + c]);
-          sum[r][0] += x * left;
-          sum[r][1] += x * right;
-        }
+      for (int r = 0; r < ROWS; r++) {
+        vf x = broadcast(row[r * step + c]);
+        sum[r][0] += x * left;
+        sum[r][1] += x * right;
       }
     }
   }
+}
+
+template <class Kind, int ROWS>
+INLINE void multiply(const Rows<typename Kind::Row>& a, const typename Kind::Weight* b, vf (&total)[ROWS][2]) {
+  bool begun = false;
+  for (long tap = 0; tap < a.taps; tap++)
+    for (long c = 0; c < a.depth; c += BLOCK) {
+      long depth = min(BLOCK, a.depth - c);
+      vf sum[ROWS][2];
+      multiply_block<Kind, ROWS>(a.start + tap * a.tap + c, a.row, b, depth, sum);
+      b += depth * P;
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) total[r][half] = begun ? total[r][half] + sum[r][half] : sum[r][half];
+      begun = true;
+    }
 }
 
 template <class T> INLINE vf load_up_to(const T* p, long count) { return count >= W ? load(p) : load_some(p, count); }

@@ -1,0 +1,154 @@
+"""The native library: every variant that this processor runs, threads, streams in threads, odd addresses, absence."""
+
+import threading
+
+import pytest
+import torch
+
+import fastmimi
+from fastmimi import dispatch
+from fastmimi.kernels.cpu import _native
+from fastmimi.ops import OPS
+from fastmimi.testing import assert_as_exact, assert_nearest, noise, small_model
+from fastmimi.workloads import WORKLOADS
+
+pytestmark = pytest.mark.skipif(not _native.variants(), reason="the native library is not built here")
+ROWS = {"rvq_encode": [1, 37], "rvq_decode": [5]}  # at least, in tests of the models' shapes
+
+
+@pytest.fixture(params=_native.VARIANTS)
+def variant(request):
+    if request.param not in _native.variants():
+        pytest.skip(f"this processor, or the compiler that built the library, has no {request.param}")
+    with _native.using(request.param):
+        yield request.param
+
+
+def small_workloads():
+    """The models' shapes, cut to what every variant runs in a moment, once with an odd number of rows and once few."""
+    cases = {(w.op, str(w.shapes(1))): w for w in WORKLOADS if "wide" not in w.name and "1028" not in w.name}
+    return [(w, rows) for w in cases.values() for rows in ROWS.get(w.op, [3, 61])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workload, rows", small_workloads(), ids=str)
+@torch.inference_mode()
+def test_variants_are_as_exact_as_pytorch(variant, workload, rows, dtype):
+    rows = rows * workload.options.get("stride", 1) if workload.op == "causal_conv1d" else rows
+    workload.check("cpu", dtype, rows)
+
+
+@pytest.mark.parametrize("function", ["elu", "silu", "gelu", "gelu_tanh", "tanh", "relu"])
+def test_variants_compute_functions_to_rounding(variant, function):
+    """Through a product with the identity, over all sizes of arguments; NaN stays NaN, infinities have their limits."""
+    truths = {"gelu": torch.nn.functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
+    truths |= {"elu": torch.nn.functional.elu, "silu": torch.nn.functional.silu}
+    truths["gelu_tanh"] = lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+    size = torch.logspace(-30, 2, 5000)
+    x = torch.cat([-size, torch.zeros(1), size, torch.tensor([torch.nan])])
+    one = torch.ones(1, 1, 1)
+    call = dispatch.implementation("causal_conv1d", "cpu")
+    mine = call(x[None, None], one, post=function)[0, 0]
+    truth = truths[function](x.double())
+    assert mine[-1].isnan() and mine[:-1].isfinite().all()
+    assert ((mine - truth).abs() <= 2e-7 * x.abs().clamp(min=1))[:-1].all()
+    if function == "elu":  # small arguments keep their digits
+        near = x.abs() < 1e-3
+        assert ((mine - truth).abs() <= 1.3e-7 * truth.abs())[near].all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_the_number_of_threads_changes_nothing(variant, threads):
+    model = small_model(num_hidden_layers=1)
+    audio = noise(2, 1, 3 * model.frame_size + 11)
+    codes = model.encode(audio)
+    sound, before = model.decode(codes), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        state = model.new_state(2)
+        streamed = torch.cat([model.encode(part, state=state) for part in audio.split(700, dim=-1)], dim=-1)
+        assert torch.equal(model.encode(audio), codes)
+        assert torch.equal(streamed, codes[..., :3])
+        assert torch.equal(model.decode(codes), sound)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_streams_in_threads_do_not_meet():
+    model = small_model(num_hidden_layers=1)
+    audio = noise(6, 1, 20 * model.frame_size)
+    whole = model.encode(audio)
+    results = {}
+
+    def stream(i):
+        state = model.new_state(1)
+        parts = audio[i : i + 1].split(model.frame_size // 2, dim=-1)
+        results[i] = torch.cat([model.encode(part, state=state) for part in parts], dim=-1)
+
+    threads = [threading.Thread(target=stream, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(torch.cat([results[i] for i in range(6)]), whole)
+
+
+def test_odd_addresses(variant):
+    """Tensors that begin between the vectors' natural addresses."""
+    conv, reference = (dispatch.implementation("causal_conv1d", name) for name in ("cpu", "reference"))
+    buffer, weight, bias = noise(1, 2000), noise(33, 7, 3), noise(33)
+    for begin in (1, 2, 3):
+        x = buffer[:, begin : begin + 7 * 50].view(1, 50, 7).transpose(1, 2)
+        options = {"pad": (2, 0), "pre": "elu", "residual": buffer[:, begin : begin + 33 * 50].view(1, 33, 50)}
+        truth = reference(
+            x.double(), weight.double(), bias.double(), **{**options, "residual": options["residual"].double()}
+        )
+        assert_as_exact(conv(x, weight, bias, **options), reference(x, weight, bias, **options), truth)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("size, dim", [(1, 3), (37, 5), (2048, 256)])
+def test_searches_of_any_size(variant, rows, size, dim):
+    x, codebooks = noise(rows, dim, scale=1.0), noise(3, size, dim, scale=1.0)
+    assert_nearest(dispatch.implementation("rvq_encode", "cpu")(x, codebooks), x, codebooks)
+
+
+def test_ties_go_to_the_first_entry(variant):
+    codebooks = noise(1, 100, 8).repeat(1, 3, 1)  # each entry three times, in other panels
+    x = noise(64, 8, seed=3)
+    codes = dispatch.implementation("rvq_encode", "cpu")(x, codebooks)
+    assert (codes < 100).all()
+    assert torch.equal(codes, dispatch.implementation("rvq_encode", "cpu")(x, codebooks[:, :100]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_near_ties_are_decided_in_fp64(variant, seed):
+    """Two entries whose distances fp32 cannot tell apart: the nearer in fp64 is found, whichever comes first."""
+    x = noise(50, 16, seed=seed, scale=1.0)
+    codebooks = (x + 3.0 + 1e-6 * noise(50, 16, seed=seed + 9, scale=1.0)).repeat(1, 2).view(1, 100, 16)
+    codebooks[0, ::2, 0] += 3e-7
+    distances = torch.cdist(x.double(), codebooks[0].double())
+    codes = dispatch.implementation("rvq_encode", "cpu")(x, codebooks)[0]
+    assert torch.equal(distances.gather(1, codes[:, None])[:, 0], distances.amin(dim=1))
+
+
+def test_explain_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(_native, "variants", lambda: ())
+    monkeypatch.setattr(_native, "_load", lambda: (None, "its native library is not built"))
+    for row in fastmimi.explain("cpu", torch.float32):
+        assert row.chosen == "reference"
+        assert dict(row.passed_over)["cpu"] == "its native library is not built"
+
+
+@pytest.mark.parametrize("device, dtype, sentence", [
+    ("cpu", torch.float64, "not in float64"), ("cpu", torch.float16, "not in float16"),
+    ("cuda", torch.float32, "not on cuda"),
+])  # fmt: skip
+def test_what_is_not_supported(device, dtype, sentence):
+    for op in OPS:
+        with pytest.raises(fastmimi.InputError, match=sentence):
+            dispatch.explain(device, dtype, {op: "cpu"})
+
+
+def test_every_op_has_a_cpu_kernel():
+    assert {row.chosen for row in fastmimi.explain("cpu", torch.float32)} == {"cpu"}

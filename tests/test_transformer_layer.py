@@ -1,0 +1,160 @@
+"""transformer_layer, each implementation that there is, against the layer written out in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmimi.reference.transformer_layer import transformer_layer as reference
+from fastmimi.testing import assert_as_exact, noise, relative_error
+
+WIDTH, HIDDEN = 24, 50
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def op(request):
+    """Triton has no kernel of its own: there the reference runs, with Triton's attention in it."""
+    from fastmimi.dispatch import implementation
+
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
+    yield implementation("transformer_layer", request.param)
+    torch.use_deterministic_algorithms(False)
+
+
+def frequencies(dim=8):
+    return 1.0 / (10_000.0 ** (torch.arange(0, dim, 2) / dim))
+
+
+def case(width=WIDTH, hidden=HIDDEN, heads=4, kv_heads=2, dim=8, biases=False, dtype=torch.float32):
+    """The op's tensors behind x, up to the frequencies, and the biases."""
+    wide, narrow = heads * dim, kv_heads * dim
+    shapes = [
+        (width,), (width,), (wide, width), (narrow, width), (narrow, width), (width, wide), (width,),
+        (width,), (width,), (hidden, width), (width, hidden), (width,),
+    ]  # fmt: skip
+    weights = [noise(*shape, seed=i, scale=shape[-1] ** -0.5 if len(shape) == 2 else 0.5).to(dtype)
+               for i, shape in enumerate(shapes)]  # fmt: skip
+    extra = [noise(n, seed=20 + i).to(dtype) for i, n in enumerate((wide, narrow, narrow, width))] if biases else []
+    return [*weights, frequencies(dim), *extra]
+
+
+def double(tensors):
+    return [t if i == 12 else t.double() for i, t in enumerate(tensors)]  # the frequencies stay fp32
+
+
+def rings(batch, window, kv_heads=2, dim=8, dtype=torch.float32):
+    return {f"cache_{kind}": torch.zeros(batch, kv_heads, window, dim, dtype=dtype) for kind in "kv"}
+
+
+def written_out(x, weights, window):
+    """One position at a time, 4 heads of 8 over 2 of keys, no biases, GELU."""
+    n1w, n1b, q, k, v, o, s1, n2w, n2b, fc1, fc2, s2, inv_freq = double(weights)
+    x = x.double()
+
+    def norm(x, weight, bias):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+    def turned(heads, t):
+        angle = torch.polar(torch.ones(4).double(), t * inv_freq.double())
+        pair = torch.complex(heads[..., :4].contiguous(), heads[..., 4:].contiguous()) * angle
+        return torch.cat([pair.real, pair.imag], dim=-1)
+
+    n, rows = norm(x, n1w, n1b), []
+    for t in range(x.shape[1]):
+        query = turned((n[:, t] @ q.t()).unflatten(-1, (4, 8)), t)
+        seen = range(max(0, t - window + 1), t + 1)
+        keys = torch.stack([turned((n[:, j] @ k.t()).unflatten(-1, (2, 8)), j) for j in seen], dim=2)
+        values = torch.stack([(n[:, j] @ v.t()).unflatten(-1, (2, 8)) for j in seen], dim=2)
+        keys, values = (y.repeat_interleave(2, dim=1) for y in (keys, values))  # [B, 4, seen, 8]
+        weight = ((keys @ query[..., None]).squeeze(-1) / 8**0.5).softmax(-1)
+        rows.append((weight[..., None] * values).sum(2).flatten(-2))
+    x = x + s1 * (torch.stack(rows, dim=1) @ o.t())
+    hidden = norm(x, n2w, n2b) @ fc1.t()
+    gelu = hidden * torch.special.ndtr(hidden)
+    return x + s2 * (gelu @ fc2.t())
+
+
+@pytest.mark.parametrize("length, window", [(1, 5), (7, 100), (13, 5)])
+def test_whole(op, length, window):
+    x, weights = noise(2, length, WIDTH, scale=1.0), case()
+    mine = op(x, *weights, window=window, eps=1e-5)
+    assert relative_error(mine, written_out(x, weights, window)) < 1e-6
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "tanh"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_activations_and_biases(op, activation, biases):
+    x, weights = noise(2, 9, WIDTH, scale=1.0), case(biases=biases)
+    options = {"window": 5, "eps": 1e-3, "activation": activation, "rope_scale": 1.1}
+    truth = reference(x.double(), *double(weights), **options)
+    assert_as_exact(op(x, *weights, **options), reference(x, *weights, **options), truth)
+
+
+@pytest.mark.parametrize("function", [F.gelu, F.softplus])
+def test_an_activation_may_be_a_function(op, function):
+    x, weights = noise(1, 3, WIDTH), case()
+    mine = op(x, *weights, window=5, eps=1e-5, activation=function)
+    assert torch.equal(mine, reference(x, *weights, window=5, eps=1e-5, activation=function))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch, length", [(1, 2), (1, 70), (3, 40)])
+def test_the_models_shape(op, dtype, batch, length):
+    weights = case(512, 2048, 8, 8, 64, dtype=dtype)
+    x, options = noise(batch, length, 512, scale=1.0).to(dtype), {"window": 250, "eps": 1e-5}
+    truth = reference(x.double(), *double(weights), **options)
+    assert_as_exact(op(x, *weights, **options), reference(x, *weights, **options), truth)
+
+
+def test_a_width_that_no_vector_divides(op):
+    weights = case(width=13, hidden=7, heads=2, kv_heads=1, dim=6)
+    x, options = noise(2, 5, 13), {"window": 3, "eps": 1e-5}
+    assert relative_error(op(x, *weights, **options), reference(x.double(), *double(weights), **options)) < 1e-6
+
+
+@pytest.mark.parametrize("window", [1, 5, 30])
+@pytest.mark.parametrize("sizes", [[1] * 20, [3, 1, 7, 9], [20]])
+def test_chunks_equal_the_whole_and_masked_rows_stay(op, window, sizes):
+    x, weights, options = noise(3, 20, WIDTH, scale=1.0), case(), {"window": window, "eps": 1e-5}
+    whole = op(x, *weights, **options)
+    offset, active, state, pieces = (
+        torch.zeros(3, dtype=torch.int64),
+        torch.tensor([True, False, True]),
+        rings(3, window),
+        [],
+    )
+    state["cache_k"][1] = state["cache_v"][1] = 7.0
+    for piece in x.split(sizes, dim=1):
+        pieces.append(op(piece, *weights, **options, offset=offset, active=active, **state))
+        offset = offset + piece.shape[1] * active
+    assert relative_error(torch.cat(pieces, dim=1)[::2], whole[::2]) < 1e-6
+    assert (state["cache_k"][1] == 7.0).all() and (state["cache_v"][1] == 7.0).all()
+
+
+def test_not_contiguous_input(op):
+    x, weights = noise(2, WIDTH, 6).transpose(1, 2), case()
+    options = {"window": 5, "eps": 1e-5}
+    assert relative_error(op(x, *weights, **options), op(x.contiguous(), *weights, **options)) < 1e-6
+
+
+def test_an_edited_weight_counts(op):
+    x, weights, options = noise(1, 4, WIDTH), case(biases=True), {"window": 5, "eps": 1e-5}
+    op(x, *weights, **options)
+    for i in (2, 7, 11, 15):
+        weights[i].mul_(0.5)
+        assert relative_error(op(x, *weights, **options), reference(x, *weights, **options)) < 1e-6
+
+
+def test_gradients_are_the_references(op):
+    inputs = [t.requires_grad_(i != 13) for i, t in enumerate((noise(1, 4, WIDTH), *case(biases=True)))]
+    grads = []
+    for f in (op, reference):
+        y = f(*inputs, window=3, eps=1e-5)
+        grads.append(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], noise(*y.shape, seed=9)))
+    for mine, theirs in zip(*grads, strict=True):
+        assert relative_error(mine, theirs) < 1e-5
+
+
+def test_gradients():
+    inputs = [t.requires_grad_(i != 13) for i, t in enumerate((noise(1, 3, 4).double(), *double(case(4, 6, 2, 1, 4))))]
+    assert torch.autograd.gradcheck(lambda *a: reference(*a, window=2, eps=1e-5), inputs)
