@@ -42,3 +42,14 @@ def time_op(benchmark) -> Callable[[Workload, str], None]:
         benchmark.pedantic(once, rounds=10, warmup_rounds=2)
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    """The ratios to the peers, which the table of pytest-benchmark has no column for."""
+    session = getattr(config, "_benchmarksession", None)
+    rows = [bench for bench in getattr(session, "benchmarks", []) if bench.extra_info.get("ratios")]
+    if rows:
+        terminalreporter.section("times of the peers as multiples of ours, taken in turn")
+    for bench in rows:
+        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in bench.extra_info["ratios"].items())
+        terminalreporter.write_line(f"{bench.group:32} {bench.stats.median * 1e3:9.1f} ms   {ratios}")

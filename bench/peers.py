@@ -1,0 +1,96 @@
+"""The codecs that are compared, all of the same weights: ours, transformers', moshi's and rustymimi's.
+
+Each is a `Codec` of functions on tensors. Peers that are not installed are left out; `missing` names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastmimi
+
+CODEBOOKS = 8
+FRAME = 1920  # samples of 80 ms
+NAMES = ("fastmimi", "fastmimi bf16", "transformers", "moshi", "rustymimi")
+
+
+@dataclass
+class Codec:
+    """encode: [B, 1, N] -> [B, K, T]; decode: back; stream(batch): a context that gives step(frames) -> codes and
+    unstep(codes) -> audio of a stream, or None where the peer cannot stream."""
+
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    stream: Callable[[int], Any] | None
+
+
+def weights(folder: Path) -> Path:
+    """A folder with random weights in both layouts, made where it is not there."""
+    if not (folder / "kyutai.safetensors").exists():
+        mimi = fastmimi.load("random:0")
+        fastmimi.save_pretrained(mimi, folder)
+        fastmimi.save_kyutai(mimi, folder / "kyutai.safetensors")
+    return folder
+
+
+def load(name: str, folder: Path) -> Codec:
+    """ImportError where the peer is not installed."""
+    return {"fastmimi": _ours, "fastmimi bf16": _bf16, "transformers": _transformers, "moshi": _moshi,
+            "rustymimi": _rustymimi}[name](folder)  # fmt: skip
+
+
+def _ours(folder: Path, dtype: torch.dtype = torch.float32) -> Codec:
+    mimi = fastmimi.load(folder, num_codebooks=CODEBOOKS, dtype=dtype)
+
+    @contextmanager
+    def stream(batch: int) -> Iterator[Any]:
+        state = mimi.new_state(batch)
+        yield lambda x: mimi.encode(x.to(dtype), state=state), lambda codes: mimi.decode(codes, state=state)
+
+    return Codec(lambda x: mimi.encode(x.to(dtype)), mimi.decode, stream)
+
+
+def _bf16(folder: Path) -> Codec:
+    return _ours(folder, torch.bfloat16)
+
+
+def _transformers(folder: Path) -> Codec:
+    from transformers import MimiModel
+
+    model = MimiModel.from_pretrained(folder).eval()
+    return Codec(
+        lambda x: model.encode(x, num_quantizers=CODEBOOKS).audio_codes,
+        lambda codes: model.decode(codes).audio_values,
+        None,  # its decoder keeps no state
+    )
+
+
+def _moshi(folder: Path) -> Codec:
+    from moshi.models.loaders import get_mimi
+
+    model = get_mimi(folder / "kyutai.safetensors", num_codebooks=CODEBOOKS)
+
+    @contextmanager
+    def stream(batch: int) -> Iterator[Any]:
+        with model.streaming(batch):
+            yield model.encode, model.decode
+
+    return Codec(model.encode, model.decode, stream)
+
+
+def _rustymimi(folder: Path) -> Codec:
+    from rustymimi import Tokenizer
+
+    tokenizer = Tokenizer(str(folder / "kyutai.safetensors"), num_codebooks=CODEBOOKS)
+    return Codec(
+        lambda x: torch.from_numpy(tokenizer.encode(x.numpy()).astype("int64")),
+        lambda codes: torch.from_numpy(tokenizer.decode(codes.numpy().astype("uint32"))),
+        None,
+    )
