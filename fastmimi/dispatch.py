@@ -66,7 +66,6 @@ def bind(device: str, dtype: torch.dtype, impl: Impl = "auto") -> Ops:
 _tables: dict[str, Ops] = {}
 
 
-@torch.compiler.assume_constant_result  # so that torch.compile looks the table up and does not trace its making
 def _tabled(device: str, dtype: torch.dtype, impl: Impl) -> str:
     """The key of a table in `_tables`, made where it is new."""
     key = f"{device} {dtype} {sorted(impl.items()) if isinstance(impl, dict) else impl}"
@@ -77,6 +76,11 @@ def _tabled(device: str, dtype: torch.dtype, impl: Impl) -> str:
             ops["transformer_layer"] = partial(ops["transformer_layer"], attention=ops["window_attention"])
         _tables[key] = Ops(**ops)
     return key
+
+
+# torch.compile is to look the table up and not to trace its making. This is all that
+# `torch.compiler.assume_constant_result` does, which takes a second to import on its way.
+_tabled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explain(device: str = "cpu", dtype: torch.dtype = torch.float32, impl: Impl = "auto") -> list[Choice]:

@@ -34,6 +34,7 @@ NESTED = (  # state dicts of transformers >= 5.20 -> flat
 LISTED = 20  # keys an error names before it only counts
 
 
+@torch.inference_mode(False)  # tensors of inference mode count no edits: kernels would pack them at every call
 def load(
     source: str | Path = "kyutai/mimi",
     *,

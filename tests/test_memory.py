@@ -4,6 +4,7 @@ import gc
 
 import torch
 
+import fastmimi
 from fastmimi import memory
 from fastmimi.testing import noise
 
@@ -43,6 +44,12 @@ def test_tensors_of_inference_mode_are_packed_each_time():
         memory.packed(fresh, "form", torch.clone)
         fresh.mul_(2)
         assert torch.equal(memory.packed(fresh, "form", torch.clone), fresh)
+
+
+def test_a_model_loaded_in_inference_mode_is_packed_once():
+    with torch.inference_mode():
+        model = fastmimi.load("random:0")
+    assert not any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
 
 
 def test_any_of_several_tensors_counts():
