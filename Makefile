@@ -11,7 +11,7 @@ MOSHI_NEEDS := einops huggingface_hub safetensors sentencepiece sphn tqdm
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench kernels-report lint types clean
+.PHONY: help demo test bench bench-report native-sanitize kernels-report lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,12 @@ test: $(VENV)/stamp-test  ## install the test extras and the peers, run the test
 
 bench: $(VENV)/stamp-test  ## run the benchmarks: ratios to the reference and to the peers
 	$(PY) -m pytest bench/ --benchmark-only
+
+bench-report: $(VENV)/stamp-test  ## run the end-to-end benchmarks with two allocators: bench/results/cpu.{json,md,png}
+	$(PY) bench/report.py
+
+native-sanitize: $(VENV)/stamp-test  ## build the native kernels with sanitizers and run their tests
+	$(PY) tests/native_sanitize.py
 
 kernels-report: $(VENV)/stamp-test  ## compile every kernel for four GPU generations, without one: bench/results/kernels.md
 	$(PY) bench/kernels_report.py

@@ -40,10 +40,13 @@ def weights(folder: Path) -> Path:
     return folder
 
 
-def load(name: str, folder: Path) -> Codec:
-    """ImportError where the peer is not installed."""
-    return {"fastmimi": _ours, "fastmimi bf16": _bf16, "transformers": _transformers, "moshi": _moshi,
-            "rustymimi": _rustymimi}[name](folder)  # fmt: skip
+def load(name: str, folder: Path) -> Codec | None:
+    """None where the peer is not installed."""
+    codecs = (_ours, _bf16, _transformers, _moshi, _rustymimi)
+    try:
+        return dict(zip(NAMES, codecs, strict=True))[name](folder)
+    except ImportError:
+        return None
 
 
 def _ours(folder: Path, dtype: torch.dtype = torch.float32) -> Codec:

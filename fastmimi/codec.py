@@ -17,6 +17,7 @@ from . import checks, dispatch
 from .config import CodecConfig
 from .errors import InputError
 from .ops import Call, Ops
+from .programs import MOST_FRAMES, Programs
 from .quantizer import SplitQuantizer
 from .ragged import Ragged
 from .state import Lane, StreamState
@@ -48,6 +49,7 @@ class Codec(nn.Module):
         self.config = config
         self.impl = impl
         self.num_codebooks = config.num_quantizers if num_codebooks is None else num_codebooks
+        self._programs = Programs()
 
     def _parts(self, direction: str) -> list[nn.Module | None]:
         """The modules of a direction, "encode" or "decode", whose layers carry state."""
@@ -270,12 +272,24 @@ class Codec(nn.Module):
                     latents[..., start:stop] = self._encode_tiles(run, state.encode, None)
         return latents, valid
 
+    def _encode_chunk(self, audio: Tensor, lane: Lane) -> Tensor:
+        return self._encode_step(audio, lane, None)
+
+    def _step(self, step: Callable[[Tensor, Lane], Tensor], x: Tensor, lane: Lane) -> Tensor:
+        """step(x, lane); on a CPU a short one may be a recorded program."""
+        short = x.shape[-1] <= MOST_FRAMES * (self.frame_size if step == self._encode_chunk else 1)
+        if not short or x.device.type != "cpu":
+            return step(x, lane)
+        return self._programs.step(self, self._ops(), step, x, lane)
+
     def _encode_tiles(self, audio: Tensor, lane: Lane, lengths: Tensor | None) -> Tensor:
         tiles, tile = [], self._tile_frames(audio.shape[0]) * self.frame_size
         for start in range(0, audio.shape[-1], tile):
             part = audio[..., start : start + tile]
             inside = None if lengths is None else (lengths - start).clamp(0, part.shape[-1])
-            tiles.append(self._encode_step(part, lane, inside))
+            tiles.append(
+                self._step(self._encode_chunk, part, lane) if inside is None else self._encode_step(part, lane, inside)
+            )
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
 
     # Codes to audio
@@ -342,8 +356,8 @@ class Codec(nn.Module):
         tile = self._tile_frames(batch)
         for start in range(0, frames, tile):
             stop = min(start + tile, frames)
-            audio[..., start * self.frame_size : stop * self.frame_size] = self._decode_step(
-                latents[..., start:stop], lane
+            audio[..., start * self.frame_size : stop * self.frame_size] = self._step(
+                self._decode_step, latents[..., start:stop], lane
             )
         return audio
 

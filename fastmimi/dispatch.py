@@ -102,6 +102,15 @@ def implementation(op: str, candidate: str) -> Callable[..., Any]:
     return library.register(op, candidate, chosen, reference, ieee_convolutions)
 
 
+def recorder(ops: Ops) -> Any:
+    """What records a step with these implementations (kernels/cpu/_program.py); None where not all are the CPU's."""
+    if not all(function is implementation(op, "cpu") for op, function in ops._asdict().items()):
+        return None
+    from .kernels.cpu import _program
+
+    return _program
+
+
 def _wanted(op: str, impl: Impl) -> str:
     return impl.get(op, "auto") if isinstance(impl, dict) else impl
 

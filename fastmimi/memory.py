@@ -47,8 +47,21 @@ class _Form:
 
 
 _forms: dict[tuple[int, str], _Form] = {}
-# fused optimizers edit weights without counting a version
-register_optimizer_step_post_hook(lambda *_: _forms.clear())
+_steps = 0  # of optimizers: fused ones edit weights without counting a version
+
+
+def _after_a_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+    _forms.clear()
+
+
+register_optimizer_step_post_hook(_after_a_step)
+
+
+def generation() -> int:
+    """Changes when weights may have been edited without a sign on them."""
+    return _steps
 
 
 def packed(tensors: Tensor | tuple[Tensor, ...], form: str, pack: Callable[..., Packed]) -> Packed:

@@ -22,6 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="also run the Triton kernels' parity tests: on the GPU where there is one, else in Triton's interpreter",
     )
 
+    parser.addoption("--native-library", help="a build of the native CPU kernels to test in place of the installed one")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernels: runs Triton kernels; needs --kernels")
@@ -29,6 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # No deadline: how long an example takes is the machine's business.
     hypothesis.settings.register_profile("fastmimi", deadline=None, print_blob=True)
     hypothesis.settings.load_profile("fastmimi")
+    if library := config.getoption("--native-library"):
+        from fastmimi.kernels.cpu import _native
+
+        _native.library_path = lambda: Path(library)
     if config.getoption("--kernels"):
         _prepare_triton()
 

@@ -35,6 +35,7 @@ MODEL_SIDE = {
     "jodio",
     "dispatch",
     "library",
+    "programs",
     "errors",
     "checks",
     "codec",

@@ -8,6 +8,7 @@ for different instruction sets, is chosen here.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -88,6 +89,7 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "layer": (STRUCT(Layer), integer, integer),
     "rvq_encode": (pointer, *[long] * 5, pointer, pointer, pointer, pointer, integer),
 }  # fmt: skip
+MOST_ARGUMENTS = 13  # of an entry, native/variant.cpp
 
 
 class Variant:
@@ -102,22 +104,51 @@ class Variant:
             function = getattr(library, f"{entry}_{name}")
             function.argtypes, function.restype = arguments, None
             setattr(self, entry, function)  # structures go by address
+        self.run = getattr(library, f"run_{name}")
+        self.run.argtypes, self.run.restype = (pointer, long), None
+
+    def keep(self, *tensors: Any) -> None:
+        """What a recorded call points at beside the op's inputs and its result must live as long as the recording."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the native library has no entry {name!r}")
 
 
+class Recorder:
+    """In the place of a variant: calls it, and writes down what was called."""
+
+    def __init__(self, variant: Variant, calls: list[Any], kept: list[Any]):
+        self.name, self.outputs_per_panel = variant.name, variant.outputs_per_panel
+        self._variant, self._calls, self._kept = variant, calls, kept
+
+    def keep(self, *tensors: Any) -> None:
+        self._kept.extend(tensors)
+
+    def __getattr__(self, entry: str) -> Any:
+        function = getattr(self._variant, entry)
+
+        def call(*arguments: Any) -> None:
+            self._calls.append((entry, arguments))
+            function(*arguments)
+
+        return call
+
+
+def library_path() -> Path:
+    """Where the installation puts the library."""
+    return Path(__file__).parent / "native" / "libfastmimi.so"
+
+
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why there is none, in one sentence."""
-    files = sorted(Path(__file__).parent.joinpath("native").glob("libfastmimi*.so"))
-    if not files:
+    if not library_path().exists():
         return None, (
             "its native library is not built: install fastmimi where there is a C++ compiler (g++ or clang++); "
             "without it PyTorch's own operations run, several times slower"
         )
     try:
-        return ctypes.CDLL(str(files[0])), ""
+        return ctypes.CDLL(str(library_path())), ""
     except OSError as error:
         return None, f"its native library does not load ({error})"
 
@@ -140,11 +171,22 @@ def _variant(name: str) -> Variant:
 
 
 _chosen: list[str] = []
+_recorders = threading.local()
 
 
-def native() -> Variant:
-    """The variant in use."""
-    return _variant(_chosen[-1] if _chosen else variants()[0])
+def native() -> Any:
+    """The variant in use, or in its place the recorder of this thread."""
+    return getattr(_recorders, "now", None) or _variant(_chosen[-1] if _chosen else variants()[0])
+
+
+@contextmanager
+def recording(variant: Variant, calls: list[Any], kept: list[Any]) -> Iterator[None]:
+    """Within, this thread's native calls are appended to `calls` as (entry, arguments), what they need to `kept`."""
+    _recorders.now = Recorder(variant, calls, kept)
+    try:
+        yield
+    finally:
+        _recorders.now = None
 
 
 @contextmanager

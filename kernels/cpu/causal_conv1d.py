@@ -48,6 +48,7 @@ def causal_conv1d(
             packed = panels(weight[outputs], None if bias is None else bias[outputs], "by taps", by_taps)
         target = output_of(y[:, outputs], packed, None if residual is None else residual[:, outputs])
         target.post = ACTIVATIONS[post]
+        native().keep(x, packed, residual, y)
         native().conv(
             input_of(x[:, inputs], pad, pad_mode, *state, group * per_group), packed.structure, target, packed.kind,
             stride, dilation, ACTIVATIONS[pre], length, y.stride(0), 0 if residual is None else residual.stride(0),

@@ -64,6 +64,7 @@ def _multiply(
     if groups == channels and per_group == 1:
         taps_first = memory.packed(weight, f"depthwise {stride}", lambda w: _by_taps(w, stride, taps).float())
         offset = None if bias is None else memory.packed(bias, "fp32", lambda b: b.float().contiguous())
+        native().keep(x, taps_first, offset, y, tail)
         target = Output(y=y.data_ptr(), rows=rows, tail=address(tail))
         native().depthwise(
             input_of(x), taps_first.data_ptr(), address(offset), target, stride, taps, ACTIVATIONS[pre],
@@ -79,6 +80,7 @@ def _multiply(
             my_tail = None if tail is None else tail.new_empty(tail.shape[0], beyond, stride * per_group)
             offset = None if bias is None else bias[outputs]
         packed = panels(part, offset, f"upsampling {stride}", lambda w: _by_outputs(w, stride, taps), stride)
+        native().keep(x, packed, mine, my_tail)
         target = output_of(mine.transpose(1, 2), packed)
         if my_tail is not None:
             target.rows, target.tail = rows, address(my_tail)

@@ -37,6 +37,7 @@ def resblock(
     if not y.numel():
         return y
     hidden, outputs = panels(weight1, bias1, "by taps", by_taps), panels(weight2, bias2, "by taps", by_taps)
+    native().keep(x, hidden, outputs, skip, y)
     source = input_of(x, pad, pad_mode, history, first, active)
     native().resblock(
         source, hidden.structure, outputs.structure, output_of(y, outputs, skip), hidden.kind, dilation, y.shape[2],

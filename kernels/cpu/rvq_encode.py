@@ -28,6 +28,7 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
         return books.transpose(2, 3).contiguous(), norms
 
     packed, norms = memory.packed(codebooks, f"search in panels of {width}", pack)
+    native().keep(x, codebooks, packed, norms, codes)
     if codes.numel():
         native().rvq_encode(
             x.data_ptr(), x.stride(0), len(x), dim, levels, size, codebooks.data_ptr(), packed.data_ptr(),

@@ -53,6 +53,7 @@ def transformer_layer(
     biases = [bias for bias in (q_bias, k_bias, v_bias, o_bias) if bias is not None]
     weights = (q, k, v, o, fc1, fc2, norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, *biases)
     packed = memory.packed(weights, f"layer {native().name}", _pack)
+    native().keep(x, packed, inv_freq, y)
     dim = 2 * len(inv_freq)
     layer = Layer.from_buffer_copy(packed.structure)
     layer.x, layer.y, layer.rows = x.data_ptr(), y.data_ptr(), batch * length

@@ -31,6 +31,7 @@ def window_attention(
     batch, heads, length, dim = q.shape
     y = q.new_empty(batch, length, heads, dim)
     if y.numel():
+        native().keep(q, k, v, inv_freq, y)
         call = Attention(
             *(t.data_ptr() for t in (q, k, v, y)), DTYPES[q.dtype], batch, heads, k.shape[1], length, dim,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], inv_freq.data_ptr(), rope_scale, interleaved, window,

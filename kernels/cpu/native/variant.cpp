@@ -93,3 +93,40 @@ ENTRY(rvq_encode)(const float* x, long x_step, long rows, long dim, long levels,
                   const float* packed, const float* norms, int64_t* codes, int threads) {
   encode_rows(x, x_step, rows, dim, levels, size, codebooks, packed, norms, codes, threads);
 }
+
+// A recorded program: calls of the entries above, in the order of ENTRIES in _native.py
+struct Call {
+  long entry, a[13];
+};
+
+ENTRY(run)(const Call* calls, long count) {
+  for (const Call* c = calls; c < calls + count; c++) {
+    const long* a = c->a;
+    switch (c->entry) {
+      case 0:
+        JOIN(conv, VARIANT)(*(const Input*)a[0], *(const Weights*)a[1], *(const Output*)a[2], a[3], a[4], a[5], a[6], a[7],
+                            a[8], a[9], a[10]);
+        break;
+      case 1:
+        JOIN(resblock, VARIANT)(*(const Input*)a[0], *(const Weights*)a[1], *(const Weights*)a[2], *(const Output*)a[3], a[4],
+                                a[5], a[6], a[7], a[8], a[9]);
+        break;
+      case 2:
+        JOIN(depthwise, VARIANT)(*(const Input*)a[0], (const float*)a[1], (const float*)a[2], *(const Output*)a[3], a[4],
+                                 a[5], a[6], a[7], a[8]);
+        break;
+      case 3: JOIN(advance, VARIANT)(*(const Input*)a[0]); break;
+      case 4:
+        JOIN(overlap, VARIANT)(a[0], (void*)a[1], (float*)a[2], (void*)a[3], (const bool*)a[4], a[5], a[6], a[7], a[8], a[9],
+                               a[10], a[11], a[12]);
+        break;
+      case 5: JOIN(attention, VARIANT)(*(const Attention*)a[0], a[1]); break;
+      case 6: JOIN(layer, VARIANT)(*(const Layer*)a[0], a[1], a[2]); break;
+      case 7:
+        JOIN(rvq_encode, VARIANT)((const float*)a[0], a[1], a[2], a[3], a[4], a[5], (const float*)a[6], (const float*)a[7],
+                                  (const float*)a[8], (int64_t*)a[9], a[10]);
+        break;
+      default: abort();
+    }
+  }
+}

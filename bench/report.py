@@ -1,0 +1,156 @@
+"""`make bench-report`: the end-to-end benchmarks as data, a table and a picture in bench/results/.
+
+    python bench/report.py [pytest-benchmark's JSON]
+
+Without an argument it runs them first, with the allocator as it is and then told to keep its memory. Beside the times
+stands what this machine can do at most, measured in the same minute: a product of matrices and a copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": "268435456"}
+GFLOP = 5.3  # per second of audio, each way
+PACKAGES = ("torch", "transformers", "moshi", "rustymimi")
+
+
+def ceilings() -> dict[str, float]:
+    """GFLOP/s of an fp32 and a bf16 product, GB/s of a copy (read and written)."""
+
+    def best(call: Any, rounds: int = 8) -> float:
+        call()
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    found, n = {}, 1024
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        # a convolution with one tap: oneDNN, which is at its peak on every processor
+        x = torch.randn(1, n, 32, 32).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(n, n, 1, 1).to(dtype).contiguous(memory_format=torch.channels_last)
+        found[f"{name} GFLOP/s"] = 2 * n**3 / best(lambda x=x, w=weight: torch.nn.functional.conv2d(x, w)) / 1e9
+    source = torch.ones(64 << 20)
+    target = torch.empty_like(source)
+    found["copy GB/s"] = 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
+    return found
+
+
+def run(environment: dict[str, str], output: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "pytest", "bench/bench_end_to_end.py", "--benchmark-only", "-q"]
+    done = subprocess.run(
+        [*command, "--benchmark-json", str(output)], cwd=ROOT, env={**os.environ, **environment}, check=False
+    )
+    if done.returncode:
+        sys.exit("the benchmarks failed: no report")
+    return json.loads(output.read_text())
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per case: its name, our median in seconds, and the peers' as multiples of it."""
+    return [
+        {"case": bench["group"], "seconds": bench["stats"]["median"], **bench["extra_info"]}
+        for bench in result["benchmarks"]
+    ]
+
+
+def commit() -> str:
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
+
+
+def version_of(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def table(data: dict[str, Any]) -> str:
+    text = [
+        f"{data['processor']}, {data['threads']} threads; "
+        + ", ".join(f"{value:.0f} {name}" for name, value in data["ceilings"].items())
+        + "; "
+        + ", ".join(f"{name} {value}" for name, value in data["versions"].items())
+        + f"; commit {data['commit']}.",
+        "",
+        "Times of the peers are multiples of ours, medians of rounds taken in turn in one process.",
+    ]
+    for allocator, cases in data["allocators"].items():
+        peers = sorted({name for case in cases for name in case["ratios"]})
+        text += ["", f"Allocator: {allocator}.", "", f"| case | fastmimi | {' | '.join(peers)} |"]
+        text += ["|---" * (len(peers) + 2) + "|"]
+        for case in sorted(cases, key=lambda case: case["case"]):
+            ratios = (f"{case['ratios'][name]:.2f}" if name in case["ratios"] else "-" for name in peers)
+            text.append(f"| {case['case']} | {case['seconds'] * 1e3:.1f} ms | {' | '.join(ratios)} |")
+    return "\n".join(text) + "\n"
+
+
+def plot(data: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = sorted(next(iter(data["allocators"].values())), key=lambda case: case["case"], reverse=True)
+    peers = sorted({name for case in cases for name in case["ratios"]})
+    figure, axes = pyplot.subplots(figsize=(9, 0.7 * len(cases) + 1))
+    height = 0.8 / len(peers)
+    for i, name in enumerate(peers):
+        values = [case["ratios"].get(name, 0) for case in cases]
+        axes.barh([y + (i - len(peers) / 2) * height for y in range(len(cases))], values, height, label=name)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(cases)), [case["case"] for case in cases])
+    axes.set_xlabel("time as a multiple of fastmimi's in fp32 (1: as fast; more: slower)")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def main(arguments: list[str]) -> None:
+    if arguments:
+        allocators = {"as it is": rows(json.loads(Path(arguments[0]).read_text()))}
+    else:
+        (ROOT / "out").mkdir(exist_ok=True)
+        settings = {"as it is": {}, " ".join(f"{k}={v}" for k, v in TUNED.items()): TUNED}
+        allocators = {name: rows(run(env, ROOT / "out" / "bench.json")) for name, env in settings.items()}
+    data = {
+        "processor": processor(), "threads": torch.get_num_threads(), "ceilings": ceilings(), "versions": versions(),
+        "commit": commit(), "allocators": allocators,
+    }  # fmt: skip
+    (RESULTS / "cpu.json").write_text(json.dumps(data, indent=1) + "\n")
+    (RESULTS / "cpu.md").write_text(table(data))
+    plot(data, RESULTS / "cpu.png")
+    print(table(data))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

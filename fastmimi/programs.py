@@ -1,0 +1,123 @@
+"""Steps of streams as recorded programs: on a CPU, a frame is otherwise a third Python.
+
+A program is recorded once a shape has been stepped a few times, and used only if its first run gives, bit for bit, what
+the model gives, output and state. It is thrown away when a weight, a module or the choice of kernels changes. The
+streams' state is put in at each run: one program serves all streams of a batch size; threads that step at once have
+one each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, memory
+from .ops import Ops
+from .state import Lane
+
+AFTER = 4  # steps of a shape before it is recorded
+MOST_FRAMES = 4  # longer steps do not notice what is between their layers
+
+Step = Callable[[Tensor, Lane], Tensor]
+Key = tuple[Any, ...]
+
+
+class _Scratch(Lane):
+    """A lane to record with: its `first` has an address, and it tells by how much it was advanced."""
+
+    def __init__(self, lane: Lane):
+        super().__init__(
+            {name: buffer.clone() for name, buffer in lane.buffers.items()}, lane.offset.clone(), lane.active.clone()
+        )
+        self.start = lane.first.clone()
+        self.positions = 0
+
+    @property
+    def first(self) -> Tensor:
+        return self.start
+
+    def advance(self, positions: int) -> None:
+        self.positions = positions
+
+
+def _tensors(lane: Lane) -> list[Tensor]:
+    return [*lane.buffers.values(), lane.offset, lane.active, lane.first]
+
+
+class Programs:
+    """The programs of a model. Copies and pickles of it begin empty."""
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen: dict[Key, int] = {}
+        self._idle: dict[Key, list[tuple[Any, int]]] = {}  # programs that no thread is running, and their positions
+        self._never: set[Key] = set()
+        self._weights: list[tuple[Any, str, Any, int, int]] = []
+        self._generation = -1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Programs, ()
+
+    def step(self, model: nn.Module, ops: Ops, step: Step, x: Tensor, lane: Lane) -> Tensor:
+        """step(x, lane) of a model that calls `ops`, by a program where there is one."""
+        key = (step.__name__, ops, x.shape, x.stride(), x.dtype, torch.get_num_threads())
+        if key in self._never or torch.compiler.is_compiling():
+            return step(x, lane)
+        count = self._seen[key] = self._seen.get(key, 0) + 1
+        if count <= AFTER:
+            return step(x, lane)
+        if not self._current(model):
+            self._forget()
+            self._remember(model)
+            return step(x, lane)
+        idle = self._idle.setdefault(key, [])
+        try:
+            program, positions = idle.pop()
+        except IndexError:  # none yet, or all are running in other threads
+            recorded = self._record(model, dispatch.recorder(ops), step, x, lane)
+            if recorded is None:
+                self._never.add(key)
+                return step(x, lane)
+            program, positions = recorded
+        y = program.run(x, _tensors(lane))
+        idle.append((program, positions))
+        lane.advance(positions)
+        return y
+
+    def _record(self, model: nn.Module, recorder: Any, step: Step, x: Tensor, lane: Lane) -> tuple[Any, int] | None:
+        """A program that gives what the model gives, with its positions; None where there is none."""
+        if recorder is None or any(t.is_inference() for t in model.parameters()):  # whose edits nobody counts
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            drawn = torch.empty_like(x).uniform_(-0.1, 0.1)  # not x: what is not in the program is to be noticed
+            scratch, mine, theirs = _Scratch(lane), _Scratch(lane), _Scratch(lane)
+            try:
+                program = recorder.Program(lambda x: step(x, scratch), drawn, _tensors(scratch))
+            except recorder.NotRecordable:
+                return None
+            y, truth = program.run(x, _tensors(mine)), step(x, theirs)
+            pairs = zip((y, *_tensors(mine)), (truth, *_tensors(theirs)), strict=True)
+            same = all(torch.equal(*pair) for pair in pairs)
+        return (program, scratch.positions) if same else None
+
+    def _remember(self, model: nn.Module) -> None:
+        for module in model.modules():
+            self._weights += [(module._modules, name, child, -1, -1) for name, child in module._modules.items()]
+            for held in (module._parameters, module._buffers):
+                for name, value in held.items():
+                    counts = value is not None and not value.is_inference()
+                    state = (value._version, value.data_ptr()) if value is not None and counts else (-1, -1)
+                    self._weights.append((held, name, value, *state))
+        self._generation = memory.generation()
+
+    def _current(self, model: nn.Module) -> bool:
+        """Whether all modules and weights are those that were remembered, as far as PyTorch counts edits."""
+        return self._generation == memory.generation() and all(
+            held.get(name) is value and (version < 0 or (value._version == version and value.data_ptr() == address))
+            for held, name, value, version, address in self._weights
+        )

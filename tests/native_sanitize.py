@@ -1,0 +1,68 @@
+"""`make native-sanitize`: the tests of the native kernels with a library built for the address and UB sanitizers.
+
+The library is built beside the usual one, in a temporary folder, and takes its place by an argument of the test run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE = ROOT / "kernels" / "cpu" / "native"
+FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-Wno-psabi"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+VARIANTS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [build(Path(folder, "library.o"), "library.cpp", [])]
+        objects += [
+            build(Path(folder, f"{name}.o"), "variant.cpp", [f"-DVARIANT={name}", *flags])
+            for name, flags in VARIANTS.items()
+        ]
+        library = Path(folder, "libfastmimi.so")
+        subprocess.run(["g++", "-shared", *SANITIZERS, "-o", library, *objects], check=True)
+        runtimes = [runtime(name) for name in ("libasan.so", "libubsan.so")]
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": " ".join(runtimes),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python's and PyTorch's own
+            "OMP_NUM_THREADS": "2",
+        }
+        tests = ["tests/test_native.py", "tests/test_transformer_layer.py", "--native-library", str(library)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *tests,
+            "-k",
+            "not streams_in_threads",
+        ]
+        sys.exit(subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode)
+
+
+def build(target: Path, source: str, flags: list[str]) -> Path:
+    subprocess.run(["g++", *FLAGS, *SANITIZERS, *flags, "-c", NATIVE / source, "-o", target], check=True)
+    return target
+
+
+def runtime(name: str) -> str:
+    """Where the compiler keeps a sanitizer's runtime, which must be loaded before Python."""
+    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

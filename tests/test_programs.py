@@ -1,0 +1,129 @@
+"""Recorded programs of streams: the same bits as the model's own steps, and none where anything has changed."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from fastmimi.kernels.cpu import _native
+from fastmimi.programs import AFTER
+from fastmimi.testing import noise, small_model
+
+pytestmark = pytest.mark.skipif(not _native.variants(), reason="the native library is not built here")
+FRAMES = 3 * AFTER + 5
+
+
+class Plain:
+    """In the place of Programs: steps of the model itself."""
+
+    def step(self, model, ops, step, x, lane):
+        return step(x, lane)
+
+
+def pair(**changes):
+    """Two models of the same weights: one records programs, one does not."""
+    models = [small_model(num_hidden_layers=2, **changes) for _ in range(2)]
+    models[1]._programs = Plain()
+    return models
+
+
+def programs(model):
+    return sum(len(idle) for idle in model._programs._idle.values())
+
+
+def stream(models, frames=FRAMES, batch=1, before=None):
+    """Codes and audio of each model, frame by frame in turn; `before(i, model, state)` comes before a frame."""
+    audio = noise(batch, 1, frames * models[0].frame_size, seed=1, scale=1.0)
+    states, results = [model.new_state(batch) for model in models], [[] for _ in models]
+    for i, frame in enumerate(audio.split(models[0].frame_size, dim=-1)):
+        for model, state, result in zip(models, states, results, strict=True):
+            if before is not None:
+                before(i, model, state)
+            codes = model.encode(frame, state=state)
+            result += [codes, model.decode(codes.clamp(min=0), state=state)]
+    for mine, plain in zip(states[0].state_dict().values(), states[1].state_dict().values(), strict=True):
+        assert torch.equal(mine, plain)
+    return results
+
+
+def assert_equal(results):
+    assert all(torch.equal(mine, plain) for mine, plain in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"pad_mode": "replicate"}, {"frame_rate": None}, {"attention_bias": True}, {"use_conv_shortcut": True}],
+)
+def test_programs_give_the_models_bits(batch, changes):
+    models = pair(**changes)
+    assert_equal(stream(models, batch=batch))
+    assert programs(models[0]) == 2 and not models[0]._programs._never
+
+
+def test_in_bf16():
+    models = [model.bfloat16() for model in pair()]
+    assert_equal(stream(models))
+    assert programs(models[0]) == 2
+
+
+def test_masked_and_reset_rows():
+    def before(i, model, state):
+        state.exec_mask[:] = torch.tensor([True, i % 3 != 1, True])
+        if i == FRAMES - 4:
+            state.reset(torch.tensor([False, False, True]))
+
+    models = pair()
+    assert_equal(stream(models, batch=3, before=before))
+    assert programs(models[0]) == 2
+
+
+def test_edits_of_weights_and_modules_count():
+    def before(i, model, state):
+        with torch.no_grad():
+            if i == 2 * AFTER:
+                model.encoder.layers["0"].conv.weight.mul_(0.5)
+            if i == 2 * AFTER + 1:
+                model.decoder_transformer.layers[0].mlp.fc1.weight = torch.nn.Parameter(
+                    model.decoder_transformer.layers[0].mlp.fc1.weight.detach() * 0.5
+                )
+            if i == 2 * AFTER + 2:
+                model.encoder.layers["0"] = copy.deepcopy(model.encoder.layers["0"])
+                model.encoder.layers["0"].conv.bias.add_(0.1)
+
+    models = pair()
+    assert_equal(stream(models, before=before))
+
+
+def test_another_choice_of_kernels_is_not_a_program():
+    models = pair()
+    stream(models)
+    for model in models:
+        model.impl = "reference"
+    before = programs(models[0])
+    assert_equal(stream(models))
+    assert programs(models[0]) == before
+
+
+def test_states_share_a_program():
+    models = pair()
+    for _ in range(2):
+        assert_equal(stream(models))
+    assert programs(models[0]) == 2
+
+
+def test_what_pytorch_computes_between_the_layers_is_noticed():
+    models = pair()
+    for model in models:
+        model.encoder.layers["0"].register_forward_hook(lambda layer, inputs, y: y * 1.5)
+    assert_equal(stream(models))
+    assert programs(models[0]) == 1 and len(models[0]._programs._never) == 1
+
+
+def test_copies_begin_empty():
+    models = pair()
+    stream(models)
+    for copied in (copy.deepcopy(models[0]), pickle.loads(pickle.dumps(models[0]))):
+        assert programs(copied) == 0
+        assert_equal(stream([copied, models[1]]))
