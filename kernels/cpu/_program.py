@@ -1,8 +1,8 @@
 """Native calls recorded once and run again as one: a step of a stream without Python between its layers.
 
-As a CUDA graph does, a program repeats what was called, at the addresses of that time: it keeps every tensor that a call
-points at (each op says `native().keep(...)`, and a pointer into anything else is refused). Only the addresses of the
-stream's state are put in anew at each run, so that one program serves all streams of a shape. It holds one run at a
+As a CUDA graph does, a program repeats what was called, at the addresses of that time: it keeps every tensor that a
+call points at (each op says `native().keep(...)`, and a pointer into anything else is refused). Only the addresses of
+the stream's state are put in anew at each run, so that one program serves all streams of a shape. It holds one run at a
 time.
 """
 
