@@ -64,7 +64,7 @@ def run(environment: dict[str, str], output: Path) -> dict[str, Any]:
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """A row per case: its name, our median in seconds, and the peers' as multiples of it."""
     return [
-        {"case": bench["group"], "seconds": bench["stats"]["median"], **bench["extra_info"]}
+        {"case": bench["group"], **bench["extra_info"], "seconds": bench["stats"]["median"]}
         for bench in result["benchmarks"]
     ]
 

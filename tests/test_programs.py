@@ -12,6 +12,9 @@ from fastmimi.testing import noise, small_model
 
 pytestmark = pytest.mark.skipif(not _native.variants(), reason="the native library is not built here")
 FRAMES = 3 * AFTER + 5
+CHANGES = [
+    {}, {"pad_mode": "replicate"}, {"frame_rate": None}, {"attention_bias": True}, {"use_conv_shortcut": True},
+]  # fmt: skip
 
 
 class Plain:
@@ -52,10 +55,7 @@ def assert_equal(results):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"pad_mode": "replicate"}, {"frame_rate": None}, {"attention_bias": True}, {"use_conv_shortcut": True}],
-)
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_programs_give_the_models_bits(batch, changes):
     models = pair(**changes)
     assert_equal(stream(models, batch=batch))
