@@ -55,7 +55,7 @@ class Codec(nn.Module):
         """The modules of a direction, "encode" or "decode", whose layers carry state."""
         raise NotImplementedError
 
-    def _encode_step(self, audio: Tensor, lane: Lane | None, lengths: Tensor | None) -> Tensor:
+    def _encode_step(self, audio: Tensor, lane: Lane | None, lengths: Tensor | None = None) -> Tensor:
         """Audio [B, C, N] -> latents [B, hidden, ceil(N / frame_size)], and the lane moves on."""
         raise NotImplementedError
 
@@ -101,6 +101,10 @@ class Codec(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self._a_parameter().dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._programs.forget()  # they hold the weights that are about to go
+        return super()._apply(fn, recurse)
 
     def _a_parameter(self) -> Tensor:
         half: Any = self.encoder if self.encoder is not None else self.decoder
@@ -272,15 +276,11 @@ class Codec(nn.Module):
                     latents[..., start:stop] = self._encode_tiles(run, state.encode, None)
         return latents, valid
 
-    def _encode_chunk(self, audio: Tensor, lane: Lane) -> Tensor:
-        return self._encode_step(audio, lane, None)
-
     def _step(self, step: Callable[[Tensor, Lane], Tensor], x: Tensor, lane: Lane) -> Tensor:
         """step(x, lane); on a CPU a short one may be a recorded program."""
-        short = x.shape[-1] <= MOST_FRAMES * (self.frame_size if step == self._encode_chunk else 1)
-        if not short or x.device.type != "cpu":
-            return step(x, lane)
-        return self._programs.step(self, self._ops(), step, x, lane)
+        short = x.shape[-1] <= MOST_FRAMES * (self.frame_size if step == self._encode_step else 1)
+        plain = not short or x.device.type != "cpu"
+        return step(x, lane) if plain else self._programs.step(self, self._ops(), step, x, lane)
 
     def _encode_tiles(self, audio: Tensor, lane: Lane, lengths: Tensor | None) -> Tensor:
         tiles, tile = [], self._tile_frames(audio.shape[0]) * self.frame_size
@@ -288,7 +288,7 @@ class Codec(nn.Module):
             part = audio[..., start : start + tile]
             inside = None if lengths is None else (lengths - start).clamp(0, part.shape[-1])
             tiles.append(
-                self._step(self._encode_chunk, part, lane) if inside is None else self._encode_step(part, lane, inside)
+                self._step(self._encode_step, part, lane) if inside is None else self._encode_step(part, lane, inside)
             )
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
 
@@ -370,7 +370,8 @@ class Codec(nn.Module):
     def _piece(self, batch: int) -> int | None:
         """Transformer positions that the layers near the audio take at once; None: all."""
         hop = self.frame_size // self.config.latent_stride
-        return max(1, PIECE_SAMPLES // (batch * hop)) if self.device.type == "cpu" else None
+        least = MOST_FRAMES * self.config.latent_stride  # programs.py: short steps are not cut
+        return max(least, PIECE_SAMPLES // (batch * hop)) if self.device.type == "cpu" else None
 
     def _in_tiles(self, x: Tensor, frames: int) -> bool:
         """Whether an offline input x of so many frames is long enough for tiles, and nothing forbids them."""

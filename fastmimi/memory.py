@@ -36,12 +36,12 @@ class _Form:
         self.first = weakref.ref(tensors[0], lambda _: _forms.pop(key, None))
         # the weak references keep a storage's identity from being given to another one
         self.storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
-        self.states = [(t._version, t.storage_offset(), t.dtype) for t in tensors]
+        self.states = [(t._version, t.storage_offset(), t.dtype, t.stride()) for t in tensors]
 
     def is_of(self, tensors: tuple[Tensor, ...]) -> bool:
         return all(
             ref() is t and t.untyped_storage()._cdata == storage.cdata
-            and (t._version, t.storage_offset(), t.dtype) == state
+            and (t._version, t.storage_offset(), t.dtype, t.stride()) == state
             for t, ref, storage, state in zip(tensors, self.tensors, self.storages, self.states, strict=True)
         )  # fmt: skip
 

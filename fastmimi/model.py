@@ -55,7 +55,7 @@ class Mimi(Codec):
         return [self.upsample, self.decoder_transformer, self.decoder]
 
     def _encode_step(
-        self, audio: Tensor, lane: Lane | None, lengths: Tensor | None, transformer: Transform | None = None
+        self, audio: Tensor, lane: Lane | None, lengths: Tensor | None = None, transformer: Transform | None = None
     ) -> Tensor:
         """Audio [B, C, N] -> latents [B, hidden, ceil(N / frame_size)]; a face may bring its own transformer."""
         call = Call(self._ops(), lane, lengths, self._piece(len(audio)))

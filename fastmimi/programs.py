@@ -20,6 +20,8 @@ from .state import Lane
 
 AFTER = 4  # steps of a shape before it is recorded
 MOST_FRAMES = 4  # longer steps do not notice what is between their layers
+MOST_SHAPES = 64  # then all programs are dropped
+PAUSE = 1000  # steps until a shape that could not be recorded is tried again
 
 Step = Callable[[Tensor, Lane], Tensor]
 Key = tuple[Any, ...]
@@ -51,12 +53,14 @@ class Programs:
     """The programs of a model. Copies and pickles of it begin empty."""
 
     def __init__(self) -> None:
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop all programs, and what they hold."""
         self._seen: dict[Key, int] = {}
         self._idle: dict[Key, list[tuple[Any, int]]] = {}  # programs that no thread is running, and their positions
-        self._never: set[Key] = set()
+        self._not_before: dict[Key, int] = {}  # steps of shapes that could not be recorded
+        self._hooks: list[dict[Any, Any]] = []
         self._weights: list[tuple[Any, str, Any, int, int]] = []
         self._generation = -1
 
@@ -65,15 +69,18 @@ class Programs:
 
     def step(self, model: nn.Module, ops: Ops, step: Step, x: Tensor, lane: Lane) -> Tensor:
         """step(x, lane) of a model that calls `ops`, by a program where there is one."""
-        key = (step.__name__, ops, x.shape, x.stride(), x.dtype, torch.get_num_threads())
-        if key in self._never or torch.compiler.is_compiling():
+        state = [(tensor.shape, tensor.dtype) for tensor in lane.buffers.values()]
+        key = (step.__name__, ops, x.shape, x.dtype, *state, torch.get_num_threads(), model.training)
+        if torch.compiler.is_compiling():
             return step(x, lane)
         count = self._seen[key] = self._seen.get(key, 0) + 1
-        if count <= AFTER:
+        if count <= max(AFTER, self._not_before.get(key, 0)):
             return step(x, lane)
-        if not self._current(model):
-            self._forget()
+        if len(self._seen) > MOST_SHAPES or not self._current(model):
+            self.forget()
             self._remember(model)
+            return step(x, lane)
+        if any(self._hooks):  # which a program would not call
             return step(x, lane)
         idle = self._idle.setdefault(key, [])
         try:
@@ -81,7 +88,7 @@ class Programs:
         except IndexError:  # none yet, or all are running in other threads
             recorded = self._record(model, dispatch.recorder(ops), step, x, lane)
             if recorded is None:
-                self._never.add(key)
+                self._not_before[key] = count + PAUSE
                 return step(x, lane)
             program, positions = recorded
         y = program.run(x, _tensors(lane))
@@ -107,6 +114,7 @@ class Programs:
 
     def _remember(self, model: nn.Module) -> None:
         for module in model.modules():
+            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             self._weights += [(module._modules, name, child, -1, -1) for name, child in module._modules.items()]
             for held in (module._parameters, module._buffers):
                 for name, value in held.items():

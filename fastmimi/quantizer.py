@@ -40,7 +40,7 @@ def apply_in_full_precision(module: nn.Module, fn: Callable[[Tensor], Tensor]) -
     for name, buffer in module.named_buffers(recurse=False):
         moved = fn(buffer)
         if moved.is_floating_point() and moved.element_size() < 4:
-            moved = buffer.to(moved.device)
+            moved = buffer.to(moved.device, torch.float32)
         setattr(module, name, moved)
     return module
 

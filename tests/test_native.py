@@ -152,3 +152,38 @@ def test_what_is_not_supported(device, dtype, sentence):
 
 def test_every_op_has_a_cpu_kernel():
     assert {row.chosen for row in fastmimi.explain("cpu", torch.float32)} == {"cpu"}
+
+
+def test_mixed_dtypes_are_refused():
+    model = small_model(num_hidden_layers=1)
+    model.encoder_transformer.bfloat16()
+    with pytest.raises(TypeError, match="must all be float32 or all bfloat16"):
+        model.encode(noise(1, 1, model.frame_size))
+
+
+def test_what_does_not_fit_is_refused():
+    x, codebooks = noise(2, 4, 6), noise(2, 8, 4)
+    ops = {name: dispatch.implementation(name, "cpu") for name in OPS}
+    active = {"first": torch.tensor([True] * 2), "active": torch.tensor([True] * 2)}
+    with pytest.raises(ValueError, match=r"history must be contiguous and \(2, 4, 2\), got \(2, 4, 1\)"):
+        ops["causal_conv1d"](x, noise(3, 4, 3), pad=(2, 0), history=noise(2, 4, 1), **active)
+    with pytest.raises(ValueError, match="overlap must be"):
+        ops["causal_conv_transpose1d"](x, noise(4, 3, 4), stride=2, overlap=noise(2, 3, 1), active=active["active"])
+    with pytest.raises(TypeError, match="the search is fp32"):
+        ops["rvq_encode"](noise(3, 4).double(), codebooks.double())
+    with pytest.raises(IndexError, match=r"codes must lie in \[0, 8\), got 0 to 8"):
+        ops["rvq_decode"](torch.tensor([[0], [8]]), codebooks)
+    with pytest.raises(ValueError, match="q, k and v do not fit"):
+        ops["window_attention"](noise(1, 6, 3, 8), noise(1, 4, 3, 8), noise(1, 4, 3, 8), noise(4), window=3)
+
+
+def test_a_residual_may_be_shared_by_the_rows():
+    x, weight, residual = noise(3, 4, 6), noise(5, 4, 1), noise(1, 5, 6, seed=4)
+    conv = dispatch.implementation("causal_conv1d", "cpu")
+    assert torch.equal(conv(x, weight, residual=residual), conv(x, weight, residual=residual.expand(3, 5, 6).clone()))
+
+
+def test_codebooks_that_were_fp64_are_searched():
+    model = small_model().double().bfloat16()
+    assert model.quantizer.semantic_residual_vector_quantizer.layers[0].codebook.embed_sum.dtype == torch.float32
+    model.encode(noise(1, 1, model.frame_size).bfloat16())

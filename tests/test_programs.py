@@ -23,6 +23,18 @@ class Plain:
     def step(self, model, ops, step, x, lane):
         return step(x, lane)
 
+    def forget(self):
+        pass
+
+
+class Louder(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, call):
+        return self.layer(x, call) * 1.5
+
 
 def pair(**changes):
     """Two models of the same weights: one records programs, one does not."""
@@ -54,12 +66,12 @@ def assert_equal(results):
     assert all(torch.equal(mine, plain) for mine, plain in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 16])
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_programs_give_the_models_bits(batch, changes):
     models = pair(**changes)
     assert_equal(stream(models, batch=batch))
-    assert programs(models[0]) == 2 and not models[0]._programs._never
+    assert programs(models[0]) == 2 and not models[0]._programs._not_before
 
 
 def test_in_bf16():
@@ -116,9 +128,46 @@ def test_states_share_a_program():
 def test_what_pytorch_computes_between_the_layers_is_noticed():
     models = pair()
     for model in models:
-        model.encoder.layers["0"].register_forward_hook(lambda layer, inputs, y: y * 1.5)
+        model.encoder.layers["1"] = Louder(model.encoder.layers["1"])
     assert_equal(stream(models))
-    assert programs(models[0]) == 1 and len(models[0]._programs._never) == 1
+    assert programs(models[0]) == 1 and len(models[0]._programs._not_before) == 1
+
+
+def test_hooks_are_called():
+    calls = []
+
+    def before(i, model, state):
+        if i == FRAMES - 3:
+            model.encoder.layers["0"].register_forward_hook(lambda *_: calls.append(model))
+
+    models = pair()
+    assert_equal(stream(models, before=before))
+    assert len(calls) == 6
+
+
+def test_moved_models_hold_no_programs():
+    models = pair()
+    stream(models)
+    models[0].bfloat16()
+    assert programs(models[0]) == 0
+
+
+def test_chunks_that_leave_views_share_a_program():
+    model = small_model(num_hidden_layers=1)
+    state = model.new_state(1)
+    audio = noise(1, 1, 30 * model.frame_size, scale=1.0)
+    parts = [model.encode(part, state=state) for part in audio.split(model.frame_size * 7 // 10, dim=-1)]
+    assert programs(model) == 1
+    assert torch.equal(torch.cat([*parts, model.flush(state)], dim=-1)[..., :30], model.encode(audio))
+
+
+def test_states_of_another_model_are_refused():
+    model, other = small_model(num_hidden_layers=1), small_model(num_hidden_layers=1, sliding_window=7)
+    frame, state = noise(1, 1, model.frame_size), model.new_state(1)
+    for _ in range(2 * AFTER + 3):
+        model.encode(frame, state=state)
+    with pytest.raises(ValueError, match="cache_k must be contiguous and"):
+        model.encode(frame, state=other.new_state(1))
 
 
 def test_copies_begin_empty():

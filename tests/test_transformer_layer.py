@@ -106,6 +106,13 @@ def test_the_models_shape(op, dtype, batch, length):
     assert_as_exact(op(x, *weights, **options), reference(x, *weights, **options), truth)
 
 
+def test_some_biases_only(op):
+    x, weights = noise(2, 5, WIDTH), case(biases=True)
+    some = [*weights[:13], weights[13], None, weights[15], None]
+    options = {"window": 3, "eps": 1e-5}
+    assert relative_error(op(x, *some, **options), reference(x, *some, **options)) < 1e-6
+
+
 def test_a_width_that_no_vector_divides(op):
     weights = case(width=13, hidden=7, heads=2, kv_heads=1, dim=6)
     x, options = noise(2, 5, 13), {"window": 3, "eps": 1e-5}

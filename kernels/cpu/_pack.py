@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import memory
-from ._native import KINDS, Weights, native
+from ._native import DTYPES, KINDS, Weights, native
 
 
 class Panels(NamedTuple):
@@ -26,6 +26,19 @@ class Panels(NamedTuple):
 
 def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def agree(*tensors: Tensor | None) -> None:
+    """Raise TypeError unless all tensors are of one dtype that the library computes in: it gets bare addresses."""
+    kinds = {t.dtype for t in tensors if t is not None}
+    if len(kinds) != 1 or not kinds <= DTYPES.keys():
+        raise TypeError(f"tensors must all be float32 or all bfloat16, got {', '.join(sorted(map(str, kinds)))}")
+
+
+def fits(name: str, state: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a state has the shape that the library will assume, and is contiguous."""
+    if state.shape != shape or not state.is_contiguous():
+        raise ValueError(f"{name} must be contiguous and {shape}, got {tuple(state.shape)}")
 
 
 def kind_of(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import memory
 from ._native import ENTRIES, MOST_ARGUMENTS, native, recording
 
 WORD = 8
@@ -35,7 +36,7 @@ class Program:
         variant = native()
         calls: list[tuple[str, tuple[Any, ...]]] = []
         kept: list[Any] = []
-        self.input = torch.empty_like(x).copy_(x)
+        self.input = memory.empty_time_major(x, x.shape[1], x.shape[2]).copy_(x)
         with recording(variant, calls, kept):
             self.output = step(self.input)
         self.kept, self.count, self.run_calls = kept, len(calls), variant.run

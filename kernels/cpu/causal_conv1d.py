@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import memory
 from ._native import ACTIVATIONS, DTYPES, MOST_ROWS, PAD_MODES, Input, Output, native, unsupported  # noqa: F401
-from ._pack import Panels, address, panels
+from ._pack import Panels, address, agree, fits, panels
 
 
 def causal_conv1d(
@@ -32,13 +32,16 @@ def causal_conv1d(
     first: Tensor | None = None,  # [B] bool
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C_out, T_out], channels next to each other in memory
+    agree(x, weight, residual, history)
+    if history is not None:
+        fits("history", history, (*x.shape[:2], pad[0]))
     x = memory.time_major(x)
     out, per_group, kernel = weight.shape
     length = (x.shape[2] + pad[0] + pad[1] - (kernel - 1) * dilation - 1) // stride + 1
     y = memory.empty_time_major(x, out, length)
     if not y.numel():
         return y
-    residual = None if residual is None else memory.time_major(residual)
+    residual = None if residual is None else memory.time_major(residual.expand(y.shape))
     state = (history, first, active)
     for group in range(groups):
         inputs, outputs = (slice(group * n, (group + 1) * n) for n in (per_group, out // groups))

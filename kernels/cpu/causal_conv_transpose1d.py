@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import memory
 from ._native import ACTIVATIONS, DTYPES, Output, native, unsupported  # noqa: F401
-from ._pack import address, panels
+from ._pack import address, agree, fits, panels
 from .causal_conv1d import input_of, output_of
 
 
@@ -30,11 +30,13 @@ def causal_conv_transpose1d(
     overlap: Tensor | None = None,  # [B, C_out, K - stride], mutated
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride), channels next to each other in memory
+    agree(x, weight, overlap)
     x = memory.time_major(x)
     batch, _, length = x.shape
     out, kernel = weight.shape[1] * groups, weight.shape[2]
     taps = -(-kernel // stride)
     if overlap is not None:
+        fits("overlap", overlap, (batch, out, kernel - stride))
         y, tail = x.new_empty(batch, length, stride * out), x.new_empty(batch, taps - 1, stride * out).float()
         _multiply(x, weight, bias, stride, groups, taps, pre, y, tail)
         samples = y.view(batch, length * stride, out)

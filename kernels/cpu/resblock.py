@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import memory
 from ._native import native, unsupported  # noqa: F401
-from ._pack import panels
+from ._pack import agree, fits, panels
 from .causal_conv1d import by_taps, causal_conv1d, input_of, output_of
 
 
@@ -31,9 +31,14 @@ def resblock(
     first: Tensor | None = None,  # [B] bool
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C, T], channels next to each other in memory
+    agree(x, weight1, weight2, history)
+    if history is not None:
+        fits("history", history, (*x.shape[:2], pad[0]))
     x = memory.time_major(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
     y = memory.empty_time_major(x, x.shape[1], x.shape[2] + sum(pad) - (weight1.shape[2] - 1) * dilation)
+    if y.shape[2] != x.shape[2]:
+        raise ValueError(f"the padding must keep the length {x.shape[2]}, got {y.shape[2]}")
     if not y.numel():
         return y
     hidden, outputs = panels(weight1, bias1, "by taps", by_taps), panels(weight2, bias2, "by taps", by_taps)

@@ -16,6 +16,8 @@ from ._native import native, unsupported  # noqa: F401
 
 def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     """x [N, D] and codebooks [L, S, D], both fp32 -> codes [L, N] int64."""
+    if {x.dtype, codebooks.dtype} != {torch.float32}:
+        raise TypeError(f"the search is fp32, got {x.dtype} and codebooks of {codebooks.dtype}")
     codebooks = codebooks.contiguous()
     levels, size, dim = codebooks.shape
     width = native().outputs_per_panel

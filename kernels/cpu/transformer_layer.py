@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import memory
 from ._native import ACTIVATIONS, DTYPES, KINDS, Attention, Layer, Linear, native, unsupported  # noqa: F401
-from ._pack import address, in_panels, in_row, kind_of
+from ._pack import address, agree, fits, in_panels, in_row, kind_of
 
 
 def transformer_layer(
@@ -45,16 +45,23 @@ def transformer_layer(
     cache_v: Tensor | None = None,
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, T, C]
+    agree(x, q, k, v, o, fc1, fc2, cache_k, cache_v)
     x = x.contiguous()
     batch, length, _ = x.shape
     y = torch.empty_like(x)
     if not y.numel():
         return y
-    biases = [bias for bias in (q_bias, k_bias, v_bias, o_bias) if bias is not None]
+    biases: list[Tensor] = []
+    if any(bias is not None for bias in (q_bias, k_bias, v_bias, o_bias)):
+        pairs = ((q_bias, q), (k_bias, k), (v_bias, v), (o_bias, o))
+        biases = [weight.new_zeros(len(weight)) if bias is None else bias for bias, weight in pairs]
     weights = (q, k, v, o, fc1, fc2, norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, *biases)
     packed = memory.packed(weights, f"layer {native().name}", _pack)
     native().keep(x, packed, inv_freq, y)
     dim = 2 * len(inv_freq)
+    if cache_k is not None and cache_v is not None:
+        for name, cache in (("cache_k", cache_k), ("cache_v", cache_v)):
+            fits(name, cache, (batch, k.shape[0] // dim, window, dim))
     layer = Layer.from_buffer_copy(packed.structure)
     layer.x, layer.y, layer.rows = x.data_ptr(), y.data_ptr(), batch * length
     layer.epsilon, layer.activation = eps, ACTIVATIONS[activation]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._native import DTYPES, Attention, native, unsupported  # noqa: F401
-from ._pack import address
+from ._pack import address, agree, fits
 
 
 def window_attention(
@@ -27,6 +27,12 @@ def window_attention(
     cache_v: Tensor | None = None,
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, H, T, D], a position's heads next to each other in memory
+    agree(q, k, v, cache_k, cache_v)
+    if q.shape[1] % k.shape[1] or k.shape != v.shape or k.shape[2:] != q.shape[2:]:
+        raise ValueError(f"q, k and v do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if cache_k is not None and cache_v is not None:
+        for name, cache in (("cache_k", cache_k), ("cache_v", cache_v)):
+            fits(name, cache, (len(k), k.shape[1], window, k.shape[3]))
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, length, dim = q.shape
     y = q.new_empty(batch, length, heads, dim)
