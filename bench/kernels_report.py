@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,8 @@ from fastmimi.kernels.triton import (
     window_attention,
 )
 from fastmimi.model import Mimi
-from fastmimi.ops import OPS, Ops
+from fastmimi.ops import Ops
+from fastmimi.reference.transformer_layer import transformer_layer
 
 MODULES = (causal_conv1d, causal_conv_transpose1d, resblock, rvq_decode, rvq_encode, window_attention)
 KERNELS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
@@ -102,8 +104,10 @@ def launches() -> list[Launch]:
         heard.setdefault(launch.key, launch)
 
     _launch.launch = listen
-    ops = Ops(**{op: getattr(KERNELS[op], op) for op in OPS})
-    ops = ops._replace(window_attention=lambda *a, dropout, **k: window_attention.window_attention(*a, **k))
+    kernels = {op: getattr(module, op) for op, module in KERNELS.items()}
+    kernels["window_attention"] = lambda *a, dropout, **k: window_attention.window_attention(*a, **k)
+    layer = partial(transformer_layer, attention=kernels["window_attention"])
+    ops = Ops(transformer_layer=layer, **kernels)
     for dtype in (torch.float32, torch.bfloat16):
         _run_mimi(ops, dtype)
         _run_jodio_shapes(dtype)
@@ -114,6 +118,7 @@ def launches() -> list[Launch]:
 def _run_mimi(ops: Ops, dtype: torch.dtype) -> None:
     mimi = Mimi(CodecConfig()).to(dtype)
     mimi._ops = lambda: ops  # type: ignore[method-assign]
+    mimi._piece = lambda batch: None  # type: ignore[method-assign]  # as on an accelerator
     audio, codes = torch.zeros(1, 1, 96_000, dtype=dtype), torch.zeros(1, 32, 50, dtype=torch.int64)
     mimi.encode(audio)
     mimi.decode(codes)

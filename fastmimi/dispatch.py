@@ -24,6 +24,9 @@ CANDIDATES = {
     "cpu": "fastmimi.kernels.cpu",
     "reference": "fastmimi.reference",
 }
+# Ops whose reference is written in terms of another: a room without a kernel for one runs that, with its kernel of the
+# other in it
+COMPOSED = {"transformer_layer": "window_attention"}
 Impl = str | dict[str, str]
 
 
@@ -72,7 +75,6 @@ def _tabled(device: str, dtype: torch.dtype, impl: Impl) -> str:
     if key not in _tables:
         ops = {row.op: implementation(row.op, row.chosen) for row in explain(device, dtype, impl)}
         if ops["transformer_layer"] is implementation("transformer_layer", "reference"):
-            # which is written in terms of another op
             ops["transformer_layer"] = partial(ops["transformer_layer"], attention=ops["window_attention"])
         _tables[key] = Ops(**ops)
     return key
@@ -112,7 +114,10 @@ def recorder(ops: Ops) -> Any:
 
 
 def _wanted(op: str, impl: Impl) -> str:
-    return impl.get(op, "auto") if isinstance(impl, dict) else impl
+    if isinstance(impl, dict):
+        return impl.get(op, "auto")
+    absent = impl != "auto" and importlib.util.find_spec(f"{CANDIDATES[impl]}.{op}") is None
+    return "reference" if absent and op in COMPOSED else impl
 
 
 def _choose(op: str, target: Target, wanted: str) -> Choice:
