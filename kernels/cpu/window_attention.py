@@ -27,10 +27,10 @@ def window_attention(
     cache_v: Tensor | None = None,
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, H, T, D], a position's heads next to each other in memory
-    if cache_k is not None and cache_v is not None and cache_k.dtype != q.dtype:  # the rings of a model under autocast
-        wide = (t.to(cache_k.dtype) for t in (q, k, v))
+    if cache_k is not None and cache_v is not None and cache_k.dtype != q.dtype:  # under autocast
+        wide_q, wide_k, wide_v = (t.to(cache_k.dtype) for t in (q, k, v))
         y = window_attention(
-            *wide, inv_freq, window=window, rope_scale=rope_scale, interleaved=interleaved, offset=offset,
+            wide_q, wide_k, wide_v, inv_freq, window=window, rope_scale=rope_scale, interleaved=interleaved, offset=offset,
             cache_k=cache_k, cache_v=cache_v, active=active,
         )  # fmt: skip
         return y.to(q.dtype)
