@@ -30,8 +30,8 @@ def window_attention(
     if cache_k is not None and cache_v is not None and cache_k.dtype != q.dtype:  # under autocast
         wide_q, wide_k, wide_v = (t.to(cache_k.dtype) for t in (q, k, v))
         y = window_attention(
-            wide_q, wide_k, wide_v, inv_freq, window=window, rope_scale=rope_scale, interleaved=interleaved, offset=offset,
-            cache_k=cache_k, cache_v=cache_v, active=active,
+            wide_q, wide_k, wide_v, inv_freq, window=window, rope_scale=rope_scale, interleaved=interleaved,
+            offset=offset, cache_k=cache_k, cache_v=cache_v, active=active,
         )  # fmt: skip
         return y.to(q.dtype)
     agree(q, k, v, cache_k, cache_v)
