@@ -9,6 +9,8 @@ one each.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -61,7 +63,10 @@ class Programs:
         self._idle: dict[Key, list[tuple[Any, int]]] = {}  # programs that no thread is running, and their positions
         self._not_before: dict[Key, int] = {}  # steps of shapes that could not be recorded
         self._hooks: list[dict[Any, Any]] = []
-        self._weights: list[tuple[Any, str, Any, int, int]] = []
+        self._owners: list[dict[str, Any]] = []  # of modules, parameters and buffers
+        self._owned: list[Any] = []  # what they held when it was remembered
+        self._counted: list[Tensor] = []  # those tensors of it that count their edits
+        self._states: list[tuple[int, int]] = []
         self._generation = -1
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -76,7 +81,7 @@ class Programs:
         count = self._seen[key] = self._seen.get(key, 0) + 1
         if count <= max(AFTER, self._not_before.get(key, 0)):
             return step(x, lane)
-        if len(self._seen) > MOST_SHAPES or not self._current(model):
+        if len(self._seen) > MOST_SHAPES or not self._current():
             self.forget()
             self._remember(model)
             return step(x, lane)
@@ -113,19 +118,23 @@ class Programs:
         return (program, scratch.positions) if same else None
 
     def _remember(self, model: nn.Module) -> None:
-        for module in model.modules():
-            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
-            self._weights += [(module._modules, name, child, -1, -1) for name, child in module._modules.items()]
-            for held in (module._parameters, module._buffers):
-                for name, value in held.items():
-                    counts = value is not None and not value.is_inference()
-                    state = (value._version, value.data_ptr()) if value is not None and counts else (-1, -1)
-                    self._weights.append((held, name, value, *state))
+        modules = list(model.modules())
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._owners = [held for m in modules for held in (m._modules, m._parameters, m._buffers)]
+        self._owned = self._owned_now()
+        self._counted = [x for x in self._owned if isinstance(x, Tensor) and not x.is_inference()]
+        self._states = self._states_now()
         self._generation = memory.generation()
 
-    def _current(self, model: nn.Module) -> bool:
+    def _current(self) -> bool:
         """Whether all modules and weights are those that were remembered, as far as PyTorch counts edits."""
-        return self._generation == memory.generation() and all(
-            held.get(name) is value and (version < 0 or (value._version == version and value.data_ptr() == address))
-            for held, name, value, version, address in self._weights
-        )
+        owned = self._owned_now()
+        same = len(owned) == len(self._owned) and all(map(is_, owned, self._owned))
+        return same and self._generation == memory.generation() and self._states_now() == self._states
+
+    def _owned_now(self) -> list[Any]:
+        """All modules, parameters and buffers, in order. At every step: so without a loop of Python's."""
+        return [*chain.from_iterable(map(dict.values, self._owners))]
+
+    def _states_now(self) -> list[tuple[int, int]]:
+        return [(t._version, t.data_ptr()) for t in self._counted]

@@ -6,13 +6,13 @@ fp32 in half-precision models, and are recomputed when a sum or a usage changes.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import memory
 from .config import CodecConfig
 from .ops import Call
 
@@ -45,27 +45,15 @@ def apply_in_full_precision(module: nn.Module, fn: Callable[[Tensor], Tensor]) -
     return module
 
 
-def centroids(codebook: Any) -> Tensor:
+def centroids(embed_sum: Tensor, cluster_usage: Tensor) -> Tensor:
     """Entries [S, D] of a codebook's running sums, in fp32 or better."""
-    wide = torch.promote_types(codebook.embed_sum.dtype, torch.float32)
-    return codebook.embed_sum.to(wide) / codebook.cluster_usage.to(wide).clamp(min=EPSILON)[:, None]
+    wide = torch.promote_types(embed_sum.dtype, torch.float32)
+    return embed_sum.to(wide) / cluster_usage.to(wide).clamp(min=EPSILON)[:, None]
 
 
-class Snapshot:
-    """Which tensors were seen, and in which version: tells a packed form when it has gone stale.
-
-    A replaced tensor is another object, moved data has another address, an edit in place counts `_version` up. Edits
-    through `.data` count nothing: no one can see those, so do not make them.
-    """
-
-    def __init__(self, tensors: list[Tensor]):
-        self.seen = [(weakref.ref(t), t.data_ptr(), t._version) for t in tensors]
-
-    def matches(self, tensors: list[Tensor]) -> bool:
-        return len(tensors) == len(self.seen) and all(
-            ref() is t and address == t.data_ptr() and version == t._version
-            for t, (ref, address, version) in zip(tensors, self.seen, strict=True)
-        )
+def _centroids(*sums: Tensor) -> Tensor:
+    """Sum and usage of level after level -> entries [L, S, D]."""
+    return torch.stack([centroids(*level) for level in zip(sums[::2], sums[1::2], strict=True)])
 
 
 class Level(nn.Module):
@@ -88,37 +76,18 @@ class ResidualQuantizer(nn.Module):
         if width != config.hidden_size:
             self.input_proj = nn.Conv1d(config.hidden_size, width, 1, bias=False)
             self.output_proj = nn.Conv1d(width, config.hidden_size, 1, bias=False)
-        self._packed: tuple[Snapshot, dict[int, Tensor]] | None = None
 
     def codebooks(self, levels: int | None = None) -> Tensor:
         """Centroids of the first levels (all of them without the number) [L, S, D].
 
         Computed once, and again after any change of the running sums; until then the same tensor each time, so that
-        kernels may keep what they derive from it.
+        kernels may keep what they derive from it. Edits through `.data` count no version and are not seen.
         """
-        count = len(self.layers) if levels is None else levels
-        sums = [t for book in self._books() for t in (book.embed_sum, book.cluster_usage)]
-        # tensors of inference mode count no versions, so a change could not be seen; nor is there any while tracing
-        # and what a CUDA graph computes is not there until it is replayed
-        in_graph = sums[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or in_graph or any(t.is_inference() for t in sums):
-            return torch.stack([centroids(book) for book in self._books()[:count]])
-        if self._packed is None or not self._packed[0].matches(sums):
-            with torch.inference_mode(False), torch.no_grad():
-                packed = torch.stack([centroids(book) for book in self._books()])
-            if packed.is_cuda:
-                torch.cuda.current_stream(packed.device).synchronize()  # other streams may be the next to read it
-            self._packed = (Snapshot(sums), {len(packed): packed})
-        slices = self._packed[1]
-        if count not in slices:
-            slices[count] = slices[len(self.layers)][:count]
-        return slices[count]
-
-    def _books(self) -> list[Any]:
-        return [level.codebook for level in self.layers]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # snapshots hold weak references, which do not pickle
+        books = [level.codebook for level in self.layers][:levels]
+        if torch.compiler.is_compiling():  # tracing sees no versions
+            return torch.stack([centroids(book.embed_sum, book.cluster_usage) for book in books])
+        sums = tuple(t for book in books for t in (book.embed_sum, book.cluster_usage))
+        return memory.packed(sums, f"centroids of {len(books)} levels", _centroids)
 
     def project(self, latents: Tensor, call: Call) -> Tensor:
         """[B, hidden, T] -> [B, D, T]."""

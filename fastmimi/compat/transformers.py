@@ -58,7 +58,7 @@ class Codebook(peer.MimiEuclideanCodebook):
 
     @property
     def embed(self) -> Tensor:
-        return centroids(self)
+        return centroids(self.embed_sum, self.cluster_usage)
 
 
 class Bound(nn.Module):
