@@ -83,7 +83,7 @@ class ResidualQuantizer(nn.Module):
         Computed once, and again after any change of the running sums; until then the same tensor each time, so that
         kernels may keep what they derive from it. Edits through `.data` count no version and are not seen.
         """
-        books = [level.codebook for level in self.layers][:levels]
+        books: list[Any] = [level.codebook for level in self.layers][:levels]
         if torch.compiler.is_compiling():  # tracing sees no versions
             return torch.stack([centroids(book.embed_sum, book.cluster_usage) for book in books])
         sums = tuple(t for book in books for t in (book.embed_sum, book.cluster_usage))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import dispatch, kyutai
+from . import dispatch, int8, kyutai
 from .config import MIMI_TYPES, CodecConfig, read_json
 from .errors import InputError
 from .files import replacing
@@ -42,6 +42,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     impl: dispatch.Impl = "auto",
     num_codebooks: int | None = None,
+    weights: str | None = None,
 ) -> Mimi:
     """A codec ready for inference: in eval mode, its parameters not requiring gradients.
 
@@ -51,9 +52,15 @@ def load(
         device, dtype: where and in what precision it runs; codebooks and their search stay fp32.
         impl: "auto", "reference", "triton", "cpu", or a dict per op.
         num_codebooks: codebooks that `encode` yields, by default all of the model's (32 for kyutai/mimi).
+        weights: "int8" rounds those of the large layers to 255 levels for each output channel (int8.py), which changes
+            the codes somewhat; on a CPU, streams then read a quarter of the bytes.
 
     Raises InputError for a source that is not there or not a Mimi, or whose keys do not fit, all listed at once.
     """
+    if weights not in (None, "int8"):
+        raise InputError(f"weights must be None or 'int8', got {weights!r}")
+    if weights == "int8" and dtype != torch.float32:
+        raise InputError(f"weights='int8' computes in float32, got dtype={dtype}")
     if match := re.fullmatch(r"random(?::(\d+))?", str(source)):
         model = random(CodecConfig(), int(match[1] or 0))
     else:
@@ -65,6 +72,10 @@ def load(
     dispatch.check_impl(impl)
     if num_codebooks is not None:
         model.num_codebooks = num_codebooks
+    if weights == "int8":
+        for part in model.children():
+            if part is not model.quantizer:  # which stays exact, and so does the codes' meaning
+                int8.round_weights(part)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 

@@ -26,8 +26,9 @@ ROOM_MAY_USE = {
     "kernels.triton": {"torch", "triton"},
     "kernels.cpu": {"torch"},
 }
-LEAVES = {"errors", "config", "state", "ops", "memory"}
-FOR_ALL = {"errors", "memory"}  # leaves that leaves and kernels may use
+FOR_KERNELS = {"memory", "int8"}  # leaves: how tensors and weights lie in memory
+FOR_ALL = {"errors", *FOR_KERNELS}  # leaves that leaves may use
+LEAVES = {*FOR_ALL, "config", "state", "ops"}
 # The model and its parts import, of ours, one another and nothing around them.
 MODEL_SIDE = {
     *LEAVES,
@@ -144,7 +145,7 @@ def rooms_are_shut(tree: Tree) -> list[str]:
         allowed = ROOM_MAY_USE.get(found.part)
         if allowed is None or inside(found.name, f"fastmimi.{found.part}"):
             continue
-        if found.part.startswith("kernels") and inside(found.name, "fastmimi.memory"):
+        if found.part.startswith("kernels") and any(inside(found.name, f"fastmimi.{leaf}") for leaf in FOR_KERNELS):
             continue
         if found.name.split(".")[0] not in allowed | sys.stdlib_module_names:
             wrong.append(f"{found}: {found.part} may use {', '.join(sorted(allowed))} and itself")
@@ -239,7 +240,7 @@ SOUND: Tree = {
     "fastmimi/model.py": "from . import dispatch\nfrom .ops import OPS\n" + LAZY + "import transformers",
     "fastmimi/compat/moshi.py": "import moshi\nfrom ..model import Mimi",
     "fastmimi/cli.py": "from .compat import moshi\nfrom . import model",
-    "kernels/cpu/rvq.py": "import torch\nfrom ... import memory\nfrom ._packing import pack",
+    "kernels/cpu/rvq.py": "import torch\nfrom ... import int8, memory\nfrom ._packing import pack",
     "kernels/triton/rvq.py": "import torch\nimport triton.language as tl",
     "reference/rvq.py": "import math\nimport torch\nfrom . import norm\nfrom fastmimi.reference import norm",
     "tests/test_rvq.py": "import moshi\nfrom fastmimi.reference.rvq import rvq",

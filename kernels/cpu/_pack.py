@@ -1,6 +1,7 @@
 """Weights as the native library reads them: panels of outputs next to each other (native/gemm.h), made once and kept.
 
-fp32 weights stay fp32. bf16 weights stay bf16, in pairs of channels where the processor multiplies those.
+fp32 weights stay fp32, but where they lie on a grid that eight bits hold (fastmimi/int8.py) they become int8: no bit is
+lost. bf16 weights stay bf16, in pairs of channels where the processor multiplies those.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import memory
+from ... import int8, memory
 from ._native import DTYPES, KINDS, Weights, native
 
 
@@ -42,24 +43,40 @@ def fits(name: str, state: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    if dtype == torch.float32:
-        return "full"
+    if dtype != torch.bfloat16:
+        return "int8" if dtype == torch.int8 else "full"
     return "pairs" if native().name == "avx512bf16" else "half"
 
 
 def panels(
-    weight: Tensor, bias: Tensor | None, form: str, arrange: Callable[[Tensor], Tensor], repeats: int = 1
-) -> Panels:
-    """arrange(weight) [outputs, taps, channels] in panels, with the bias `repeats` times; kept with the weight."""
+    weight: Tensor, bias: Tensor | None, form: str, arrange: Callable[[Tensor], Tensor], *,
+    repeats: int = 1, channel: int = 0, rounded: bool = True,
+) -> Panels:  # fmt: skip
+    """arrange(weight) [outputs, taps, channels] in panels, with the bias `repeats` times; kept with the weight.
+
+    Weights on a grid along `channel`, the outputs, become int8 unless `rounded` is False.
+    """
 
     def pack(weight: Tensor, bias: Tensor | None = None) -> Panels:
-        packed, values = in_panels(arrange(weight)), None if bias is None else in_row(bias.repeat(repeats))
+        packed, steps = packed_weight(weight, arrange, channel if rounded else None)
+        values = None if bias is None else in_row(bias.repeat(repeats))
         outputs, taps, _ = arrange(weight).shape
-        pointers = (packed.data_ptr(), outputs, taps, address(values), None, packed.element_size())
-        return Panels((packed, values), Weights(*pointers), KINDS[kind_of(weight.dtype)])
+        pointers = (packed.data_ptr(), outputs, taps, address(values), address(steps), packed.element_size())
+        return Panels((packed, values, steps), Weights(*pointers), KINDS[kind_of(packed.dtype)])
 
     tensors = (weight,) if bias is None else (weight, bias)
-    return memory.packed(tensors, f"{form} {native().name}", pack)
+    return memory.packed(tensors, f"{form} {native().name} {rounded}", pack)
+
+
+def packed_weight(
+    weight: Tensor, arrange: Callable[[Tensor], Tensor], channel: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """The panels of arrange(weight), and if they are integers of a grid along `channel`, the step of each output."""
+    found = None if channel is None else int8.integers(weight, channel)
+    if found is None:
+        return in_panels(arrange(weight)), None
+    whole, steps = map(arrange, found)
+    return in_panels(whole), in_row(steps.amax((1, 2)))  # a tap that `arrange` filled up has no step
 
 
 def in_panels(weight: Tensor) -> Tensor:

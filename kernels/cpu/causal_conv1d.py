@@ -87,6 +87,7 @@ def input_of(
 def output_of(y: Tensor, weights: Panels, residual: Tensor | None = None) -> Output:
     """y and what is added to it [B, C, T], time-major, with the bias of the weights."""
     return Output(
-        y.data_ptr(), DTYPES[y.dtype], y.stride(2), weights.structure.bias, 0, None, None, address(residual),
+        y.data_ptr(), DTYPES[y.dtype], y.stride(2), weights.structure.bias, 0, None,
+        weights.structure.dequantize, address(residual),
         DTYPES[y.dtype], 0 if residual is None else residual.stride(2), MOST_ROWS, None,
     )  # fmt: skip

@@ -81,7 +81,9 @@ def _multiply(
             part, mine = weight[inputs], x.new_empty(y.shape[0], rows, stride * per_group)
             my_tail = None if tail is None else tail.new_empty(tail.shape[0], beyond, stride * per_group)
             offset = None if bias is None else bias[outputs]
-        packed = panels(part, offset, f"upsampling {stride}", lambda w: _by_outputs(w, stride, taps), stride)
+        packed = panels(
+            part, offset, f"upsampling {stride}", lambda w: _by_outputs(w, stride, taps), repeats=stride, channel=1
+        )
         native().keep(x, packed, mine, my_tail)
         target = output_of(mine.transpose(1, 2), packed)
         if my_tail is not None:

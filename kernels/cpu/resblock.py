@@ -41,7 +41,10 @@ def resblock(
         raise ValueError(f"the padding must keep the length {x.shape[2]}, got {y.shape[2]}")
     if not y.numel():
         return y
-    hidden, outputs = panels(weight1, bias1, "by taps", by_taps), panels(weight2, bias2, "by taps", by_taps)
+    pairs = (weight1, bias1), (weight2, bias2)
+    hidden, outputs = (panels(*pair, "by taps", by_taps) for pair in pairs)
+    if hidden.kind != outputs.kind:  # one is small enough to have been left as it was
+        hidden, outputs = (panels(*pair, "by taps", by_taps, rounded=False) for pair in pairs)
     native().keep(x, hidden, outputs, skip, y)
     source = input_of(x, pad, pad_mode, history, first, active)
     native().resblock(

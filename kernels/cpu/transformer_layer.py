@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import memory
 from ._native import ACTIVATIONS, DTYPES, KINDS, Attention, Layer, Linear, native, unsupported  # noqa: F401
-from ._pack import address, agree, fits, in_panels, in_row, kind_of
+from ._pack import address, agree, fits, in_row, kind_of, packed_weight
 
 
 def transformer_layer(
@@ -82,18 +82,23 @@ class _Packed(NamedTuple):
 
 def _pack(q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, *rows: Tensor) -> _Packed:
     norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, *biases = map(in_row, rows)
+    qkv_bias = in_row(torch.cat(rows[6:9])) if biases else None
+    pairs = (torch.cat([q, k, v]), o, fc1, fc2)
+    for channel in (0, None):  # one kind for all of them: integers, or as they are
+        weights = [packed_weight(weight[:, None], lambda w: w, channel) for weight in pairs]
+        if len({packed.dtype for packed, _ in weights}) == 1:
+            break
     alive = [norm1_weight, norm1_bias, norm2_weight, norm2_bias]
 
-    def linear(weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Linear:
-        tensors = (in_panels(weight[:, None]), bias, scale)
-        alive.extend(t for t in tensors if t is not None)
-        return Linear(address(tensors[0]), address(bias), None, address(scale), len(weight))
+    def linear(i: int, bias: Tensor | None = None, scale: Tensor | None = None) -> Linear:
+        packed, steps = weights[i]
+        alive.extend(t for t in (packed, steps, bias, scale) if t is not None)
+        return Linear(address(packed), address(bias), address(steps), address(scale), len(pairs[i]))
 
-    qkv_bias = in_row(torch.cat(rows[6:9])) if biases else None
     structure = Layer(
         dtype=DTYPES[q.dtype], channels=q.shape[1], hidden=len(fc1), norm1_weight=address(norm1_weight),
         norm1_bias=address(norm1_bias), norm2_weight=address(norm2_weight), norm2_bias=address(norm2_bias),
-        qkv=linear(torch.cat([q, k, v]), qkv_bias), out=linear(o, biases[3] if biases else None, scale1),
-        fc1=linear(fc1), fc2=linear(fc2, None, scale2),
+        qkv=linear(0, qkv_bias), out=linear(1, biases[3] if biases else None, scale1), fc1=linear(2),
+        fc2=linear(3, None, scale2),
     )  # fmt: skip
-    return _Packed(alive, structure, KINDS[kind_of(q.dtype)])
+    return _Packed(alive, structure, KINDS[kind_of(weights[0][0].dtype)])

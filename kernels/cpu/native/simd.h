@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -60,7 +60,13 @@ INLINE float to_float(bf16 x) {
 }
 
 INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const loose_vh*)p, vu) << 16); }
+#if defined(__AVX512F__)  // which GCC does not find on its own
+INLINE vf load(const int8_t* p) { return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+#elif defined(__AVX2__)
+INLINE vf load(const int8_t* p) { return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+#else
 INLINE vf load(const int8_t* p) { return __builtin_convertvector(*(const loose_vb*)p, vf); }
+#endif
 
 INLINE void store(bf16* p, vf x) {  // round to nearest even; a NaN stays one
   vu bits = (vu)x;

@@ -1,0 +1,132 @@
+"""Weights on a grid: what rounding does, and that the CPU kernels read integers and compute with the same weights."""
+
+import pytest
+import torch
+
+import fastmimi
+from fastmimi import int8
+from fastmimi.kernels.cpu import _native, _pack
+from fastmimi.testing import STREAMABLE, assert_as_exact, noise, small_model
+
+needs_library = pytest.mark.skipif(not _native.variants(), reason="the native library is not built here")
+
+
+@pytest.fixture
+def every_layer(monkeypatch):
+    monkeypatch.setattr(int8, "LEAST_WEIGHTS", 1)
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """The dtypes of all weights that are packed."""
+    seen, pack = [], _pack.in_panels
+    monkeypatch.setattr(_pack, "in_panels", lambda weight: seen.append(weight.dtype) or pack(weight))
+    return seen
+
+
+def rounded(name="small", **changes):
+    model = small_model(name, **changes)
+    int8.round_weights(model)
+    return model
+
+
+@pytest.mark.parametrize("shape, channel", [((8, 5, 3), 0), ((5, 8, 4), 1), ((7, 1), 0), ((3, 1000), 0)])
+@pytest.mark.parametrize("scale", [1e-30, 0.02, 1e10])
+def test_rounding(shape, channel, scale):
+    weight = noise(*shape, scale=scale)
+    weight.select(channel, 1).zero_()
+    weight.select(channel, 2).neg_().abs_().neg_()  # the largest may be negative
+    near = int8.round_to_grid(weight, channel)
+    largest = weight.abs().amax([d for d in range(weight.dim()) if d != channel], keepdim=True)
+    assert ((near - weight).abs() <= largest / 127 * 0.501).all()
+    assert torch.equal(int8.round_to_grid(near, channel), near)
+    whole, steps = int8.integers(near, channel)
+    assert whole.dtype == torch.int8 and torch.equal(whole * steps, near)
+    assert ((whole.abs() == 127).any(channel - 1 if channel else 1)).any()
+
+
+def test_weights_off_the_grid_are_told_from_those_on_it():
+    weight = int8.round_to_grid(noise(8, 20))
+    assert int8.integers(weight) is not None
+    assert int8.integers(weight, 1) is None
+    assert int8.integers(weight.bfloat16()) is None
+    weight[5, 7] += 1e-6
+    assert int8.integers(weight) is None
+    assert int8.integers(noise(8, 20)) is None
+
+
+def test_only_large_layers_are_rounded(monkeypatch):
+    monkeypatch.setattr(int8, "LEAST_WEIGHTS", 1000)
+    model, before = rounded(), small_model()
+    for (name, mine), theirs in zip(model.named_parameters(), before.parameters(), strict=True):
+        large = mine.dim() > 1 and mine.numel() >= 1000
+        assert torch.equal(mine, theirs) != large, name
+        assert mine.requires_grad == theirs.requires_grad
+
+
+@needs_library
+@pytest.mark.parametrize("name", STREAMABLE)
+def test_integers_compute_what_their_floats_do(every_layer, packed, name):
+    _as_exact_as_the_reference(name)
+    assert torch.int8 in packed
+
+
+@needs_library
+@pytest.mark.parametrize("variant", _native.variants())
+def test_every_variant_reads_integers(every_layer, packed, variant):
+    with _native.using(variant):
+        _as_exact_as_the_reference("ratios", num_filters=12, hidden_size=72, intermediate_size=200, upsample_groups=72)
+    assert set(packed) <= {torch.int8, torch.float32} and packed.count(torch.int8) > packed.count(torch.float32)
+
+
+def _as_exact_as_the_reference(name, **changes):
+    mine, plain, truth = (rounded(name, **changes) for _ in range(3))
+    plain.impl = truth.impl = "reference"
+    truth.double()
+    audio = noise(2, mine.config.audio_channels, 9 * mine.frame_size + 5)
+    latents = truth.encode_to_latent(audio.double())
+    assert_as_exact(mine.encode_to_latent(audio), plain.encode_to_latent(audio), latents)
+    results = (model.decode_latent(latents.to(model.dtype)) for model in (mine, plain, truth))
+    assert_as_exact(*results)
+    state = mine.new_state(2)
+    parts = [mine.encode_to_latent(part, state=state) for part in audio.split(3 * mine.frame_size, dim=-1)]
+    assert torch.equal(torch.cat(parts, dim=-1), mine.encode_to_latent(audio)[..., :9])
+
+
+@needs_library
+def test_a_unit_of_which_half_is_on_the_grid(packed, monkeypatch):
+    """A residual unit's two convolutions run in one kernel: both as integers, or both as they are."""
+    monkeypatch.setattr(int8, "LEAST_WEIGHTS", 64)
+    mine, plain = rounded("residual_layers"), rounded("residual_layers")
+    plain.impl = "reference"
+    audio = noise(1, 1, 4 * mine.frame_size)
+    assert torch.allclose(mine.encode_to_latent(audio), plain.encode_to_latent(audio), rtol=1e-4, atol=1e-5)
+    assert {torch.int8, torch.float32} <= set(packed)
+
+
+@needs_library
+def test_edited_weights_leave_the_grid(every_layer, packed):
+    model = rounded()
+    audio = noise(1, 1, model.frame_size)
+    model.encode(audio)
+    model.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3 * noise(*parameter.shape))
+    packed.clear()
+    model.encode(audio)
+    assert set(packed) == {torch.float32}
+
+
+def test_load(tmp_path):
+    fastmimi.save_pretrained(small_model(hidden_size=512, intermediate_size=512, upsample_groups=512), tmp_path)
+    plain, mine = fastmimi.load(tmp_path), fastmimi.load(tmp_path, weights="int8")
+    layers = "encoder_transformer.layers.0.mlp.fc1.weight", "encoder.layers.0.conv.weight"
+    equal = [torch.equal(mine.get_parameter(name), plain.get_parameter(name)) for name in layers]
+    assert equal == [False, True]
+    ones = torch.ones(1, 6, 3, dtype=torch.int64)
+    assert torch.equal(mine.dequantize(ones), plain.dequantize(ones))
+    with pytest.raises(fastmimi.InputError, match="weights must be None or 'int8', got 'int4'"):
+        fastmimi.load(tmp_path, weights="int4")
+    with pytest.raises(fastmimi.InputError, match=r"computes in float32, got dtype=torch.bfloat16"):
+        fastmimi.load(tmp_path, weights="int8", dtype=torch.bfloat16)
