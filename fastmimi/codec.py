@@ -13,21 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, dispatch
+from . import checks, dispatch, tiles
 from .config import CodecConfig
 from .errors import InputError
 from .ops import Call, Ops
-from .programs import MOST_FRAMES, Programs
+from .programs import MOST_FRAMES, Programs, Step
 from .quantizer import SplitQuantizer
 from .ragged import Ragged
 from .state import Lane, StreamState
 
 Transform = Callable[[Tensor, Call], Tensor]  # latents [B, hidden, T] -> the same
-# Samples of audio, all rows together, that pass the model at once. An accelerator wants long launches. On a CPU the
-# layers near the audio take them in pieces, whose widest activation (5 MB in fp32) stays in a level-3 cache.
-TILE_SAMPLES = 480_000
-PIECE_SAMPLES = 19_200
-TILE_SAMPLES_ACCELERATOR = 2_400_000
 
 
 class Codec(nn.Module):
@@ -49,7 +44,7 @@ class Codec(nn.Module):
         self.config = config
         self.impl = impl
         self.num_codebooks = config.num_quantizers if num_codebooks is None else num_codebooks
-        self._programs = Programs()
+        self._programs = {direction: Programs(direction) for direction in ("encode", "decode")}
 
     def _parts(self, direction: str) -> list[nn.Module | None]:
         """The modules of a direction, "encode" or "decode", whose layers carry state."""
@@ -103,7 +98,8 @@ class Codec(nn.Module):
         return self._a_parameter().dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._programs.forget()  # they hold the weights that are about to go
+        for programs in self._programs.values():  # they hold the weights that are about to go
+            programs.forget()
         return super()._apply(fn, recurse)
 
     def _a_parameter(self) -> Tensor:
@@ -169,9 +165,8 @@ class Codec(nn.Module):
         Memory is bounded, whatever N, where the configuration can stream and no gradients are asked for.
         Raises InputError for a wrong shape, dtype, mask, count, or samples that are NaN or infinite.
         """
-        count = self.num_codebooks if num_codebooks is None else checks.codebook_count(num_codebooks, self.config)
-        latents, valid = self._latents(audio, state, padding_mask, last_frame)
-        return self._codes(latents, valid, count)
+        codes, valid = self._encode(audio, state, padding_mask, last_frame, self._count(num_codebooks))
+        return codes if valid is None else torch.where(valid[:, None], codes, -1)
 
     @torch.no_grad()
     def flush(self, state: StreamState, *, num_codebooks: int | None = None) -> Tensor:
@@ -181,9 +176,8 @@ class Codec(nn.Module):
         """
         checks.has_part(self.encoder, "encoder", "flush")
         self._check_state(state, state.batch_size, None)
-        count = self.num_codebooks if num_codebooks is None else checks.codebook_count(num_codebooks, self.config)
-        latents, valid = self._encode_stream(*state.pop_partial(), state)
-        return self._codes(latents, valid, count)
+        codes, valid = self._encode_stream(*state.pop_partial(), state, self._count(num_codebooks))
+        return torch.where(valid[:, None], codes, -1)
 
     def encode_to_latent(
         self,
@@ -197,37 +191,40 @@ class Codec(nn.Module):
 
         Differentiable offline. Where a row has no frame, its latents are 0.
         """
-        latents, valid = self._latents(audio, state, padding_mask, last_frame)
+        latents, valid = self._encode(audio, state, padding_mask, last_frame, None)
         return latents if valid is None else torch.where(valid[:, None], latents, 0)
 
     @torch.no_grad()
     def quantize(self, latents: Tensor, num_codebooks: int | None = None) -> Tensor:
         """Latents [B, hidden_size, T] -> codes [B, K, T] int64."""
-        count = self.num_codebooks if num_codebooks is None else checks.codebook_count(num_codebooks, self.config)
-        return self._codes(checks.latents(latents, self.config).to(self.dtype), None, count)
+        return _joined(self._coded(checks.latents(latents, self.config).to(self.dtype), self._count(num_codebooks)))
 
     def straight_through(
         self, audio: Tensor, num_codebooks: int | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """Audio -> codes [B, K, T] and the decoder's latents [B, hidden_size, T]; gradients pass the quantizer."""
-        count = self.num_codebooks if num_codebooks is None else checks.codebook_count(num_codebooks, self.config)
         latents = self.encode_to_latent(audio, **options)
-        return self.quantizer.straight_through(latents, count, Call(self._ops()))
+        return self.quantizer.straight_through(latents, self._count(num_codebooks), Call(self._ops()))
 
     def frame_mask(self, padding_mask: Tensor) -> Tensor:
         """Mask of samples [B, N] -> mask of frames [B, T]: where `encode` with that mask puts codes."""
         return Ragged.of(padding_mask).frames(self.frame_size).mask
 
-    def _codes(self, latents: Tensor, valid: Tensor | None, count: int) -> Tensor:
-        if latents.shape[-1] == 0:
-            return latents.new_empty((latents.shape[0], count, 0), dtype=torch.int64)
-        codes = self.quantizer.encode(latents, count, Call(self._ops()))
-        return codes if valid is None else torch.where(valid[:, None], codes, -1)
+    def _count(self, num_codebooks: int | None) -> int:
+        return self.num_codebooks if num_codebooks is None else checks.codebook_count(num_codebooks, self.config)
 
-    def _latents(
-        self, audio: Tensor, state: StreamState | None, padding_mask: Tensor | None, last_frame: str
+    def _coded(self, latents: Tensor, count: int | None) -> list[Tensor]:
+        """Latents [B, hidden, T], or with `count` their codes: parts [B, K, T] that add up to [B, count, T]."""
+        if count is None:
+            return [latents]
+        if latents.shape[-1] == 0:
+            return [latents.new_empty((latents.shape[0], count, 0), dtype=torch.int64)]
+        return self.quantizer.encode(latents, count, Call(self._ops()))
+
+    def _encode(
+        self, audio: Tensor, state: StreamState | None, padding_mask: Tensor | None, last_frame: str, count: int | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Latents [B, hidden, T] and which of them are frames of their row [B, T] (None: all)."""
+        """Latents [B, hidden, T], or with `count` codes [B, count, T], and which of them are frames (None: all)."""
         checks.has_part(self.encoder, "encoder", "encode")
         if last_frame not in ("waveform", "layers"):
             raise InputError(f"last_frame must be 'waveform' or 'layers', got {last_frame!r}")
@@ -235,9 +232,9 @@ class Codec(nn.Module):
         if state is not None:
             self._check_state(state, audio.shape[0], padding_mask)
             audio = checks.finite(torch.where(state.exec_mask[:, None, None], audio, 0))
-            return self._encode_stream(*state.push(audio), state)
+            return self._encode_stream(*state.push(audio), state, count)
         if padding_mask is None:
-            return self._encode_offline(checks.finite(audio), None, last_frame), None
+            return _joined(self._coded(self._encode_offline(checks.finite(audio), None, last_frame), count)), None
         ragged = self._ragged(padding_mask, audio)
         frames = ragged.frames(self.frame_size)
         audio = checks.finite(ragged.align(audio))
@@ -245,7 +242,7 @@ class Codec(nn.Module):
             latents = self._encode_offline(audio, ragged.lengths, last_frame)
         else:  # what is beyond a row's end would reach into it: rows of one length go together
             latents = ragged.by_length(audio, lambda rows: self._encode_offline(rows, None, last_frame), frames)
-        return frames.restore(latents), frames.mask
+        return _joined(self._coded(frames.restore(latents), count)), frames.mask
 
     def _encode_offline(self, audio: Tensor, lengths: Tensor | None, last_frame: str) -> Tensor:
         batch, _, samples = audio.shape
@@ -256,12 +253,14 @@ class Codec(nn.Module):
             return audio.new_empty(batch, self.config.hidden_size, 0)
         if not self._in_tiles(audio, -(-samples // self.frame_size)):
             return self._encode_step(audio, None, lengths)
-        return self._encode_tiles(audio, self._lane(batch, "encode"), lengths)
+        return self._encode_tiles(audio, self._lane(batch, "encode"), lengths, None)
 
-    def _encode_stream(self, audio: Tensor, frames: Tensor | None, state: StreamState) -> tuple[Tensor, Tensor]:
+    def _encode_stream(
+        self, audio: Tensor, frames: Tensor | None, state: StreamState, count: int | None
+    ) -> tuple[Tensor, Tensor]:
         """Whole frames of audio [B, C, T * frame_size], of which row b has `frames[b]` (None: all T)."""
         total = audio.shape[-1] // self.frame_size
-        latents = audio.new_zeros(audio.shape[0], self.config.hidden_size, total)
+        results = [] if total else self._coded(audio.new_empty(audio.shape[0], self.config.hidden_size, 0), count)
         valid = state.exec_mask[:, None].expand(-1, total)
         if frames is not None:
             steps = torch.arange(total, device=audio.device)
@@ -273,24 +272,29 @@ class Codec(nn.Module):
                 if stop > start:
                     state.encode.active.copy_(valid[:, start])
                     run = audio[..., start * self.frame_size : stop * self.frame_size]
-                    latents[..., start:stop] = self._encode_tiles(run, state.encode, None)
-        return latents, valid
+                    results.append(self._encode_tiles(run, state.encode, None, count))
+        return _joined(results, dim=-1), valid
 
-    def _step(self, step: Callable[[Tensor, Lane], Tensor], x: Tensor, lane: Lane) -> Tensor:
-        """step(x, lane); on a CPU a short one may be a recorded program."""
-        short = x.shape[-1] <= MOST_FRAMES * (self.frame_size if step == self._encode_step else 1)
-        plain = not short or x.device.type != "cpu"
-        return step(x, lane) if plain else self._programs.step(self, self._ops(), step, x, lane)
+    def _step(self, direction: str, step: Step, x: Tensor, lane: Lane, *options: Any) -> list[Tensor]:
+        """step(x, lane); on a CPU a short one may be a recorded program, for each of the options."""
+        short = x.shape[-1] <= MOST_FRAMES * (self.frame_size if direction == "encode" else 1)
+        if not short or x.device.type != "cpu":
+            return step(x, lane)
+        return self._programs[direction].step(self, self._ops(), step, x, lane, *options)
 
-    def _encode_tiles(self, audio: Tensor, lane: Lane, lengths: Tensor | None) -> Tensor:
-        tiles, tile = [], self._tile_frames(audio.shape[0]) * self.frame_size
+    def _encode_tiles(self, audio: Tensor, lane: Lane, lengths: Tensor | None, count: int | None) -> Tensor:
+        def step(part: Tensor, lane: Lane, inside: Tensor | None = None) -> list[Tensor]:
+            return self._coded(self._encode_step(part, lane, inside), count)
+
+        done, tile = [], self._tile(audio.shape[0]) * self.frame_size
         for start in range(0, audio.shape[-1], tile):
             part = audio[..., start : start + tile]
-            inside = None if lengths is None else (lengths - start).clamp(0, part.shape[-1])
-            tiles.append(
-                self._step(self._encode_step, part, lane) if inside is None else self._encode_step(part, lane, inside)
-            )
-        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
+            if lengths is None:
+                parts = self._step("encode", step, part, lane, count)
+            else:
+                parts = step(part, lane, (lengths - start).clamp(0, part.shape[-1]))
+            done.append(_joined(parts))
+        return _joined(done, dim=-1)
 
     # Codes to audio
 
@@ -308,82 +312,76 @@ class Codec(nn.Module):
             ignored = ~state.exec_mask[:, None].expand(-1, codes.shape[-1])
         elif padding_mask is not None:
             ignored = ~padding_mask.to(codes.device, torch.bool)
-        codes = checks.code_range(codes, self.config, ignored)
-        return self._audio(self._dequantize(codes), state, padding_mask)
+        return self._audio(checks.code_range(codes, self.config, ignored).to(self.device), state, padding_mask)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Codes [B, K, T] -> latents [B, hidden_size, T]."""
-        return self._dequantize(checks.code_range(checks.codes(codes, self.config), self.config))
+        return self._decoded(checks.code_range(checks.codes(codes, self.config), self.config).to(self.device))
 
-    def _dequantize(self, codes: Tensor) -> Tensor:
-        if codes.shape[-1] == 0:
-            return torch.empty(codes.shape[0], self.config.hidden_size, 0, device=self.device, dtype=self.dtype)
-        return self.quantizer.decode(codes.to(self.device), self.dtype, Call(self._ops()))
+    def _decoded(self, x: Tensor) -> Tensor:
+        """Codes [B, K, T], or latents as they are -> latents [B, hidden, T]."""
+        if x.is_floating_point():
+            return x
+        if x.shape[-1] == 0:
+            return x.new_empty(x.shape[0], self.config.hidden_size, 0, dtype=self.dtype)
+        return self.quantizer.decode(x, self.dtype, Call(self._ops()))
 
     def decode_latent(self, latents: Tensor, *, state: StreamState | None = None) -> Tensor:
         """Latents [B, hidden_size, T] -> audio [B, channels, T * frame_size]; differentiable offline."""
         return self._audio(checks.latents(latents, self.config).to(self.device, self.dtype), state, None)
 
-    def _audio(self, latents: Tensor, state: StreamState | None, padding_mask: Tensor | None) -> Tensor:
+    def _audio(self, x: Tensor, state: StreamState | None, padding_mask: Tensor | None) -> Tensor:
+        """Codes [B, K, T] or latents [B, hidden, T] -> audio [B, C, T * frame_size]."""
         checks.has_part(self.decoder, "decoder", "decode")
         if state is not None:
-            self._check_state(state, latents.shape[0], padding_mask)
+            self._check_state(state, x.shape[0], padding_mask)
             with torch.no_grad():
                 state.decode.active.copy_(state.exec_mask)
-                audio = self._decode_tiles(latents, state.decode)
+                audio = self._decode_tiles(x, state.decode)
                 return torch.where(state.exec_mask[:, None, None], audio, 0)
         if padding_mask is None:
-            return self._decode_offline(latents)
-        frames = self._ragged(padding_mask, latents)
+            return self._decode_offline(x)
+        frames = self._ragged(padding_mask, x)
         samples = frames.times(self.frame_size)
-        latents = frames.align(latents)
-        if self.config.streamable:
-            audio = self._decode_offline(latents)
-        else:
-            audio = frames.by_length(latents, self._decode_offline, samples)
+        x = frames.align(x)
+        decode, whole = self._decode_offline, self.config.streamable
+        audio = decode(x) if whole else frames.by_length(x, decode, samples)
         return torch.where(samples.mask[:, None], samples.restore(audio), 0)
 
-    def _decode_offline(self, latents: Tensor) -> Tensor:
-        if latents.shape[-1] == 0:
-            return latents.new_empty(latents.shape[0], self.config.audio_channels, 0)
-        if not self._in_tiles(latents, latents.shape[-1]):
-            return self._decode_step(latents, None)
-        return self._decode_tiles(latents, self._lane(len(latents), "decode"))
+    def _decode_offline(self, x: Tensor) -> Tensor:
+        if x.shape[-1] and not self._in_tiles(x, x.shape[-1]):
+            return self._decode_step(self._decoded(x), None)
+        return self._decode_tiles(x, self._lane(len(x), "decode"))
 
-    def _decode_tiles(self, latents: Tensor, lane: Lane) -> Tensor:
-        batch, _, frames = latents.shape
-        audio = latents.new_empty(batch, self.config.audio_channels, frames * self.frame_size)
-        tile = self._tile_frames(batch)
+    def _decode_tiles(self, x: Tensor, lane: Lane) -> Tensor:
+        def step(x: Tensor, lane: Lane) -> list[Tensor]:
+            return [self._decode_step(self._decoded(x), lane)]
+
+        batch, _, frames = x.shape
+        audio = x.new_empty(batch, self.config.audio_channels, frames * self.frame_size, dtype=self.dtype)
+        tile = self._tile(batch)
         for start in range(0, frames, tile):
             stop = min(start + tile, frames)
-            audio[..., start * self.frame_size : stop * self.frame_size] = self._step(
-                self._decode_step, latents[..., start:stop], lane
-            )
+            [part] = self._step("decode", step, x[..., start:stop], lane)
+            audio[..., start * self.frame_size : stop * self.frame_size] = part
         return audio
 
-    # Tiles: long audio passes in pieces that carry state, so that memory is bounded; the pieces equal the whole
+    # Tiles, which equal the whole (tiles.py)
 
-    def _tile_frames(self, batch: int) -> int:
-        samples = TILE_SAMPLES if self.device.type == "cpu" else TILE_SAMPLES_ACCELERATOR
-        return max(1, samples // (batch * self.frame_size))
+    def _tile(self, batch: int) -> int:
+        return tiles.frames_per_tile(self.config, batch, self.device.type)
 
     def _piece(self, batch: int) -> int | None:
-        """Transformer positions that the layers near the audio take at once; None: all."""
-        hop = self.frame_size // self.config.latent_stride
-        least = MOST_FRAMES * self.config.latent_stride  # programs.py: short steps are not cut
-        return max(least, PIECE_SAMPLES // (batch * hop)) if self.device.type == "cpu" else None
+        return tiles.positions_per_piece(self.config, batch, self.device.type)
 
     def _in_tiles(self, x: Tensor, frames: int) -> bool:
         """Whether an offline input x of so many frames is long enough for tiles, and nothing forbids them."""
-        piece = self._piece(x.shape[0])
-        least = self._tile_frames(x.shape[0]) if piece is None else piece // self.config.latent_stride
-        if frames <= least or not self.config.streamable:
+        most = tiles.most_frames_at_once(self.config, x.shape[0], self.device.type)
+        if frames <= most or not self.config.streamable:
             return False
         # state is written in place, which autograd cannot differentiate through
         trains = x.requires_grad or any(p.requires_grad for p in self.parameters())
         return not (torch.is_grad_enabled() and trains)
-
-    # Checks that need the model
 
     def _check_state(self, state: StreamState, batch: int, padding_mask: Tensor | None) -> None:
         checks.state(state, (batch, self.config.audio_channels, self.frame_size), self.device, self.dtype)
@@ -393,8 +391,10 @@ class Codec(nn.Module):
     def _ragged(self, padding_mask: Tensor, x: Tensor) -> Ragged:
         ragged = Ragged.of(padding_mask.to(self.device))
         if (len(ragged.lengths), ragged.total) != (x.shape[0], x.shape[-1]):
-            raise InputError(
-                f"padding_mask must be {(x.shape[0], x.shape[-1])} for an input of {tuple(x.shape)}, "
-                f"got {tuple(padding_mask.shape)}"
-            )
+            wanted, got = (x.shape[0], x.shape[-1]), tuple(padding_mask.shape)
+            raise InputError(f"padding_mask must be {wanted} for an input of {tuple(x.shape)}, got {got}")
         return ragged
+
+
+def _joined(parts: list[Tensor], dim: int = 1) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

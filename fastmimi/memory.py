@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +34,7 @@ class _Form:
         self.form, self.stream = form, stream
         self.event: Any = None if stream is None else stream.record_event()
         self.tensors = [weakref.ref(t) for t in tensors]
-        self.first = weakref.ref(tensors[0], lambda _: _forms.pop(key, None))
+        self.first = weakref.ref(tensors[0], partial(_forget, _forms, key))
         # the weak references keep a storage's identity from being given to another one
         self.storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
         self.states = [(t._version, t.storage_offset(), t.dtype, t.stride()) for t in tensors]
@@ -44,6 +45,10 @@ class _Form:
             and (t._version, t.storage_offset(), t.dtype, t.stride()) == state
             for t, ref, storage, state in zip(tensors, self.tensors, self.storages, self.states, strict=True)
         )  # fmt: skip
+
+
+def _forget(forms: dict[tuple[int, str], _Form], key: tuple[int, str], _: Any) -> None:
+    forms.pop(key, None)
 
 
 _forms: dict[tuple[int, str], _Form] = {}

@@ -118,8 +118,8 @@ def _encode(x: Tensor, codebooks: Tensor) -> Tensor:
     return x.new_empty(codebooks.shape[0], x.shape[0], dtype=torch.int64)
 
 
-def _decode(codes: Tensor, codebooks: Tensor) -> Tensor:
-    return codebooks.new_empty(codes.shape[1], codebooks.shape[2])
+def _decode(codes: Tensor, codebooks: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return codebooks.new_empty(codes.shape[1], codebooks.shape[2], dtype=dtype)
 
 
 _RINGS = "Tensor offset, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor active"
@@ -160,5 +160,5 @@ SCHEMAS: dict[str, Schema] = {
         _layer,
     ),
     "rvq_encode": Schema("Tensor x, Tensor codebooks", "", "", _encode),
-    "rvq_decode": Schema("Tensor codes, Tensor codebooks", "", "", _decode),
+    "rvq_decode": Schema("Tensor codes, Tensor codebooks", "ScalarType? dtype=None", "", _decode),
 }

@@ -14,7 +14,7 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import dispatch, memory
 from .ops import Ops
@@ -25,7 +25,7 @@ MOST_FRAMES = 4  # longer steps do not notice what is between their layers
 MOST_SHAPES = 64  # then all programs are dropped
 PAUSE = 1000  # steps until a shape that could not be recorded is tried again
 
-Step = Callable[[Tensor, Lane], Tensor]
+Step = Callable[[Tensor, Lane], list[Tensor]]
 Key = tuple[Any, ...]
 
 
@@ -51,10 +51,18 @@ def _tensors(lane: Lane) -> list[Tensor]:
     return [*lane.buffers.values(), lane.offset, lane.active, lane.first]
 
 
-class Programs:
-    """The programs of a model. Copies and pickles of it begin empty."""
+def _another(x: Tensor) -> Tensor:
+    """An input of the shape, valid where x is: audio, latents, or codes of which every other is another one."""
+    if x.is_floating_point():
+        return torch.empty_like(x).uniform_(-0.1, 0.1)
+    return torch.where(x > 0, x - 1, x.max())
 
-    def __init__(self) -> None:
+
+class Programs:
+    """The programs of one direction of a model. Copies and pickles of it begin empty."""
+
+    def __init__(self, direction: str) -> None:
+        self.direction = direction
         self.forget()
 
     def forget(self) -> None:
@@ -65,19 +73,22 @@ class Programs:
         self._hooks: list[dict[Any, Any]] = []
         self._owners: list[dict[str, Any]] = []  # of modules, parameters and buffers
         self._owned: list[Any] = []  # what they held when it was remembered
-        self._counted: list[Tensor] = []  # those tensors of it that count their edits
+        self._tensors: list[Tensor] = []  # among those
         self._states: list[tuple[int, int]] = []
         self._generation = -1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Programs, ()
+        return Programs, (self.direction,)
 
-    def step(self, model: nn.Module, ops: Ops, step: Step, x: Tensor, lane: Lane) -> Tensor:
-        """step(x, lane) of a model that calls `ops`, by a program where there is one."""
-        state = [(tensor.shape, tensor.dtype) for tensor in lane.buffers.values()]
-        key = (step.__name__, ops, x.shape, x.dtype, *state, torch.get_num_threads(), model.training)
+    def step(self, model: Any, ops: Ops, step: Step, x: Tensor, lane: Lane, *options: Any) -> list[Tensor]:
+        """step(x, lane), of a codec that calls `ops`, by a program where there is one.
+
+        `options` tells apart steps that the shapes do not.
+        """
         if torch.compiler.is_compiling():
             return step(x, lane)
+        state = [(tensor.shape, tensor.dtype) for tensor in lane.buffers.values()]
+        key = (*options, ops, x.shape, x.dtype, *state, torch.get_num_threads())
         count = self._seen[key] = self._seen.get(key, 0) + 1
         if count <= max(AFTER, self._not_before.get(key, 0)):
             return step(x, lane)
@@ -91,7 +102,7 @@ class Programs:
         try:
             program, positions = idle.pop()
         except IndexError:  # none yet, or all are running in other threads
-            recorded = self._record(model, dispatch.recorder(ops), step, x, lane)
+            recorded = self._record(dispatch.recorder(ops), step, x, lane)
             if recorded is None:
                 self._not_before[key] = count + PAUSE
                 return step(x, lane)
@@ -101,28 +112,32 @@ class Programs:
         lane.advance(positions)
         return y
 
-    def _record(self, model: nn.Module, recorder: Any, step: Step, x: Tensor, lane: Lane) -> tuple[Any, int] | None:
+    def _record(self, recorder: Any, step: Step, x: Tensor, lane: Lane) -> tuple[Any, int] | None:
         """A program that gives what the model gives, with its positions; None where there is none."""
-        if recorder is None or any(t.is_inference() for t in model.parameters()):  # whose edits nobody counts
+        if recorder is None or any(t.is_inference() for t in self._tensors):  # whose edits nobody counts
             return None
         with torch.inference_mode(False), torch.no_grad():
-            drawn = torch.empty_like(x).uniform_(-0.1, 0.1)  # not x: what is not in the program is to be noticed
+            drawn = _another(x)  # what is not in the program is to be noticed
+            if torch.equal(drawn, x):
+                return None
             scratch, mine, theirs = _Scratch(lane), _Scratch(lane), _Scratch(lane)
             try:
                 program = recorder.Program(lambda x: step(x, scratch), drawn, _tensors(scratch))
             except recorder.NotRecordable:
                 return None
             y, truth = program.run(x, _tensors(mine)), step(x, theirs)
-            pairs = zip((y, *_tensors(mine)), (truth, *_tensors(theirs)), strict=True)
+            pairs = zip((*y, *_tensors(mine)), (*truth, *_tensors(theirs)), strict=True)
             same = all(torch.equal(*pair) for pair in pairs)
         return (program, scratch.positions) if same else None
 
-    def _remember(self, model: nn.Module) -> None:
-        modules = list(model.modules())
+    def _remember(self, model: Any) -> None:
+        parts = [part for part in (*model._parts(self.direction), model.quantizer) if part is not None]
+        modules = [module for part in parts for module in part.modules()]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._owners = [held for m in modules for held in (m._modules, m._parameters, m._buffers)]
+        owners = [held for m in modules for held in (m._modules, m._parameters, m._buffers)]
+        self._owners = [model._modules, *filter(None, owners)]
         self._owned = self._owned_now()
-        self._counted = [x for x in self._owned if isinstance(x, Tensor) and not x.is_inference()]
+        self._tensors = [x for x in self._owned if isinstance(x, Tensor)]
         self._states = self._states_now()
         self._generation = memory.generation()
 
@@ -137,4 +152,4 @@ class Programs:
         return [*chain.from_iterable(map(dict.values, self._owners))]
 
     def _states_now(self) -> list[tuple[int, int]]:
-        return [(t._version, t.data_ptr()) for t in self._counted]
+        return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self._tensors]

@@ -93,9 +93,11 @@ class ResidualQuantizer(nn.Module):
         """[B, hidden, T] -> [B, D, T]."""
         return latents if self.input_proj is None else call.ops.causal_conv1d(latents, self.input_proj.weight)
 
-    def _unproject(self, quantized: Tensor, call: Call) -> Tensor:
-        """[B, D, T] -> [B, hidden, T]."""
-        return quantized if self.output_proj is None else call.ops.causal_conv1d(quantized, self.output_proj.weight)
+    def _unproject(self, quantized: Tensor, call: Call, residual: Tensor | None = None) -> Tensor:
+        """[B, D, T] -> [B, hidden, T], added to `residual`."""
+        if self.output_proj is not None:
+            return call.ops.causal_conv1d(quantized, self.output_proj.weight, residual=residual)
+        return quantized if residual is None else residual + quantized
 
     def encode(self, latents: Tensor, levels: int, call: Call) -> Tensor:
         """[B, hidden, T] -> [B, levels, T] int64."""
@@ -103,19 +105,19 @@ class ResidualQuantizer(nn.Module):
 
     def _search(self, projected: Tensor, levels: int, call: Call) -> Tensor:
         codebooks = self.codebooks(levels)
-        rows = projected.transpose(1, 2).flatten(0, 1).to(codebooks.dtype)  # [B * T, D]
+        rows = projected.transpose(1, 2).flatten(0, 1)  # [B * T, D]
         codes = call.ops.rvq_encode(rows, codebooks)
         return codes.unflatten(1, (projected.shape[0], -1)).transpose(0, 1)
 
     def entries(self, codes: Tensor, dtype: torch.dtype, call: Call) -> Tensor:
         """[B, L, T] -> the sum of the entries [B, D, T]."""
         codebooks = self.codebooks(codes.shape[1])
-        total = call.ops.rvq_decode(codes.transpose(0, 1).flatten(1), codebooks)  # [B * T, D]
-        return total.unflatten(0, (codes.shape[0], -1)).transpose(1, 2).to(dtype)
+        total = call.ops.rvq_decode(codes.transpose(0, 1).flatten(1), codebooks, dtype=dtype)  # [B * T, D]
+        return total.unflatten(0, (codes.shape[0], -1)).transpose(1, 2)
 
-    def decode(self, codes: Tensor, dtype: torch.dtype, call: Call) -> Tensor:
-        """[B, L, T] -> latents [B, hidden, T]."""
-        return self._unproject(self.entries(codes, dtype, call), call)
+    def decode(self, codes: Tensor, dtype: torch.dtype, call: Call, residual: Tensor | None = None) -> Tensor:
+        """[B, L, T] -> latents [B, hidden, T], added to `residual`."""
+        return self._unproject(self.entries(codes, dtype, call), call, residual)
 
     def straight_through(self, latents: Tensor, levels: int, call: Call) -> tuple[Tensor, Tensor]:
         """Codes and decoded latents whose gradient passes the search unchanged (arXiv 1711.00937, section 3.2)."""
@@ -142,16 +144,19 @@ class SplitQuantizer(nn.Module):
             parts.append((self.acoustic_residual_vector_quantizer, levels - semantic))
         return parts
 
-    def encode(self, latents: Tensor, levels: int, call: Call) -> Tensor:
-        """[B, hidden, T] -> [B, levels, T] int64."""
-        return torch.cat([part.encode(latents, count, call) for part, count in self._parts(levels)], dim=1)
+    def encode(self, latents: Tensor, levels: int, call: Call) -> list[Tensor]:
+        """[B, hidden, T] -> codes of the semantic levels and of the acoustic ones, each [B, L, T] int64."""
+        return [part.encode(latents, count, call) for part, count in self._parts(levels)]
 
     def decode(self, codes: Tensor, dtype: torch.dtype, call: Call) -> Tensor:
         """[B, levels, T] -> latents [B, hidden, T]."""
         parts = self._parts(codes.shape[1])
         pieces = codes.split([count for _, count in parts], dim=1)
-        outputs = [part.decode(piece, dtype, call) for (part, _), piece in zip(parts, pieces, strict=True)]
-        return outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
+        latents = None
+        for (part, _), piece in zip(parts, pieces, strict=True):
+            latents = part.decode(piece, dtype, call, latents)
+        assert latents is not None
+        return latents
 
     def straight_through(self, latents: Tensor, levels: int, call: Call) -> tuple[Tensor, Tensor]:
         """[B, hidden, T] -> codes [B, levels, T] and latents [B, hidden, T], differentiable in the latents."""

@@ -12,9 +12,9 @@ ROWS = 8192  # rows per distance matrix: [ROWS, S] fp32 is 64 MB at S = 2048
 
 
 def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
-    """x [N, D] and codebooks [L, S, D] of one dtype -> codes [L, N] int64."""
+    """x [N, D], computed in the dtype of the codebooks [L, S, D] -> codes [L, N] int64."""
     norms = codebooks.square().sum(dim=-1)  # [L, S]
-    return torch.cat([_encode_rows(rows, codebooks, norms) for rows in x.split(ROWS)], dim=1)
+    return torch.cat([_encode_rows(rows, codebooks, norms) for rows in x.to(codebooks.dtype).split(ROWS)], dim=1)
 
 
 def _encode_rows(residual: Tensor, codebooks: Tensor, norms: Tensor) -> Tensor:

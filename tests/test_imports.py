@@ -43,6 +43,7 @@ MODEL_SIDE = {
     "quantizer",
     "ragged",
     "seanet",
+    "tiles",
     "transformer",
 }
 DOORS = {  # who may import these, beside themselves; "" is fastmimi/__init__

@@ -60,13 +60,13 @@ def test_streams(name):
 
 @torch.no_grad()
 def test_tiles_of_long_audio(monkeypatch):
-    from fastmimi import codec
+    from fastmimi import tiles
 
     mine, theirs = pair(**SHORT)
     audio = noise(2, 1, 3000).to(DEVICE)
     codes = theirs.encode(audio)
     for name in ("TILE_SAMPLES", "TILE_SAMPLES_ACCELERATOR"):
-        monkeypatch.setattr(codec, name, 1500)
+        monkeypatch.setattr(tiles, name, 1500)
     assert torch.equal(mine.encode(audio), codes)
 
 

@@ -20,7 +20,7 @@ CHANGES = [
 class Plain:
     """In the place of Programs: steps of the model itself."""
 
-    def step(self, model, ops, step, x, lane):
+    def step(self, model, ops, step, x, lane, *options):
         return step(x, lane)
 
     def forget(self):
@@ -39,12 +39,12 @@ class Louder(torch.nn.Module):
 def pair(**changes):
     """Two models of the same weights: one records programs, one does not."""
     models = [small_model(num_hidden_layers=2, **changes) for _ in range(2)]
-    models[1]._programs = Plain()
+    models[1]._programs = {"encode": Plain(), "decode": Plain()}
     return models
 
 
 def programs(model):
-    return sum(len(idle) for idle in model._programs._idle.values())
+    return sum(len(idle) for programs in model._programs.values() for idle in programs._idle.values())
 
 
 def stream(models, frames=FRAMES, batch=1, before=None):
@@ -71,7 +71,7 @@ def assert_equal(results):
 def test_programs_give_the_models_bits(batch, changes):
     models = pair(**changes)
     assert_equal(stream(models, batch=batch))
-    assert programs(models[0]) == 2 and not models[0]._programs._not_before
+    assert programs(models[0]) == 2 and not any(found._not_before for found in models[0]._programs.values())
 
 
 def test_in_bf16():
@@ -108,6 +108,32 @@ def test_edits_of_weights_and_modules_count():
     assert_equal(stream(models, before=before))
 
 
+def test_the_quantizer_is_in_the_program_and_its_edits_count():
+    def before(i, model, state):
+        acoustic = model.quantizer.acoustic_residual_vector_quantizer
+        if i == 2 * AFTER:
+            acoustic.layers[1].codebook.embed_sum.mul_(-1)
+        if i == 2 * AFTER + 1:
+            acoustic.output_proj.weight.mul_(0.5)
+        if i == FRAMES - 2:
+            model.num_codebooks = 3
+
+    models = pair()
+    assert_equal(stream(models, before=before))
+    assert programs(models[0]) == 2
+
+
+def test_codes_that_are_all_the_same():
+    """A program is tried on other codes than those at hand: where none are known to be valid, it is not made yet."""
+    models = pair()
+    states = [model.new_state(1) for model in models]
+    for i in range(4 * AFTER):
+        codes = torch.full((1, 6, 1), 0 if i < 3 * AFTER else i)
+        mine, plain = (model.decode(codes, state=state) for model, state in zip(models, states, strict=True))
+        assert torch.equal(mine, plain)
+    assert not programs(models[0])
+
+
 def test_another_choice_of_kernels_is_not_a_program():
     models = pair()
     stream(models)
@@ -130,7 +156,7 @@ def test_what_pytorch_computes_between_the_layers_is_noticed():
     for model in models:
         model.encoder.layers["1"] = Louder(model.encoder.layers["1"])
     assert_equal(stream(models))
-    assert programs(models[0]) == 1 and len(models[0]._programs._not_before) == 1
+    assert programs(models[0]) == 1 and len(models[0]._programs["encode"]._not_before) == 1
 
 
 def test_hooks_are_called():

@@ -62,7 +62,7 @@ MODEL = small_model(**FAST)
 def test_any_lengths_also_in_tiles(items, side, tile):
     audio, mask = batch(MODEL, items, side, fill=float("nan"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastmimi.codec.TILE_SAMPLES", tile * 48 * len(items))
+        patch.setattr("fastmimi.tiles.TILE_SAMPLES", tile * 48 * len(items))
         for last_frame in ("waveform", "layers"):
             codes = MODEL.encode(audio, padding_mask=mask, last_frame=last_frame)
             for row, length in enumerate(items):

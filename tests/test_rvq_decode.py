@@ -35,3 +35,10 @@ def test_gradients_are_the_references(op):
     codes = torch.arange(12).view(3, 4)
     grads = [torch.autograd.grad(f(codes, codebooks).square().sum(), codebooks)[0] for f in (op, reference)]
     assert torch.equal(*grads)
+
+
+def test_rounded_once_at_the_end(op):
+    codebooks = noise(8, 32, 19)
+    codes = torch.arange(8 * 30).view(8, 30) * 7 % 32
+    mine = op(codes, codebooks, dtype=torch.bfloat16)
+    assert mine.dtype == torch.bfloat16 and torch.equal(mine, reference(codes, codebooks).bfloat16())

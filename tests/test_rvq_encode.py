@@ -26,6 +26,11 @@ def test_nearest_entries(op, rows, levels, size, dim):
     assert torch.equal(codes, exhaustive(x, codebooks))
 
 
+def test_bf16_is_searched_in_fp32(op):
+    x, codebooks = noise(20, 16, seed=1).bfloat16(), noise(4, 64, 16, seed=2)
+    assert torch.equal(op(x, codebooks), op(x.float(), codebooks))
+
+
 def test_first_index_wins_a_tie(op):
     book = noise(1, 40, 8)
     book[0, 30] = book[0, 3]

@@ -87,7 +87,8 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "overlap": (integer, pointer, pointer, pointer, pointer, *[long] * 8),
     "attention": (STRUCT(Attention), integer),
     "layer": (STRUCT(Layer), integer, integer),
-    "rvq_encode": (pointer, *[long] * 5, pointer, pointer, pointer, pointer, integer),
+    "rvq_encode": (pointer, integer, *[long] * 5, pointer, pointer, pointer, pointer, integer),
+    "rvq_decode": (pointer, long, long, pointer, *[long] * 4, pointer, integer, integer),
 }  # fmt: skip
 MOST_ARGUMENTS = 13  # of an entry, native/variant.cpp
 

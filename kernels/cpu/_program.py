@@ -32,26 +32,26 @@ class Program:
     Raises NotRecordable.
     """
 
-    def __init__(self, step: Callable[[Tensor], Tensor], x: Tensor, state: list[Tensor]):
+    def __init__(self, step: Callable[[Tensor], list[Tensor]], x: Tensor, state: list[Tensor]):
         variant = native()
         calls: list[tuple[str, tuple[Any, ...]]] = []
         kept: list[Any] = []
         self.input = memory.empty_time_major(x, x.shape[1], x.shape[2]).copy_(x)
         with recording(variant, calls, kept):
-            self.output = step(self.input)
+            self.results = step(self.input)
         self.kept, self.count, self.run_calls = kept, len(calls), variant.run
         self.image = torch.tensor(self._image(calls), dtype=torch.int64)
         inner = torch.tensor([word for word, relative in self.pointers if relative], dtype=torch.int64)
         self.image[inner] += self.image.data_ptr()
         self._find_state([word for word, relative in self.pointers if not relative], state)
 
-    def run(self, x: Tensor, state: list[Tensor]) -> Tensor:
-        """The step's result for x, with these tensors for its state; they are of the shapes that were recorded."""
+    def run(self, x: Tensor, state: list[Tensor]) -> list[Tensor]:
+        """The step's results for x, with these tensors for its state; they are of the shapes that were recorded."""
         self.input.copy_(x)
         addresses = torch.tensor([t.data_ptr() for t in state], dtype=torch.int64)
         self.image[self.words] = addresses[self.owners] + self.offsets
         self.run_calls(self.image.data_ptr(), self.count)
-        return self.output.clone()
+        return [result.clone() for result in self.results]
 
     def _image(self, calls: list[tuple[str, tuple[Any, ...]]]) -> list[int]:
         """Calls of fixed size, then their structures; pointers to these are still relative to the beginning."""

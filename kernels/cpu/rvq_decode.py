@@ -1,4 +1,4 @@
-"""CPU kernel of `rvq_decode`: PyTorch's own bag of embeddings over all levels, which sums as it gathers.
+"""CPU kernel of `rvq_decode`: the sum over levels, each entry read once (native/rvq.h).
 
 In place of the reference's chain, which writes and reads the running sum once for each level.
 """
@@ -6,16 +6,26 @@ In place of the reference's chain, which writes and reads the running sum once f
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._native import unsupported  # noqa: F401
+from ._native import DTYPES, native, unsupported  # noqa: F401
 
 
-def rvq_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
-    """codes [L, N] int64 and codebooks [L, S, D] -> [N, D] in the codebooks' dtype."""
-    levels, (_, size, dim) = len(codes), codebooks.shape
+def rvq_decode(codes: Tensor, codebooks: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """codes [L, N] int64 and codebooks [L, S, D] fp32 -> [N, D] in `dtype`, fp32 or bf16; by default fp32."""
+    (levels, rows), (_, size, dim) = codes.shape, codebooks.shape
+    y = codebooks.new_empty(rows, dim, dtype=dtype)
+    if codebooks.dtype != torch.float32 or y.dtype not in DTYPES:
+        raise TypeError(f"the sum is of float32 to float32 or bfloat16, got {codebooks.dtype} to {y.dtype}")
+    if codes.dtype != torch.int64:
+        raise TypeError(f"codes must be int64, got {codes.dtype}")
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
         raise IndexError(f"codes must lie in [0, {size}), got {int(codes.min())} to {int(codes.max())}")
-    entries = codes.t() + torch.arange(levels) * size  # [N, L]
-    return F.embedding_bag(entries, codebooks.reshape(-1, dim), mode="sum")
+    codebooks = codebooks.contiguous()
+    native().keep(codes, codebooks, y)
+    if y.numel():
+        native().rvq_decode(
+            codes.data_ptr(), codes.stride(0), codes.stride(1), codebooks.data_ptr(), levels, rows, size, dim,
+            y.data_ptr(), DTYPES[y.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return y

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import memory
-from ._native import native, unsupported  # noqa: F401
+from ._native import DTYPES, native, unsupported  # noqa: F401
 
 
 def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
-    """x [N, D] and codebooks [L, S, D], both fp32 -> codes [L, N] int64."""
-    if {x.dtype, codebooks.dtype} != {torch.float32}:
+    """x [N, D] fp32 or bf16, computed in fp32, and codebooks [L, S, D] fp32 -> codes [L, N] int64."""
+    if x.dtype not in DTYPES or codebooks.dtype != torch.float32:
         raise TypeError(f"the search is fp32, got {x.dtype} and codebooks of {codebooks.dtype}")
     codebooks = codebooks.contiguous()
     levels, size, dim = codebooks.shape
@@ -33,7 +33,7 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     native().keep(x, codebooks, packed, norms, codes)
     if codes.numel():
         native().rvq_encode(
-            x.data_ptr(), x.stride(0), len(x), dim, levels, size, codebooks.data_ptr(), packed.data_ptr(),
-            norms.data_ptr(), codes.data_ptr(), torch.get_num_threads(),
+            x.data_ptr(), DTYPES[x.dtype], x.stride(0), len(x), dim, levels, size, codebooks.data_ptr(),
+            packed.data_ptr(), norms.data_ptr(), codes.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return codes

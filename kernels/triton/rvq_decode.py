@@ -7,6 +7,7 @@ PyTorch's chain writes and reads the running sum once more per level: three time
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,7 +23,7 @@ def rvq_decode_fwd_kernel(p_codes, p_books, p_y, N, L, S, D, sc_l, sc_n, BLOCK_N
     d = (tl.program_id(0) % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
     m = (n < N)[:, None] & (d < D)[None, :]
     n = n.to(tl.int64)
-    b_y = tl.zeros([BLOCK_N, BLOCK_D], dtype=p_y.dtype.element_ty)
+    b_y = tl.zeros([BLOCK_N, BLOCK_D], dtype=p_books.dtype.element_ty)
     for level in range(L):
         code = tl.load(p_codes + level * sc_l + n * sc_n, mask=n < N, other=0)  # int64
         exists = (code >= 0) & (code < S)  # an entry that is not there reads nothing
@@ -31,10 +32,10 @@ def rvq_decode_fwd_kernel(p_codes, p_books, p_y, N, L, S, D, sc_l, sc_n, BLOCK_N
     tl.store(p_y + n[:, None] * D + d[None, :], b_y, mask=m)
 
 
-def rvq_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
-    """codes [L, N] int64 and codebooks [L, S, D] -> [N, D] in the codebooks' dtype."""
+def rvq_decode(codes: Tensor, codebooks: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """codes [L, N] int64 and codebooks [L, S, D] -> [N, D] in `dtype`, by default the codebooks'."""
     (levels, rows), (_, size, dim) = codes.shape, codebooks.shape
-    y = codebooks.new_empty(rows, dim)
+    y = codebooks.new_empty(rows, dim, dtype=dtype)
     if not rows:
         return y
     block_d = min(128, triton.next_power_of_2(dim))

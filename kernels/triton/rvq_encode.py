@@ -102,7 +102,7 @@ def rvq_encode_fwd_kernel(
 
 
 def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
-    """x [N, D] and codebooks [L, S, D], both fp32 -> codes [L, N] int64."""
+    """x [N, D], computed in fp32, and codebooks [L, S, D] fp32 -> codes [L, N] int64."""
     (rows, dim), (levels, size, _) = x.shape, codebooks.shape
     codes = torch.empty(levels, rows, dtype=torch.int64, device=x.device)
     if not rows:
@@ -112,8 +112,8 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     unit = 4 if dim % 4 == 0 else 1
     _launch.launch(
         "rvq_encode", rvq_encode_fwd_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),),
-        x.clone(memory_format=torch.contiguous_format), codebooks, _norms(codebooks), codes,
-        rows, levels, size, dim // unit, UNIT=unit, PRECISION=_launch.precision(x), **tile,
+        x.to(codebooks.dtype, copy=True, memory_format=torch.contiguous_format), codebooks, _norms(codebooks), codes,
+        rows, levels, size, dim // unit, UNIT=unit, PRECISION=_launch.precision(codebooks), **tile,
     )  # fmt: skip
     return codes
 

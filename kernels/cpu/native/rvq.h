@@ -1,4 +1,4 @@
-// rvq_encode: the residual chain of searches. code = argmin |c|^2 - 2 r . c, in fp32, and where the two best are near,
+// rvq_decode: sums of entries. rvq_encode: the residual chain of searches. code = argmin |c|^2 - 2 r . c, in fp32, and where the two best are near,
 // the sum of squared differences in fp64 decides; the lower index wins a tie.
 #pragma once
 #if defined(_OPENMP)
@@ -79,7 +79,8 @@ int64_t settle(float* residual, const Best& best, const float* codebook, const f
 }
 
 // x [N, D]; codebooks [L, S, D] plain, and packed as weights [L, S / P, D, P] with norms [L, S], inf beyond S
-void encode_rows(const float* x, long x_step, long rows, long dim, long levels, long size, const float* codebooks,
+template <class T>
+void encode_rows(const T* x, long x_step, long rows, long dim, long levels, long size, const float* codebooks,
                  const float* packed, const float* norms, int64_t* codes, int threads) {
   long panels = ceil_div(size, P);
   bool share_rows = rows >= 8 * threads;
@@ -95,7 +96,8 @@ void encode_rows(const float* x, long x_step, long rows, long dim, long levels, 
     float* residual = residuals + thread * chunk * dim;
     Best* best = shared + thread * chunk;
     auto take = [&](long m, long count) {
-      for (long i = 0; i < count; i++) memcpy(residual + i * dim, x + (m + i) * x_step, dim * sizeof(float));
+      for (long i = 0; i < count; i++)
+        for (long d = 0; d < dim; d++) residual[i * dim + d] = to_float(x[(m + i) * x_step + d]);
     };
     if (share_rows) {
 #pragma omp for schedule(dynamic)
@@ -129,6 +131,20 @@ void encode_rows(const float* x, long x_step, long rows, long dim, long levels, 
       }
     }
   }
+}
+
+// codes [L, N] by steps, codebooks [L, S, D] -> y [N, D], added level by level
+template <class T>
+void decode_rows(const int64_t* codes, long level_step, long row_step, const float* codebooks, long levels, long rows,
+                 long size, long dim, T* y, int threads) {
+#pragma omp parallel for num_threads(rows * dim < 4096 ? 1 : threads)
+  for (long m = 0; m < rows; m++)
+    for (long d = 0; d < dim; d += W) {
+      vf sum = (vf){};
+      for (long level = 0; level < levels; level++)
+        sum += load_up_to(codebooks + (level * size + codes[level * level_step + m * row_step]) * dim + d, dim - d);
+      store_up_to(y + m * dim + d, sum, dim - d);
+    }
 }
 
 }  // namespace

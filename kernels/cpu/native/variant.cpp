@@ -89,9 +89,20 @@ ENTRY(layer)(const Layer& layer, int kind, int threads) {
   });
 }
 
-ENTRY(rvq_encode)(const float* x, long x_step, long rows, long dim, long levels, long size, const float* codebooks,
+ENTRY(rvq_encode)(const void* x, int dtype, long x_step, long rows, long dim, long levels, long size, const float* codebooks,
                   const float* packed, const float* norms, int64_t* codes, int threads) {
-  encode_rows(x, x_step, rows, dim, levels, size, codebooks, packed, norms, codes, threads);
+  if (dtype == F32)
+    encode_rows((const float*)x, x_step, rows, dim, levels, size, codebooks, packed, norms, codes, threads);
+  else
+    encode_rows((const bf16*)x, x_step, rows, dim, levels, size, codebooks, packed, norms, codes, threads);
+}
+
+ENTRY(rvq_decode)(const int64_t* codes, long level_step, long row_step, const float* codebooks, long levels, long rows,
+                  long size, long dim, void* y, int dtype, int threads) {
+  if (dtype == F32)
+    decode_rows(codes, level_step, row_step, codebooks, levels, rows, size, dim, (float*)y, threads);
+  else
+    decode_rows(codes, level_step, row_step, codebooks, levels, rows, size, dim, (bf16*)y, threads);
 }
 
 // A recorded program: calls of the entries above, in the order of ENTRIES in _native.py
@@ -123,8 +134,12 @@ ENTRY(run)(const Call* calls, long count) {
       case 5: JOIN(attention, VARIANT)(*(const Attention*)a[0], a[1]); break;
       case 6: JOIN(layer, VARIANT)(*(const Layer*)a[0], a[1], a[2]); break;
       case 7:
-        JOIN(rvq_encode, VARIANT)((const float*)a[0], a[1], a[2], a[3], a[4], a[5], (const float*)a[6], (const float*)a[7],
-                                  (const float*)a[8], (int64_t*)a[9], a[10]);
+        JOIN(rvq_encode, VARIANT)((const void*)a[0], a[1], a[2], a[3], a[4], a[5], a[6], (const float*)a[7],
+                                  (const float*)a[8], (const float*)a[9], (int64_t*)a[10], a[11]);
+        break;
+      case 8:
+        JOIN(rvq_decode, VARIANT)((const int64_t*)a[0], a[1], a[2], (const float*)a[3], a[4], a[5], a[6], a[7], (void*)a[8],
+                                  a[9], a[10]);
         break;
       default: abort();
     }
