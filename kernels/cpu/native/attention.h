@@ -1,10 +1,8 @@
 // window_attention: RoPE on q and k, then attention over the last `window` positions, with ring caches when streaming.
 //
-// A thread takes one key/value head of one row at a time: it lays out the keys and values in order of position (what
-// the ring holds, then the new ones, rotated), and lets blocks of queries run over them.
+// A thread takes one key/value head of one row at a time, and lets blocks of queries run over the keys and values in
+// order of position: the two stretches of the ring, where they lie, then the new ones, rotated.
 #pragma once
-
-
 #include "gemm.h"
 
 namespace {
@@ -38,43 +36,80 @@ template <class T> void rotate(float* to, const T* x, const float* cosines, long
   }
 }
 
-template <class T> void widen(float* to, const T* x, long dim) {
-  for (long i = 0; i < dim; i++) to[i] = to_float(x[i]);
-}
-
-template <class T> void narrow(T* to, const float* x, long dim) {
+template <class To, class From> void convert(To* to, const From* x, long count) {
   long i = 0;
-  for (; i + W <= dim; i += W) store(to + i, load(x + i));
-  if (i < dim) store_some(to + i, load_some(x + i, dim - i), dim - i);
+  for (; i + W <= count; i += W) store(to + i, load(x + i));
+  if (i < count) store_some(to + i, load_some(x + i, count - i), count - i);
 }
 
-// Scores of COUNT queries [COUNT, wide] with keys [first, last)
-template <int COUNT>
-void scores_of(float* scores, long row, const float* q, const float* keys, long wide, long first, long last) {
-  for (long j = first; j < last; j++) {
-    const float* key = keys + j * wide;
-    vf sum[COUNT] = {};
+// Positions [from, to) of keys and values that lie one behind another, `wide` apart
+template <class T> struct Span {
+  const T *keys, *values;
+  long from, to;
+};
+
+// Scores of COUNT queries [COUNT, wide] with W keys or, if not FULL, `count` of them
+template <int COUNT, bool FULL, class T>
+INLINE void score_block(float* scores, long row, const float* q, const T* keys, long wide, long count) {
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; i++) {
+    vf sum[W] = {};
     for (long d = 0; d < wide; d += W) {
-      vf x = load(key + d);
-#pragma GCC unroll 4
-      for (int i = 0; i < COUNT; i++) sum[i] += x * load(q + i * wide + d);
+      vf x = load(q + i * wide + d);
+      if (FULL)
+#pragma GCC unroll 16
+        for (int k = 0; k < W; k++) sum[k] += load(keys + k * wide + d) * x;
+      else
+        for (int k = 0; k < count; k++) sum[k] += load(keys + k * wide + d) * x;
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < COUNT; i++) scores[i * row + j] = sum_lanes(sum[i]);
+    store_up_to(scores + i * row, sums_of_lanes<W>(sum), count);
   }
 }
 
-template <int COUNT>
-void weigh_values(float* y, const float* weights, long row, const float* values, long wide, long first, long last) {
-  for (long d = 0; d < wide; d += W) {
-    vf sum[COUNT] = {};
-    for (long j = first; j < last; j++) {
-      vf x = load(values + j * wide + d);
+template <int COUNT, class T>
+void scores_of(float* scores, long row, const float* q, const Span<T>& span, long wide, long first, long last) {
+  long j = max(first, span.from), end = min(last, span.to);
+  const T* keys = span.keys - span.from * wide;
+  for (; j + W <= end; j += W) score_block<COUNT, true>(scores + j, row, q, keys + j * wide, wide, W);
+  if (j < end) score_block<COUNT, false>(scores + j, row, q, keys + j * wide, wide, end - j);
+}
+
+// y [COUNT, wide] = weights times values, V vectors of each row at a time, summed in order of position
+template <int COUNT, int V, class T>
+INLINE void weigh_columns(float* y, const float* weights, long row, const Span<T>* spans, int count, long wide, long first,
+                          long last) {
+  vf sum[COUNT][V] = {};
+  for (const Span<T>* span = spans; span < spans + count; span++)
+    for (long j = max(first, span->from); j < min(last, span->to); j++) {
+      const T* value = span->values + (j - span->from) * wide;
 #pragma GCC unroll 4
-      for (int i = 0; i < COUNT; i++) sum[i] += x * weights[i * row + j];
+      for (int v = 0; v < V; v++) {
+        vf x = load(value + v * W);
+#pragma GCC unroll 4
+        for (int i = 0; i < COUNT; i++) sum[i][v] += x * weights[i * row + j];
+      }
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < COUNT; i++) store(y + i * wide + d, sum[i]);
+  for (int i = 0; i < COUNT; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) store(y + i * wide + v * W, sum[i][v]);
+}
+
+template <class T> Span<T> from_column(Span<T> span, long d) { return {span.keys, span.values + d, span.from, span.to}; }
+
+template <int COUNT, class T>
+void weigh_values(float* y, const float* weights, long row, const Span<T> (&spans)[3], int count, long wide, long first,
+                  long last) {
+  constexpr int V = W == 16 ? 4 : 2;  // COUNT * V sums in registers
+  for (long d = 0; d < wide;) {
+    Span<T> columns[3] = {from_column(spans[0], d), from_column(spans[1], d), from_column(spans[2], d)};
+    if (d + V * W <= wide) {
+      weigh_columns<COUNT, V>(y + d, weights, row, columns, count, wide, first, last);
+      d += V * W;
+    } else {
+      weigh_columns<COUNT, 1>(y + d, weights, row, columns, count, wide, first, last);
+      d += W;
+    }
   }
 }
 
@@ -101,70 +136,85 @@ INLINE float softmax(float* scores, long begin, long first, long last, long end)
   return sum_lanes(total);
 }
 
-// One key/value head of one row, all queries that share it
-template <class T> void attend(const Attention& a, long b, long kv_head, const float* angles) {
+// COUNT queries [COUNT, wide] in a row, the first at position `at` -> y, softmax(q k) v
+template <int COUNT, class T>
+void attend_queries(float* y, const float* q, float* scores, long row, const Span<T> (&spans)[3], int count, long wide, long at,
+                    long window) {
+  long begin = max(0, at - window + 1), end = at + COUNT;
+  for (int s = 0; s < count; s++) scores_of<COUNT>(scores, row, q, spans[s], wide, begin, end);
+  float inverse[COUNT];
+  for (int i = 0; i < COUNT; i++)
+    inverse[i] = 1.0f / softmax(scores + i * row, begin, max(0, at + i + 1 - window), at + i + 1, end);
+  weigh_values<COUNT>(y, scores, row, spans, count, wide, begin, end);
+  for (int i = 0; i < COUNT; i++)
+    for (long d = 0; d < wide; d++) y[i * wide + d] *= inverse[i];
+}
+
+// One key/value head of one row, all queries that share it. Key: how keys and values are kept, T where the ring is read
+// as it lies, else fp32.
+template <class T, class Key> void attend(const Attention& a, long b, long kv_head, const float* angles) {
   long dim = a.dim, wide = round_up(dim, W), group = a.heads / a.kv_heads;
   long offset = a.offset ? a.offset[b] : 0;
-  long past = a.offset ? min(offset, a.window - 1) : 0, total = past + a.length;
-  long row = round_up(total, W);
-  float* keys = attention_scratch.take<float>(2 * total * wide + QUERIES * (2 * wide + row));
-  float *values = keys + total * wide, *q = values + total * wide, *y = q + QUERIES * wide, *scores = y + QUERIES * wide;
-  if (wide != dim) memset(keys, 0, (2 * total + QUERIES) * wide * sizeof(float));
+  long past = a.offset ? min(offset, a.window - 1) : 0;
+  bool in_place = wide == dim && sizeof(T) == sizeof(Key);
+  long copied = in_place ? 0 : past, rows = copied + a.length, row = round_up(past + a.length, W);
+  float* q = attention_scratch.take<float>(2 * rows * wide + QUERIES * (2 * wide + row));
+  float *y = q + QUERIES * wide, *scores = y + QUERIES * wide;
+  Key *keys = (Key*)(scores + QUERIES * row), *values = keys + rows * wide;
+  if (wide != dim) {
+    memset(q, 0, QUERIES * wide * sizeof(float));
+    memset((void*)keys, 0, 2 * rows * wide * sizeof(Key));
+  }
 
+  Span<Key> spans[3] = {};
+  int count = 0;
   T *ring_k = nullptr, *ring_v = nullptr;
   if (a.offset) {
     long base = (b * a.kv_heads + kv_head) * a.window * dim;
     ring_k = (T*)a.cache_k + base, ring_v = (T*)a.cache_v + base;
-    for (long j = 0; j < past; j++) {
-      long slot = (offset - past + j) % a.window;
-      widen(keys + j * wide, ring_k + slot * dim, dim);
-      widen(values + j * wide, ring_v + slot * dim, dim);
+    long oldest = (offset - past) % a.window, head = min(past, a.window - oldest);
+    if (in_place) {
+      spans[count++] = {(Key*)ring_k + oldest * dim, (Key*)ring_v + oldest * dim, 0, head};
+      spans[count++] = {(Key*)ring_k, (Key*)ring_v, head, past};
+    }
+    for (long j = 0; j < copied; j++) {
+      long slot = (oldest + j) % a.window;
+      convert(keys + j * wide, ring_k + slot * dim, dim);
+      convert(values + j * wide, ring_v + slot * dim, dim);
     }
   }
+  spans[count++] = {keys, values, past - copied, past + a.length};
+  Key *new_keys = keys + copied * wide, *new_values = values + copied * wide;
   const T* k = (const T*)a.k + b * a.k_batch + kv_head * a.k_head;
   const T* v = (const T*)a.v + b * a.v_batch + kv_head * a.v_head;
   angles += a.offset ? b * a.length * dim : 0;
   for (long t = 0; t < a.length; t++) {
-    float *key = keys + (past + t) * wide, *value = values + (past + t) * wide;
-    rotate(key, k + t * a.k_step, angles + t * dim, dim, a.interleaved);
-    widen(value, v + t * a.v_step, dim);
-    if (sizeof(T) == 2) {  // what the ring would give back
-      T* rounded = (T*)y;
-      narrow(rounded, key, dim);
-      widen(key, rounded, dim);
-    }
+    T* rounded = (T*)y;  // what the ring would give back
+    rotate(q, k + t * a.k_step, angles + t * dim, dim, a.interleaved);
+    convert(rounded, q, dim);
+    convert(new_keys + t * wide, rounded, dim);
+    convert(new_values + t * wide, v + t * a.v_step, dim);
   }
   float scale = 1.0f / sqrtf((float)dim);
   for (long h = kv_head * group; h < (kv_head + 1) * group; h++)
-    for (long t = 0; t < a.length; t += QUERIES) {
-      int count = (int)min(QUERIES, a.length - t);
+    for (long t = 0; t < a.length;) {
+      int queries = (int)min(QUERIES, a.length - t);
       const T* x = (const T*)a.q + b * a.q_batch + h * a.q_head + t * a.q_step;
-      for (int i = 0; i < count; i++) rotate(q + i * wide, x + i * a.q_step, angles + (t + i) * dim, dim, a.interleaved);
-      for (long d = 0; d < count * wide; d++) q[d] *= scale;
-      long begin = max(0, past + t - a.window + 1), end = past + t + count;
-      float inverse[QUERIES];
-      if (count == QUERIES)
-        scores_of<QUERIES>(scores, row, q, keys, wide, begin, end);
-      else
-        for (int i = 0; i < count; i++) scores_of<1>(scores + i * row, row, q + i * wide, keys, wide, begin, end);
-      for (int i = 0; i < count; i++) {
-        long last = past + t + i + 1;
-        inverse[i] = 1.0f / softmax(scores + i * row, begin, max(0, last - a.window), last, end);
+      for (int i = 0; i < queries; i++) rotate(q + i * wide, x + i * a.q_step, angles + (t + i) * dim, dim, a.interleaved);
+      for (long d = 0; d < queries * wide; d++) q[d] *= scale;
+      switch (queries) {
+        case 1: attend_queries<1>(y, q, scores, row, spans, count, wide, past + t, a.window); break;
+        case 2: attend_queries<2>(y, q, scores, row, spans, count, wide, past + t, a.window); break;
+        case 3: attend_queries<3>(y, q, scores, row, spans, count, wide, past + t, a.window); break;
+        default: attend_queries<QUERIES>(y, q, scores, row, spans, count, wide, past + t, a.window);
       }
-      if (count == QUERIES)
-        weigh_values<QUERIES>(y, scores, row, values, wide, begin, end);
-      else
-        for (int i = 0; i < count; i++) weigh_values<1>(y + i * wide, scores + i * row, row, values, wide, begin, end);
-      for (int i = 0; i < count; i++) {
-        for (long d = 0; d < wide; d++) y[i * wide + d] *= inverse[i];
-        narrow((T*)a.y + ((b * a.length + t + i) * a.heads + h) * dim, y + i * wide, dim);
-      }
+      for (int i = 0; i < queries; i++, t++) convert((T*)a.y + ((b * a.length + t) * a.heads + h) * dim, y + i * wide, dim);
     }
   if (a.offset && a.active[b])
     for (long t = max(0, a.length - a.window); t < a.length; t++) {
       long slot = (offset + t) % a.window;
-      narrow(ring_k + slot * dim, keys + (past + t) * wide, dim);
-      narrow(ring_v + slot * dim, values + (past + t) * wide, dim);
+      convert(ring_k + slot * dim, new_keys + t * wide, dim);
+      convert(ring_v + slot * dim, new_values + t * wide, dim);
     }
 }
 
@@ -180,10 +230,9 @@ void fill_angles(float* angles, const Attention& a, long t) {
 }
 
 void attend_head(const Attention& a, long b, long kv_head, const float* angles) {
-  if (a.dtype == F32)
-    attend<float>(a, b, kv_head, angles);
-  else
-    attend<bf16>(a, b, kv_head, angles);
+  if (a.dtype == F32) return attend<float, float>(a, b, kv_head, angles);
+  if (a.offset) return attend<bf16, bf16>(a, b, kv_head, angles);
+  attend<bf16, float>(a, b, kv_head, angles);
 }
 
 }  // namespace

@@ -107,6 +107,21 @@ INLINE float sum_lanes(vf x) {
 }
 #endif
 
+// Lane k: the sum of x[k]. Each step folds pairs of vectors, one half of the lanes onto the other.
+template <int N> INLINE vf sums_of_lanes(vf* x) {
+  if constexpr (N == 1) {
+    return x[0];
+  } else {
+    vi low, high;
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) low[i] = i / 2 + i % 2 * W, high[i] = low[i] + W / 2;
+#pragma GCC unroll 8
+    for (int k = 0; k < N / 2; k++)
+      x[k] = __builtin_shuffle(x[k], x[k + N / 2], low) + __builtin_shuffle(x[k], x[k + N / 2], high);
+    return sums_of_lanes<N / 2>(x);
+  }
+}
+
 // The larger, the smaller of a constant and x: x where it is NaN, which a comparison alone would drop
 #if defined(__AVX512F__)
 INLINE vf at_least(float bound, vf x) { return (vf)_mm512_max_ps((__m512)broadcast(bound), (__m512)x); }
