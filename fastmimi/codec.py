@@ -197,7 +197,9 @@ class Codec(nn.Module):
     @torch.no_grad()
     def quantize(self, latents: Tensor, num_codebooks: int | None = None) -> Tensor:
         """Latents [B, hidden_size, T] -> codes [B, K, T] int64."""
-        return _joined(self._coded(checks.latents(latents, self.config).to(self.dtype), self._count(num_codebooks)))
+        return tiles.joined(
+            self._coded(checks.latents(latents, self.config).to(self.dtype), self._count(num_codebooks))
+        )
 
     def straight_through(
         self, audio: Tensor, num_codebooks: int | None = None, **options: Any
@@ -234,7 +236,7 @@ class Codec(nn.Module):
             audio = checks.finite(torch.where(state.exec_mask[:, None, None], audio, 0))
             return self._encode_stream(*state.push(audio), state, count)
         if padding_mask is None:
-            return _joined(self._coded(self._encode_offline(checks.finite(audio), None, last_frame), count)), None
+            return tiles.joined(self._coded(self._encode_offline(checks.finite(audio), None, last_frame), count)), None
         ragged = self._ragged(padding_mask, audio)
         frames = ragged.frames(self.frame_size)
         audio = checks.finite(ragged.align(audio))
@@ -242,18 +244,17 @@ class Codec(nn.Module):
             latents = self._encode_offline(audio, ragged.lengths, last_frame)
         else:  # what is beyond a row's end would reach into it: rows of one length go together
             latents = ragged.by_length(audio, lambda rows: self._encode_offline(rows, None, last_frame), frames)
-        return _joined(self._coded(frames.restore(latents), count)), frames.mask
+        return tiles.joined(self._coded(frames.restore(latents), count)), frames.mask
 
     def _encode_offline(self, audio: Tensor, lengths: Tensor | None, last_frame: str) -> Tensor:
-        batch, _, samples = audio.shape
-        if last_frame == "waveform":
-            audio = nn.functional.pad(audio, (0, -samples % self.frame_size))
-            lengths = None  # zeros beyond a row's end are what the row alone would be padded with
+        whole = last_frame == "waveform"
+        if whole:  # zeros beyond a row's end are what the row alone would be padded with
+            lengths = None
         if audio.shape[-1] == 0:
-            return audio.new_empty(batch, self.config.hidden_size, 0)
-        if not self._in_tiles(audio, -(-samples // self.frame_size)):
-            return self._encode_step(audio, None, lengths)
-        return self._encode_tiles(audio, self._lane(batch, "encode"), lengths, None)
+            return audio.new_empty(len(audio), self.config.hidden_size, 0)
+        if not self._in_tiles(audio, -(-audio.shape[-1] // self.frame_size)):
+            return self._encode_step(tiles.filled(audio, self.frame_size) if whole else audio, None, lengths)
+        return self._encode_tiles(audio, self._lane(len(audio), "encode"), lengths, None, whole)
 
     def _encode_stream(
         self, audio: Tensor, frames: Tensor | None, state: StreamState, count: int | None
@@ -273,7 +274,7 @@ class Codec(nn.Module):
                     state.encode.active.copy_(valid[:, start])
                     run = audio[..., start * self.frame_size : stop * self.frame_size]
                     results.append(self._encode_tiles(run, state.encode, None, count))
-        return _joined(results, dim=-1), valid
+        return tiles.joined(results, dim=-1), valid
 
     def _step(self, direction: str, step: Step, x: Tensor, lane: Lane, *options: Any) -> list[Tensor]:
         """step(x, lane); on a CPU a short one may be a recorded program, for each of the options."""
@@ -282,19 +283,22 @@ class Codec(nn.Module):
             return step(x, lane)
         return self._programs[direction].step(self, self._ops(), step, x, lane, *options)
 
-    def _encode_tiles(self, audio: Tensor, lane: Lane, lengths: Tensor | None, count: int | None) -> Tensor:
+    def _encode_tiles(
+        self, audio: Tensor, lane: Lane, lengths: Tensor | None, count: int | None, whole: bool = True
+    ) -> Tensor:
         def step(part: Tensor, lane: Lane, inside: Tensor | None = None) -> list[Tensor]:
             return self._coded(self._encode_step(part, lane, inside), count)
 
         done, tile = [], self._tile(audio.shape[0]) * self.frame_size
         for start in range(0, audio.shape[-1], tile):
             part = audio[..., start : start + tile]
+            part = tiles.filled(part, self.frame_size) if whole else part
             if lengths is None:
                 parts = self._step("encode", step, part, lane, count)
             else:
                 parts = step(part, lane, (lengths - start).clamp(0, part.shape[-1]))
-            done.append(_joined(parts))
-        return _joined(done, dim=-1)
+            done.append(tiles.joined(parts))
+        return tiles.joined(done, dim=-1)
 
     # Codes to audio
 
@@ -394,7 +398,3 @@ class Codec(nn.Module):
             wanted, got = (x.shape[0], x.shape[-1]), tuple(padding_mask.shape)
             raise InputError(f"padding_mask must be {wanted} for an input of {tuple(x.shape)}, got {got}")
         return ragged
-
-
-def _joined(parts: list[Tensor], dim: int = 1) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -6,6 +6,10 @@ widest activation (5 MB in fp32) stays in a level-3 cache; the slow layers, whos
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
 from .config import CodecConfig
 from .programs import MOST_FRAMES
 
@@ -30,3 +34,14 @@ def most_frames_at_once(config: CodecConfig, batch: int, device: str) -> int:
     """Frames above which tiles or pieces are worth their state."""
     piece = positions_per_piece(config, batch, device)
     return frames_per_tile(config, batch, device) if piece is None else piece // config.latent_stride
+
+
+def filled(audio: Tensor, frame_size: int) -> Tensor:
+    """Audio [B, C, N], an incomplete last frame completed with zeros; a copy only then."""
+    missing = -audio.shape[-1] % frame_size
+    return pad(audio, (0, missing)) if missing else audio
+
+
+def joined(parts: list[Tensor], dim: int = 1) -> Tensor:
+    """One tensor of the parts; a copy only if there are several."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

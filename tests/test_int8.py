@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi import int8
+from fastmimi import dispatch, int8
 from fastmimi.kernels.cpu import _native, _pack
 from fastmimi.testing import STREAMABLE, assert_as_exact, noise, small_model
 
@@ -77,6 +77,21 @@ def test_every_variant_reads_integers(every_layer, packed, variant):
     with _native.using(variant):
         _as_exact_as_the_reference("ratios", num_filters=12, hidden_size=72, intermediate_size=200, upsample_groups=72)
     assert set(packed) <= {torch.int8, torch.float32} and packed.count(torch.int8) > packed.count(torch.float32)
+
+
+@needs_library
+@pytest.mark.parametrize("variant", _native.variants())
+def test_rows_of_any_size(variant):
+    """Each time step has its own scale: small ones beside large ones keep their digits; NaN stays where it is."""
+    conv, weight = dispatch.implementation("causal_conv1d", "cpu"), int8.round_to_grid(noise(37, 51, 1, scale=1.0))
+    sizes = torch.tensor([0.0, 1e-25, 1e-6, 1.0, 3e4, 1e25, torch.nan, 1.0, 2.0])
+    x = noise(1, 51, 9, scale=1.0) * sizes
+    with _native.using(variant):
+        y = conv(x, weight)[0]
+    truth = (weight[:, :, 0].double() @ x[0].double())[:, sizes.isfinite()]
+    assert y[:, sizes.isnan()].isnan().all()
+    errors = (y[:, sizes.isfinite()] - truth).abs().amax(0)
+    assert (errors <= 5e-7 * truth.abs().amax(0)).all()
 
 
 def _as_exact_as_the_reference(name, **changes):

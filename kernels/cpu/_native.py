@@ -21,7 +21,7 @@ VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")  # the best first
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 PAD_MODES = {"constant": 0, "replicate": 1, "reflect": 2}
 ACTIVATIONS = {"none": 0, "elu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "relu": 5, "tanh": 6}
-KINDS = {"full": 0, "half": 1, "int8": 2, "pairs": 3}  # of packed weights, native/gemm.h
+KINDS = {"full": 0, "half": 1, "int8": 2, "pairs": 3, "digits": 4}  # of packed weights, native/gemm.h
 
 pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 

@@ -43,9 +43,12 @@ def fits(name: str, state: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    if dtype != torch.bfloat16:
-        return "int8" if dtype == torch.int8 else "full"
-    return "pairs" if native().name == "avx512bf16" else "half"
+    multiplies = native().name == "avx512bf16"  # bf16 in pairs, bytes in fours
+    if dtype in (torch.int8, torch.uint8):
+        return "digits" if multiplies else "int8"
+    if dtype == torch.bfloat16:
+        return "pairs" if multiplies else "half"
+    return "full"
 
 
 def panels(
@@ -80,12 +83,17 @@ def packed_weight(
 
 
 def in_panels(weight: Tensor) -> Tensor:
-    """[outputs, taps, channels] -> [panels, taps, channels, outputs of a panel], zeros beyond the last output."""
-    width, group = native().outputs_per_panel, 2 if kind_of(weight.dtype) == "pairs" else 1
+    """[outputs, taps, channels] -> [panels, taps, channels / G, outputs of a panel, G], zeros beyond the last of each.
+
+    G is how many channels the kind multiplies at once. Digits' weights are stored with 128 added, as unsigned bytes.
+    """
+    width, kind = native().outputs_per_panel, kind_of(weight.dtype)
+    group = {"pairs": 2, "digits": 4}.get(kind, 1)
     _, taps, channels = weight.shape
     weight = F.pad(weight, (0, -channels % group, 0, 0, 0, -weight.shape[0] % width))
     weight = weight.view(-1, width, taps, weight.shape[2] // group, group)
-    return weight.permute(0, 2, 3, 1, 4).contiguous()
+    packed = weight.permute(0, 2, 3, 1, 4).contiguous()
+    return (packed.to(torch.int16) + 128).to(torch.uint8) if kind == "digits" else packed
 
 
 def in_row(values: Tensor) -> Tensor:

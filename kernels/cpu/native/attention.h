@@ -26,7 +26,8 @@ struct Attention {
 
 thread_local Arena attention_scratch;
 
-template <class T> void rotate(float* to, const T* x, const float* cosines, long dim, bool interleaved) {
+template <class T>
+void rotate(float* to, const T* x, const float* cosines, long dim, bool interleaved) {
   const float* sines = cosines + dim / 2;
   for (long i = 0; i < dim / 2; i++) {
     long left = interleaved ? 2 * i : i, right = interleaved ? 2 * i + 1 : i + dim / 2;
@@ -36,14 +37,16 @@ template <class T> void rotate(float* to, const T* x, const float* cosines, long
   }
 }
 
-template <class To, class From> void convert(To* to, const From* x, long count) {
+template <class To, class From>
+void convert(To* to, const From* x, long count) {
   long i = 0;
   for (; i + W <= count; i += W) store(to + i, load(x + i));
   if (i < count) store_some(to + i, load_some(x + i, count - i), count - i);
 }
 
 // Positions [from, to) of keys and values that lie one behind another, `wide` apart
-template <class T> struct Span {
+template <class T>
+struct Span {
   const T *keys, *values;
   long from, to;
 };
@@ -76,8 +79,8 @@ void scores_of(float* scores, long row, const float* q, const Span<T>& span, lon
 
 // y [COUNT, wide] = weights times values, V vectors of each row at a time, summed in order of position
 template <int COUNT, int V, class T>
-INLINE void weigh_columns(float* y, const float* weights, long row, const Span<T>* spans, int count, long wide, long first,
-                          long last) {
+INLINE void weigh_columns(float* y, const float* weights, long row, const Span<T>* spans, int count, long wide,
+                          long first, long last) {
   vf sum[COUNT][V] = {};
   for (const Span<T>* span = spans; span < spans + count; span++)
     for (long j = max(first, span->from); j < min(last, span->to); j++) {
@@ -95,7 +98,10 @@ INLINE void weigh_columns(float* y, const float* weights, long row, const Span<T
     for (int v = 0; v < V; v++) store(y + i * wide + v * W, sum[i][v]);
 }
 
-template <class T> Span<T> from_column(Span<T> span, long d) { return {span.keys, span.values + d, span.from, span.to}; }
+template <class T>
+Span<T> from_column(Span<T> span, long d) {
+  return {span.keys, span.values + d, span.from, span.to};
+}
 
 template <int COUNT, class T>
 void weigh_values(float* y, const float* weights, long row, const Span<T> (&spans)[3], int count, long wide, long first,
@@ -138,8 +144,8 @@ INLINE float softmax(float* scores, long begin, long first, long last, long end)
 
 // COUNT queries [COUNT, wide] in a row, the first at position `at` -> y, softmax(q k) v
 template <int COUNT, class T>
-void attend_queries(float* y, const float* q, float* scores, long row, const Span<T> (&spans)[3], int count, long wide, long at,
-                    long window) {
+void attend_queries(float* y, const float* q, float* scores, long row, const Span<T> (&spans)[3], int count, long wide,
+                    long at, long window) {
   long begin = max(0, at - window + 1), end = at + COUNT;
   for (int s = 0; s < count; s++) scores_of<COUNT>(scores, row, q, spans[s], wide, begin, end);
   float inverse[COUNT];
@@ -152,7 +158,8 @@ void attend_queries(float* y, const float* q, float* scores, long row, const Spa
 
 // One key/value head of one row, all queries that share it. Key: how keys and values are kept, T where the ring is read
 // as it lies, else fp32.
-template <class T, class Key> void attend(const Attention& a, long b, long kv_head, const float* angles) {
+template <class T, class Key>
+void attend(const Attention& a, long b, long kv_head, const float* angles) {
   long dim = a.dim, wide = round_up(dim, W), group = a.heads / a.kv_heads;
   long offset = a.offset ? a.offset[b] : 0;
   long past = a.offset ? min(offset, a.window - 1) : 0;
@@ -200,15 +207,24 @@ template <class T, class Key> void attend(const Attention& a, long b, long kv_he
     for (long t = 0; t < a.length;) {
       int queries = (int)min(QUERIES, a.length - t);
       const T* x = (const T*)a.q + b * a.q_batch + h * a.q_head + t * a.q_step;
-      for (int i = 0; i < queries; i++) rotate(q + i * wide, x + i * a.q_step, angles + (t + i) * dim, dim, a.interleaved);
+      for (int i = 0; i < queries; i++)
+        rotate(q + i * wide, x + i * a.q_step, angles + (t + i) * dim, dim, a.interleaved);
       for (long d = 0; d < queries * wide; d++) q[d] *= scale;
       switch (queries) {
-        case 1: attend_queries<1>(y, q, scores, row, spans, count, wide, past + t, a.window); break;
-        case 2: attend_queries<2>(y, q, scores, row, spans, count, wide, past + t, a.window); break;
-        case 3: attend_queries<3>(y, q, scores, row, spans, count, wide, past + t, a.window); break;
-        default: attend_queries<QUERIES>(y, q, scores, row, spans, count, wide, past + t, a.window);
+        case 1:
+          attend_queries<1>(y, q, scores, row, spans, count, wide, past + t, a.window);
+          break;
+        case 2:
+          attend_queries<2>(y, q, scores, row, spans, count, wide, past + t, a.window);
+          break;
+        case 3:
+          attend_queries<3>(y, q, scores, row, spans, count, wide, past + t, a.window);
+          break;
+        default:
+          attend_queries<QUERIES>(y, q, scores, row, spans, count, wide, past + t, a.window);
       }
-      for (int i = 0; i < queries; i++, t++) convert((T*)a.y + ((b * a.length + t) * a.heads + h) * dim, y + i * wide, dim);
+      for (int i = 0; i < queries; i++, t++)
+        convert((T*)a.y + ((b * a.length + t) * a.heads + h) * dim, y + i * wide, dim);
     }
   if (a.offset && a.active[b])
     for (long t = max(0, a.length - a.window); t < a.length; t++) {

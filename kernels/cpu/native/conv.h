@@ -13,7 +13,7 @@ enum PadMode { CONSTANT = 0, REPLICATE, REFLECT };
 constexpr size_t CHUNK_BYTES = 256 << 10;  // of a thread's scratch: a quarter of a 1 MB level-2 cache
 constexpr long LEAST_ROWS = 64;            // in a chunk, where there are so many: the weights are read once per chunk
 
-thread_local Arena own_scratch, shared_scratch, hidden_scratch;
+thread_local Arena own_scratch, shared_scratch, hidden_scratch, plain_scratch;
 
 struct Input {
   const void* x;  // [B, T, C], channels next to each other
@@ -64,15 +64,24 @@ void fill_row(T* to, const Input& in, long b, long i, int activation, long padde
 
 template <class T>
 void fill_rows(T* to, long pitch, long padded, const Input& in, long b, long first, long last, int activation) {
-  for (long i = first; i < last; i++, to += pitch)
-    if (in.dtype == F32)
-      fill_row<T, float>(to, in, b, i, activation, padded);
-    else
-      fill_row<T, bf16>(to, in, b, i, activation, padded);
+  if constexpr (sizeof(T) == 1) {  // by way of a row of fp32
+    float* row = plain_scratch.take<float>(padded);
+    for (long i = first; i < last; i++, to += pitch) {
+      fill_rows(row, padded, padded, in, b, i, i + 1, activation);
+      cut_into_digits(to, row, padded);
+    }
+  } else {
+    for (long i = first; i < last; i++, to += pitch)
+      if (in.dtype == F32)
+        fill_row<T, float>(to, in, b, i, activation, padded);
+      else
+        fill_row<T, bf16>(to, in, b, i, activation, padded);
+  }
 }
 
 // The last `left` samples before the next call, in the rows that are active
-template <class T> void advance_history(const Input& in) {
+template <class T>
+void advance_history(const Input& in) {
   for (long b = 0; b < in.batch; b++) {
     if (!in.active[b]) continue;
     const T* x = (const T*)in.x + b * in.batch_step;
@@ -109,7 +118,7 @@ template <class Kind>
 void conv_of(const Input& in, const Weights& w, Output out, long stride, long dilation, int pre, long out_length,
              long out_batch_step, long residual_batch_step, int threads) {
   typedef typename Kind::Row T;
-  long padded = round_up(in.channels, Kind::GROUP), pitch = pitch_of(padded, stride, sizeof(T));
+  long padded = round_up(in.channels, Kind::GROUP), pitch = pitch_of(Kind::row_of(padded), stride, sizeof(T));
   long panels = ceil_div(w.outputs, P), total = in.left + in.length + in.right;
   long reach = (w.taps - 1) * dilation + 1;
   auto output_of = [&](long b, long m) {
@@ -118,7 +127,8 @@ void conv_of(const Input& in, const Weights& w, Output out, long stride, long di
     if (o.tail) o.tail += b * (out_length - out.rows) * o.row;
     size_t size = o.dtype == F32 ? 4 : 2, residual_size = o.residual_dtype == F32 ? 4 : 2;
     o.y = (char*)o.y + (b * out_batch_step + m * o.row) * size;
-    if (o.residual) o.residual = (const char*)o.residual + (b * residual_batch_step + m * o.residual_row) * residual_size;
+    if (o.residual)
+      o.residual = (const char*)o.residual + (b * residual_batch_step + m * o.residual_row) * residual_size;
     return o;
   };
   double input_bytes = (double)in.batch * total * pitch * sizeof(T);
@@ -199,19 +209,23 @@ void depthwise_rows(const Input& in, const float* weight, const float* bias, Out
     }
 }
 
-// A residual unit in chunks of rows: ELU(x) and the hidden channels stay in a thread's scratch. Few rows go in chunks too.
+// A residual unit in chunks of rows: ELU(x) and the hidden channels stay in a thread's scratch. Few rows go in chunks
+// too.
 template <class Kind>
 void resblock_of(const Input& in, const Weights& w1, const Weights& w2, Output out, long dilation, long out_length,
                  long out_batch_step, long residual_batch_step, int threads) {
   typedef typename Kind::Row T;
-  constexpr int DTYPE = sizeof(T) == 4 ? F32 : BF16;
+  typedef typename Kind::Plain Plain;
+  constexpr int DTYPE = sizeof(Plain) == 4 ? F32 : BF16;
   long hidden = round_up(w1.outputs, Kind::GROUP), padded = round_up(in.channels, Kind::GROUP);
-  long pitch = pitch_of(padded, 1, sizeof(T)), hidden_pitch = pitch_of(hidden, 1, sizeof(T));
+  long pitch = pitch_of(Kind::row_of(padded), 1, sizeof(T)),
+       hidden_pitch = pitch_of(Kind::row_of(hidden), 1, sizeof(T));
+  long plain_pitch = Kind::CUT ? hidden : hidden_pitch;
   long reach = (w1.taps - 1) * dilation + 1;
   size_t size = out.dtype == F32 ? 4 : 2;
-  auto first_output = [&](T* h) {
+  auto first_output = [&](Plain* h) {
     Output o;
-    o.y = h, o.dtype = DTYPE, o.row = hidden_pitch, o.bias = w1.bias, o.dequantize = w1.dequantize, o.post = ELU;
+    o.y = h, o.dtype = DTYPE, o.row = plain_pitch, o.bias = w1.bias, o.dequantize = w1.dequantize, o.post = ELU;
     return o;
   };
   auto second_output = [&](long b, long m) {
@@ -224,8 +238,10 @@ void resblock_of(const Input& in, const Weights& w1, const Weights& w2, Output o
   if (in.batch * out_length < 16 * threads) {
     long total = in.left + in.length + in.right;
     T* scratch = shared_scratch.take<T>(in.batch * total * pitch);
-    T* h = hidden_scratch.take<T>(in.batch * out_length * hidden_pitch);
-    memset((void*)h, 0, in.batch * out_length * hidden_pitch * sizeof(T));
+    long rows = in.batch * out_length;
+    Plain* h = hidden_scratch.take<Plain>(rows * plain_pitch);
+    T* second = Kind::CUT ? own_scratch.take<T>(rows * hidden_pitch) : (T*)h;
+    memset((void*)h, 0, rows * plain_pitch * sizeof(Plain));
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
@@ -235,28 +251,36 @@ void resblock_of(const Input& in, const Weights& w1, const Weights& w2, Output o
       for (long panel = 0; panel < panels1; panel++)
         for (long b = 0; b < in.batch; b++)
           multiply_rows<Kind>(rows_of(scratch + b * total * pitch, pitch, 1, dilation, w1.taps, padded), out_length,
-                              w1.packed, panel, panel + 1, w1.outputs, first_output(h + b * out_length * hidden_pitch));
+                              w1.packed, panel, panel + 1, w1.outputs, first_output(h + b * out_length * plain_pitch));
+      if constexpr (Kind::CUT) {
+#pragma omp for
+        for (long i = 0; i < rows; i++) cut_into_digits(second + i * hidden_pitch, h + i * plain_pitch, hidden);
+      }
 #pragma omp for
       for (long panel = 0; panel < panels2; panel++)
         for (long b = 0; b < in.batch; b++)
-          multiply_rows<Kind>(rows_of(h + b * out_length * hidden_pitch, hidden_pitch, 1, 1, 1, hidden), out_length,
-                              w2.packed, panel, panel + 1, w2.outputs, second_output(b, 0));
+          multiply_rows<Kind>(rows_of(second + b * out_length * hidden_pitch, hidden_pitch, 1, 1, 1, hidden),
+                              out_length, w2.packed, panel, panel + 1, w2.outputs, second_output(b, 0));
     }
     return;
   }
-  long chunk = rows_per_chunk(out_length, (pitch + hidden_pitch) * sizeof(T), threads), chunks = ceil_div(out_length, chunk);
+  long chunk = rows_per_chunk(out_length, (pitch + hidden_pitch) * sizeof(T), threads),
+       chunks = ceil_div(out_length, chunk);
 #pragma omp parallel num_threads(threads)
   {
-    T* scratch = own_scratch.take<T>((chunk + reach) * pitch + chunk * hidden_pitch);
-    T* h = scratch + (chunk + reach) * pitch;
-    memset((void*)h, 0, chunk * hidden_pitch * sizeof(T));
+    T* scratch = own_scratch.take<T>((chunk + reach) * pitch + (Kind::CUT ? chunk * hidden_pitch : 0));
+    Plain* h = hidden_scratch.take<Plain>(chunk * plain_pitch);
+    T* second = Kind::CUT ? scratch + (chunk + reach) * pitch : (T*)h;
+    memset((void*)h, 0, chunk * plain_pitch * sizeof(Plain));
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < in.batch * chunks; i++) {
       long b = i / chunks, m = i % chunks * chunk, count = min(chunk, out_length - m);
       fill_rows(scratch, pitch, padded, in, b, m - in.left, m - in.left + count - 1 + reach, ELU);
       multiply_rows<Kind>(rows_of(scratch, pitch, 1, dilation, w1.taps, padded), count, w1.packed, 0, panels1,
                           w1.outputs, first_output(h));
-      multiply_rows<Kind>(rows_of(h, hidden_pitch, 1, 1, 1, hidden), count, w2.packed, 0, panels2, w2.outputs,
+      if constexpr (Kind::CUT)
+        for (long r = 0; r < count; r++) cut_into_digits(second + r * hidden_pitch, h + r * plain_pitch, hidden);
+      multiply_rows<Kind>(rows_of(second, hidden_pitch, 1, 1, 1, hidden), count, w2.packed, 0, panels2, w2.outputs,
                           second_output(b, m));
     }
   }

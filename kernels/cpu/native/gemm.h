@@ -2,44 +2,51 @@
 //
 //   y[m, n] = residual[m, n] + scale[n] * post( bias[n] + sum_{tap, c} rows[m, tap, c] * weight[n, tap, c] )
 //
-// Weights are packed in panels of P = 2 W outputs: [N / P, taps, C, P], zeros beyond N. `Rows` walks memory by steps, so
-// that a convolution over time-major input is this product without any copy of overlapping windows: row m begins
+// Weights are packed in panels of P = 2 W outputs: [N / P, taps, C, P], zeros beyond N. `Rows` walks memory by steps,
+// so that a convolution over time-major input is this product without any copy of overlapping windows: row m begins
 // `stride` time steps after row m - 1. The tile is R <= 8 rows by one panel, its sums stay in registers over all taps
 // and channels; a panel is used for all rows before the next one is begun.
 #pragma once
 #include <climits>
 
+#include "digits.h"
 #include "simd.h"
 
 namespace {
 
 constexpr int P = 2 * W;  // outputs in a panel
-constexpr int R = 8;      // rows in a tile
+constexpr int R = 8;      // rows in a tile, at most
 constexpr long MOST_DEPTH_OF_ONE = 1024;
 
-// How weights are stored, and what rows they multiply
-struct Full {  // fp32
-  typedef float Row;
-  typedef float Weight;
-  static constexpr long GROUP = 1;  // channels that one step of the inner loop takes
+template <class Row>
+struct PlainOf {
+  typedef Row Type;
 };
-struct Half {  // bf16, widened on the way
-  typedef float Row;
-  typedef bf16 Weight;
-  static constexpr long GROUP = 1;
-};
-struct Int8 {  // a scale for each output
-  typedef float Row;
-  typedef int8_t Weight;
-  static constexpr long GROUP = 1;
-};
-struct Pairs {  // bf16 times bf16, two channels at a time: [N / P, taps, C / 2, P, 2]
-  typedef bf16 Row;
-  typedef bf16 Weight;
-  static constexpr long GROUP = 2;
+template <>
+struct PlainOf<uint8_t> {
+  typedef float Type;
 };
 
-template <class T> struct Rows {
+// How weights are stored, and what rows they multiply
+template <class RowType, class WeightType, long CHANNELS, int MOST_ROWS>
+struct KindOf {
+  typedef RowType Row;
+  typedef WeightType Weight;
+  static constexpr long GROUP = CHANNELS;        // that one step of the inner loop takes
+  static constexpr int ROWS = MOST_ROWS;         // in a tile: as many as the registers hold sums of
+  static constexpr bool CUT = sizeof(Row) == 1;  // rows are written plain, and cut when they are whole
+  typedef typename PlainOf<Row>::Type Plain;
+  // elements of a row that has so many channels
+  static constexpr long row_of(long channels) { return CUT ? 3 * channels + (long)sizeof(Trailer) : channels; }
+};
+struct Full : KindOf<float, float, 1, R> {};
+struct Half : KindOf<float, bf16, 1, R> {};    // widened on the way
+struct Int8 : KindOf<float, int8_t, 1, R> {};  // widened on the way, a step for each output
+struct Pairs : KindOf<bf16, bf16, 2, R> {};    // bf16 times bf16, two channels at a time: [N / P, taps, C / 2, P, 2]
+struct Digits : KindOf<uint8_t, uint8_t, 4, 4> {};  // int8 and rows of digits: [N / P, taps, C / 4, P, 4]
+
+template <class T>
+struct Rows {
   const T* start;
   long row, tap;     // steps between rows and between taps, in elements
   long taps, depth;  // depth: channels, a multiple of GROUP
@@ -73,8 +80,8 @@ INLINE vf multiply_pairs(vf, const bf16*, const bf16*) { abort(); }  // the vari
 constexpr long BLOCK = 256;  // steps summed before they join the total: fp32's error grows with the length of a sum
 
 template <class Kind, int ROWS>
-INLINE void multiply_block(
-    const typename Kind::Row* row, long step, const typename Kind::Weight* b, long depth, vf (&sum)[ROWS][2]) {
+INLINE void multiply_block(const typename Kind::Row* row, long step, const typename Kind::Weight* b, long depth,
+                           vf (&sum)[ROWS][2]) {
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = (vf){};
   for (long c = 0; c < depth; c += Kind::GROUP, b += P * Kind::GROUP) {
@@ -98,23 +105,34 @@ INLINE void multiply_block(
 
 template <class Kind, int ROWS>
 INLINE void multiply(const Rows<typename Kind::Row>& a, const typename Kind::Weight* b, vf (&total)[ROWS][2]) {
-  bool begun = false;
-  for (long tap = 0; tap < a.taps; tap++)
-    for (long c = 0; c < a.depth; c += BLOCK) {
-      long depth = min(BLOCK, a.depth - c);
-      vf sum[ROWS][2];
-      multiply_block<Kind, ROWS>(a.start + tap * a.tap + c, a.row, b, depth, sum);
-      b += depth * P;
+  if constexpr (Kind::CUT) {
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++) total[r][0] = total[r][1] = (vf){};
+    for (long tap = 0; tap < a.taps; tap++, b += a.depth * P)
+      multiply_digits<ROWS>(a.start + tap * a.tap, a.row, b, a.depth, total);
+  } else {
+    bool begun = false;
+    for (long tap = 0; tap < a.taps; tap++)
+      for (long c = 0; c < a.depth; c += BLOCK) {
+        long depth = min(BLOCK, a.depth - c);
+        vf sum[ROWS][2];
+        multiply_block<Kind, ROWS>(a.start + tap * a.tap + c, a.row, b, depth, sum);
+        b += depth * P;
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) total[r][half] = begun ? total[r][half] + sum[r][half] : sum[r][half];
-      begun = true;
-    }
+          for (int half = 0; half < 2; half++) total[r][half] = begun ? total[r][half] + sum[r][half] : sum[r][half];
+        begun = true;
+      }
+  }
 }
 
-template <class T> INLINE vf load_up_to(const T* p, long count) { return count >= W ? load(p) : load_some(p, count); }
-template <class T> INLINE void store_up_to(T* p, vf x, long count) {
+template <class T>
+INLINE vf load_up_to(const T* p, long count) {
+  return count >= W ? load(p) : load_some(p, count);
+}
+template <class T>
+INLINE void store_up_to(T* p, vf x, long count) {
   if (count >= W)
     store(p, x);
   else
@@ -155,7 +173,8 @@ INLINE void finish_plainly(const vf (*sum)[2], long rows, const Output& out, lon
 
 // Outputs [n, n + P) of rows [m, m + rows), of `width` in all. Called once for each tile: kept out of the tiles, whose
 // inner loops are many, so that it is compiled once.
-__attribute__((noinline)) void finish_tile(const vf (*sum)[2], long rows, const Output& out, long m, long n, long width) {
+__attribute__((noinline)) void finish_tile(const vf (*sum)[2], long rows, const Output& out, long m, long n,
+                                           long width) {
   if (width - n >= P && out.bias && out.dtype == F32 && !out.scale && !out.dequantize && m + rows <= out.rows) {
     if (out.post == NONE && !out.residual) return finish_plainly<NONE, false>(sum, rows, out, m, n);
     if (out.post == ELU && !out.residual) return finish_plainly<ELU, false>(sum, rows, out, m, n);
@@ -183,8 +202,8 @@ __attribute__((noinline)) void multiply_by_one(Rows<float> a, long count, const 
 }
 
 template <class Kind, int ROWS>
-__attribute__((noinline)) void tile(
-    const Rows<typename Kind::Row>& a, const typename Kind::Weight* b, const Output& out, long m, long n, long width) {
+__attribute__((noinline)) void tile(const Rows<typename Kind::Row>& a, const typename Kind::Weight* b,
+                                    const Output& out, long m, long n, long width) {
   vf sum[ROWS][2];
   multiply<Kind, ROWS>(a, b, sum);
   finish_tile(sum, ROWS, out, m, n, width);
@@ -192,11 +211,12 @@ __attribute__((noinline)) void tile(
 
 // Rows [0, count) times panels [first, last), of `width` outputs in all
 template <class Kind>
-void multiply_rows(
-    Rows<typename Kind::Row> a, long count, const void* weights, long first, long last, long width, const Output& out) {
+void multiply_rows(Rows<typename Kind::Row> a, long count, const void* weights, long first, long last, long width,
+                   const Output& out) {
   typedef void Tile(const Rows<typename Kind::Row>&, const typename Kind::Weight*, const Output&, long, long, long);
-  static Tile* const tiles[] = {tile<Kind, 1>, tile<Kind, 2>, tile<Kind, 3>, tile<Kind, 4>,
-                                tile<Kind, 5>, tile<Kind, 6>, tile<Kind, 7>, tile<Kind, 8>};
+  constexpr int MOST = Kind::ROWS, FIVE = min(5, MOST), SIX = min(6, MOST), SEVEN = min(7, MOST);
+  static Tile* const tiles[] = {tile<Kind, 1>,    tile<Kind, 2>,   tile<Kind, 3>,     tile<Kind, 4>,
+                                tile<Kind, FIVE>, tile<Kind, SIX>, tile<Kind, SEVEN>, tile<Kind, MOST>};
   if constexpr (__is_same(Kind, Full)) {
     if (width == 1 && a.taps == 1 && a.depth % (2 * W) == 0 && a.depth <= MOST_DEPTH_OF_ONE)
       return multiply_by_one(a, count, (const float*)weights, out);
@@ -204,9 +224,9 @@ void multiply_rows(
   const typename Kind::Row* start = a.start;
   for (long panel = first; panel < last; panel++) {
     const auto* b = (const typename Kind::Weight*)weights + panel * a.taps * a.depth * P;
-    for (long m = 0; m < count; m += R) {
+    for (long m = 0; m < count; m += MOST) {
       a.start = start + m * a.row;
-      tiles[min(R, count - m) - 1](a, b, out, m, panel * P, width);
+      tiles[min(MOST, count - m) - 1](a, b, out, m, panel * P, width);
     }
   }
 }

@@ -10,7 +10,8 @@ extern "C" __attribute__((visibility("default"))) int can_run(const char* varian
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!strcmp(variant, "avx2")) return avx2;
   if (!strcmp(variant, "avx512")) return avx512;
-  if (!strcmp(variant, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (!strcmp(variant, "avx512bf16"))  // no processor has this and not the products of bytes
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
   return 0;
 }

@@ -1,5 +1,5 @@
-// rvq_decode: sums of entries. rvq_encode: the residual chain of searches. code = argmin |c|^2 - 2 r . c, in fp32, and where the two best are near,
-// the sum of squared differences in fp64 decides; the lower index wins a tie.
+// rvq_decode: sums of entries. rvq_encode: the residual chain of searches. code = argmin |c|^2 - 2 r . c, in fp32, and
+// where the two best are near, the sum of squared differences in fp64 decides; the lower index wins a tie.
 #pragma once
 #if defined(_OPENMP)
 #include <omp.h>
@@ -50,10 +50,11 @@ __attribute__((noinline)) void search(const float* residual, long dim, const flo
   }
 }
 
-void search_rows(const float* residual, long rows, long dim, const float* packed, const float* norms, long first, long last,
-                 Best* best) {
+void search_rows(const float* residual, long rows, long dim, const float* packed, const float* norms, long first,
+                 long last, Best* best) {
   typedef void Search(const float*, long, const float*, const float*, long, long, Best*);
-  static Search* const searches[] = {search<1>, search<2>, search<3>, search<4>, search<5>, search<6>, search<7>, search<8>};
+  static Search* const searches[] = {search<1>, search<2>, search<3>, search<4>,
+                                     search<5>, search<6>, search<7>, search<8>};
   for (long m = 0; m < rows; m++) best[m] = {{INFINITY, INFINITY}, {0, 0}};
   for (long m = 0; m < rows; m += R)
     searches[min(R, rows - m) - 1](residual + m * dim, dim, packed, norms, first, last, best + m);
@@ -108,7 +109,8 @@ void encode_rows(const T* x, long x_step, long rows, long dim, long levels, long
           const float* norm = norms + level * panels * P;
           search_rows(residual, count, dim, packed + level * panels * P * dim, norm, 0, panels, best);
           for (long i = 0; i < count; i++)
-            codes[level * rows + m + i] = settle(residual + i * dim, best[i], codebooks + level * size * dim, norm, dim);
+            codes[level * rows + m + i] =
+                settle(residual + i * dim, best[i], codebooks + level * size * dim, norm, dim);
         }
       }
     } else {  // few rows: each thread searches its share of the entries, and all keep the residuals
@@ -137,7 +139,7 @@ void encode_rows(const T* x, long x_step, long rows, long dim, long levels, long
 template <class T>
 void decode_rows(const int64_t* codes, long level_step, long row_step, const float* codebooks, long levels, long rows,
                  long size, long dim, T* y, int threads) {
-#pragma omp parallel for num_threads(rows * dim < 4096 ? 1 : threads)
+#pragma omp parallel for num_threads(rows* dim < 4096 ? 1 : threads)
   for (long m = 0; m < rows; m++)
     for (long d = 0; d < dim; d += W) {
       vf sum = (vf){};

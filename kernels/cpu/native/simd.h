@@ -1,8 +1,8 @@
 // Vectors of floats of the variant's width, conversions, and the elementwise functions. GCC's vector extensions: the
 // same source serves every variant, and the compiler picks the instructions.
 //
-// All of native/ has internal linkage but the entry points of variant.cpp: the variants are linked into one library, and
-// a function shared between them would be compiled for one of them only.
+// All of native/ has internal linkage but the entry points of variant.cpp: the variants are linked into one library,
+// and a function shared between them would be compiled for one of them only.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -40,7 +40,7 @@ struct bf16 {
   uint16_t bits;
 };
 
-INLINE long min(long a, long b) { return a < b ? a : b; }
+constexpr INLINE long min(long a, long b) { return a < b ? a : b; }
 INLINE long max(long a, long b) { return a > b ? a : b; }
 INLINE long ceil_div(long a, long b) { return (a + b - 1) / b; }
 INLINE long round_up(long a, long b) { return ceil_div(a, b) * b; }
@@ -61,9 +61,13 @@ INLINE float to_float(bf16 x) {
 
 INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const loose_vh*)p, vu) << 16); }
 #if defined(__AVX512F__)  // which GCC does not find on its own
-INLINE vf load(const int8_t* p) { return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+INLINE vf load(const int8_t* p) {
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 #elif defined(__AVX2__)
-INLINE vf load(const int8_t* p) { return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+INLINE vf load(const int8_t* p) {
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
 #else
 INLINE vf load(const int8_t* p) { return __builtin_convertvector(*(const loose_vb*)p, vf); }
 #endif
@@ -76,12 +80,14 @@ INLINE void store(bf16* p, vf x) {  // round to nearest even; a NaN stays one
 }
 
 // `count` < W elements
-template <class T> INLINE vf load_some(const T* p, long count) {
+template <class T>
+INLINE vf load_some(const T* p, long count) {
   T buffer[W] = {};
   memcpy((void*)buffer, p, count * sizeof(T));
   return load(buffer);
 }
-template <class T> INLINE void store_some(T* p, vf x, long count) {
+template <class T>
+INLINE void store_some(T* p, vf x, long count) {
   T buffer[W];
   store(buffer, x);
   memcpy((void*)p, buffer, count * sizeof(T));
@@ -108,7 +114,8 @@ INLINE float sum_lanes(vf x) {
 #endif
 
 // Lane k: the sum of x[k]. Each step folds pairs of vectors, one half of the lanes onto the other.
-template <int N> INLINE vf sums_of_lanes(vf* x) {
+template <int N>
+INLINE vf sums_of_lanes(vf* x) {
   if constexpr (N == 1) {
     return x[0];
   } else {
@@ -133,7 +140,8 @@ INLINE vf at_most(float bound, vf x) { return x > bound ? broadcast(bound) : x; 
 
 // ---- elementwise functions. Each lets a NaN through.
 
-template <int N> INLINE vf polynomial(const float (&c)[N], vf x) {
+template <int N>
+INLINE vf polynomial(const float (&c)[N], vf x) {
   vf y = broadcast(c[N - 1]);
 #pragma GCC unroll 8
   for (int i = N - 2; i >= 0; i--) y = y * x + c[i];
@@ -178,8 +186,10 @@ INLINE vf tanh(vf x) {
 }
 
 // |x| < 1: x P(x^2); beyond, 1 - exp(Q(|x|)). Both are minimax fits; 1.4e-7 is the largest error.
-constexpr float ERF_P[] = {1.128379166e+00f, -3.761262714e-01f, 1.128360018e-01f, -2.685444459e-02f, 5.189535343e-03f, -8.020841305e-04f, 7.889119606e-05f};
-constexpr float ERF_Q[] = {1.834514681e-04f, -1.129556868e+00f, -6.332625312e-01f, -1.083725738e-01f, 2.517903359e-02f, -4.193637789e-03f, 4.391122643e-04f, -2.149665814e-05f};
+constexpr float ERF_P[] = {1.128379166e+00f, -3.761262714e-01f, 1.128360018e-01f, -2.685444459e-02f,
+                           5.189535343e-03f, -8.020841305e-04f, 7.889119606e-05f};
+constexpr float ERF_Q[] = {1.834514681e-04f, -1.129556868e+00f, -6.332625312e-01f, -1.083725738e-01f,
+                           2.517903359e-02f, -4.193637789e-03f, 4.391122643e-04f,  -2.149665814e-05f};
 
 INLINE vf erf(vf x) {
   vf size = x < 0.0f ? -x : x, square = x * x;
@@ -190,12 +200,18 @@ INLINE vf erf(vf x) {
 
 INLINE vf activate(vf x, int activation) {
   switch (activation) {
-    case ELU: return elu(x);
-    case SILU: return x / (1.0f + exp(-x));
-    case GELU: return 0.5f * x * (1.0f + erf(x * 0.70710678118654752f));
-    case GELU_TANH: return 0.5f * x * (1.0f + tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    case RELU: return x < 0.0f ? (vf){} : x;
-    case TANH: return tanh(x);
+    case ELU:
+      return elu(x);
+    case SILU:
+      return x / (1.0f + exp(-x));
+    case GELU:
+      return 0.5f * x * (1.0f + erf(x * 0.70710678118654752f));
+    case GELU_TANH:
+      return 0.5f * x * (1.0f + tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    case RELU:
+      return x < 0.0f ? (vf){} : x;
+    case TANH:
+      return tanh(x);
   }
   return x;
 }
@@ -206,7 +222,8 @@ struct Arena {
   char* memory = nullptr;
   size_t size = 0;
   ~Arena() { free(memory); }
-  template <class T> T* take(size_t count) {
+  template <class T>
+  T* take(size_t count) {
     size_t bytes = round_up(count * sizeof(T) + 64, 4096);
     if (bytes > size) {
       free(memory);

@@ -9,15 +9,22 @@
 
 namespace {
 
-enum Kind { FULL = 0, HALF, INT8, PAIRS };
+enum Kind { FULL = 0, HALF, INT8, PAIRS, DIGITS };
 
-template <class Function> void with_kind(int kind, Function function) {
+template <class Function>
+void with_kind(int kind, Function function) {
   switch (kind) {
-    case FULL: return function(Full{});
-    case HALF: return function(Half{});
-    case INT8: return function(Int8{});
+    case FULL:
+      return function(Full{});
+    case HALF:
+      return function(Half{});
+    case INT8:
+      return function(Int8{});
 #if defined(__AVX512BF16__)
-    case PAIRS: return function(Pairs{});
+    case PAIRS:
+      return function(Pairs{});
+    case DIGITS:
+      return function(Digits{});
 #endif
   }
   abort();
@@ -30,7 +37,8 @@ ENTRY(outputs_per_panel)(long* count) { *count = P; }
 ENTRY(conv)(const Input& in, const Weights& weights, const Output& out, int kind, long stride, long dilation, int pre,
             long out_length, long out_batch_step, long residual_batch_step, int threads) {
   with_kind(kind, [&](auto k) {
-    conv_of<decltype(k)>(in, weights, out, stride, dilation, pre, out_length, out_batch_step, residual_batch_step, threads);
+    conv_of<decltype(k)>(in, weights, out, stride, dilation, pre, out_length, out_batch_step, residual_batch_step,
+                         threads);
   });
 }
 
@@ -41,8 +49,8 @@ ENTRY(resblock)(const Input& in, const Weights& w1, const Weights& w2, const Out
   });
 }
 
-ENTRY(depthwise)(const Input& in, const float* weight, const float* bias, const Output& out, long stride, long taps, int pre,
-                 long rows, int threads) {
+ENTRY(depthwise)(const Input& in, const float* weight, const float* bias, const Output& out, long stride, long taps,
+                 int pre, long rows, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (long i = 0; i < in.batch * rows; i++)
     if (in.dtype == F32)
@@ -64,8 +72,8 @@ ENTRY(overlap)(int dtype, void* y, float* tail, void* overlap, const bool* activ
     overlap_add((float*)y, tail, (float*)overlap, active, batch, samples, tail_samples, outputs, length, y_batch_step,
                 y_step, overlap_step);
   else
-    overlap_add((bf16*)y, tail, (bf16*)overlap, active, batch, samples, tail_samples, outputs, length, y_batch_step, y_step,
-                overlap_step);
+    overlap_add((bf16*)y, tail, (bf16*)overlap, active, batch, samples, tail_samples, outputs, length, y_batch_step,
+                y_step, overlap_step);
 }
 
 ENTRY(attention)(const Attention& a, int threads) {
@@ -89,8 +97,8 @@ ENTRY(layer)(const Layer& layer, int kind, int threads) {
   });
 }
 
-ENTRY(rvq_encode)(const void* x, int dtype, long x_step, long rows, long dim, long levels, long size, const float* codebooks,
-                  const float* packed, const float* norms, int64_t* codes, int threads) {
+ENTRY(rvq_encode)(const void* x, int dtype, long x_step, long rows, long dim, long levels, long size,
+                  const float* codebooks, const float* packed, const float* norms, int64_t* codes, int threads) {
   if (dtype == F32)
     encode_rows((const float*)x, x_step, rows, dim, levels, size, codebooks, packed, norms, codes, threads);
   else
@@ -115,33 +123,40 @@ ENTRY(run)(const Call* calls, long count) {
     const long* a = c->a;
     switch (c->entry) {
       case 0:
-        JOIN(conv, VARIANT)(*(const Input*)a[0], *(const Weights*)a[1], *(const Output*)a[2], a[3], a[4], a[5], a[6], a[7],
-                            a[8], a[9], a[10]);
+        JOIN(conv, VARIANT)(*(const Input*)a[0], *(const Weights*)a[1], *(const Output*)a[2], a[3], a[4], a[5], a[6],
+                            a[7], a[8], a[9], a[10]);
         break;
       case 1:
-        JOIN(resblock, VARIANT)(*(const Input*)a[0], *(const Weights*)a[1], *(const Weights*)a[2], *(const Output*)a[3], a[4],
-                                a[5], a[6], a[7], a[8], a[9]);
+        JOIN(resblock, VARIANT)(*(const Input*)a[0], *(const Weights*)a[1], *(const Weights*)a[2], *(const Output*)a[3],
+                                a[4], a[5], a[6], a[7], a[8], a[9]);
         break;
       case 2:
-        JOIN(depthwise, VARIANT)(*(const Input*)a[0], (const float*)a[1], (const float*)a[2], *(const Output*)a[3], a[4],
-                                 a[5], a[6], a[7], a[8]);
+        JOIN(depthwise, VARIANT)(*(const Input*)a[0], (const float*)a[1], (const float*)a[2], *(const Output*)a[3],
+                                 a[4], a[5], a[6], a[7], a[8]);
         break;
-      case 3: JOIN(advance, VARIANT)(*(const Input*)a[0]); break;
+      case 3:
+        JOIN(advance, VARIANT)(*(const Input*)a[0]);
+        break;
       case 4:
-        JOIN(overlap, VARIANT)(a[0], (void*)a[1], (float*)a[2], (void*)a[3], (const bool*)a[4], a[5], a[6], a[7], a[8], a[9],
-                               a[10], a[11], a[12]);
+        JOIN(overlap, VARIANT)(a[0], (void*)a[1], (float*)a[2], (void*)a[3], (const bool*)a[4], a[5], a[6], a[7], a[8],
+                               a[9], a[10], a[11], a[12]);
         break;
-      case 5: JOIN(attention, VARIANT)(*(const Attention*)a[0], a[1]); break;
-      case 6: JOIN(layer, VARIANT)(*(const Layer*)a[0], a[1], a[2]); break;
+      case 5:
+        JOIN(attention, VARIANT)(*(const Attention*)a[0], a[1]);
+        break;
+      case 6:
+        JOIN(layer, VARIANT)(*(const Layer*)a[0], a[1], a[2]);
+        break;
       case 7:
         JOIN(rvq_encode, VARIANT)((const void*)a[0], a[1], a[2], a[3], a[4], a[5], a[6], (const float*)a[7],
                                   (const float*)a[8], (const float*)a[9], (int64_t*)a[10], a[11]);
         break;
       case 8:
-        JOIN(rvq_decode, VARIANT)((const int64_t*)a[0], a[1], a[2], (const float*)a[3], a[4], a[5], a[6], a[7], (void*)a[8],
-                                  a[9], a[10]);
+        JOIN(rvq_decode, VARIANT)((const int64_t*)a[0], a[1], a[2], (const float*)a[3], a[4], a[5], a[6], a[7],
+                                  (void*)a[8], a[9], a[10]);
         break;
-      default: abort();
+      default:
+        abort();
     }
   }
 }
