@@ -18,7 +18,7 @@ import fastmimi
 
 CODEBOOKS = 8
 FRAME = 1920  # samples of 80 ms
-NAMES = ("fastmimi", "fastmimi bf16", "transformers", "moshi", "rustymimi")
+NAMES = ("fastmimi", "fastmimi bf16", "fastmimi int8", "transformers", "moshi", "rustymimi")
 
 
 @dataclass
@@ -42,15 +42,15 @@ def weights(folder: Path) -> Path:
 
 def load(name: str, folder: Path) -> Codec | None:
     """None where the peer is not installed."""
-    codecs = (_ours, _bf16, _transformers, _moshi, _rustymimi)
+    codecs = (_ours, _bf16, _int8, _transformers, _moshi, _rustymimi)
     try:
         return dict(zip(NAMES, codecs, strict=True))[name](folder)
     except ImportError:
         return None
 
 
-def _ours(folder: Path, dtype: torch.dtype = torch.float32) -> Codec:
-    mimi = fastmimi.load(folder, num_codebooks=CODEBOOKS, dtype=dtype)
+def _ours(folder: Path, dtype: torch.dtype = torch.float32, weights: str | None = None) -> Codec:
+    mimi = fastmimi.load(folder, num_codebooks=CODEBOOKS, dtype=dtype, weights=weights)
 
     @contextmanager
     def stream(batch: int) -> Iterator[Any]:
@@ -64,12 +64,16 @@ def _bf16(folder: Path) -> Codec:
     return _ours(folder, torch.bfloat16)
 
 
-def _transformers(folder: Path) -> Codec:
+def _int8(folder: Path) -> Codec:
+    return _ours(folder, weights="int8")
+
+
+def _transformers(folder: Path, dtype: torch.dtype = torch.float32) -> Codec:
     from transformers import MimiModel
 
-    model = MimiModel.from_pretrained(folder).eval()
+    model = MimiModel.from_pretrained(folder, dtype=dtype).eval()
     return Codec(
-        lambda x: model.encode(x, num_quantizers=CODEBOOKS).audio_codes,
+        lambda x: model.encode(x.to(dtype), num_quantizers=CODEBOOKS).audio_codes,
         lambda codes: model.decode(codes).audio_values,
         None,  # its decoder keeps no state
     )

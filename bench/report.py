@@ -1,9 +1,9 @@
 """`make bench-report`: the end-to-end benchmarks as data, a table and a picture in bench/results/.
 
-    python bench/report.py [pytest-benchmark's JSON]
+    python bench/report.py [pytest-benchmark's JSON, allocator as it is] [the same, told to keep its memory]
 
-Without an argument it runs them first, with the allocator as it is and then told to keep its memory. Beside the times
-stands what this machine can do at most, measured in the same minute: a product of matrices and a copy.
+Without arguments it runs them first (two times 10 minutes). Beside the times stand what this machine can do at most,
+measured in the same minute (a product of matrices and a copy), and how near bf16 and int8 stay to fp32.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
+from accuracy import accuracy
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": "268435456"}
 GFLOP = 5.3  # per second of audio, each way
+WEIGHTS_OF_A_FRAME = 0.188  # GB in fp32 that a frame of a stream reads, each way; 8 codebooks
 PACKAGES = ("torch", "transformers", "moshi", "rustymimi")
 
 
@@ -48,6 +53,7 @@ def ceilings() -> dict[str, float]:
     source = torch.ones(64 << 20)
     target = torch.empty_like(source)
     found["copy GB/s"] = 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
+    found["read GB/s"] = source.nbytes / best(source.amax) / 1e9
     return found
 
 
@@ -62,11 +68,24 @@ def run(environment: dict[str, str], output: Path) -> dict[str, Any]:
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per case: its name, our median in seconds, and the peers' as multiples of it."""
+    """A row per end-to-end case: its name, our median in seconds, and the peers' as multiples of it."""
     return [
-        {"case": bench["group"], **bench["extra_info"], "seconds": bench["stats"]["median"]}
+        {"case": bench["group"], **info, "seconds": info.get("own", bench["stats"]["median"])}
         for bench in result["benchmarks"]
+        if "ratios" in (info := bench["extra_info"])
     ]
+
+
+def of_floor(case: dict[str, Any], ceilings: dict[str, float]) -> str:
+    """What a case takes at least on this machine, as a percentage of what it took; "" where no floor is known."""
+    name = case["case"]
+    found = re.match(r"(encode|decode) (\d+) x (\d+) (s|min)$", name)
+    if found is not None:
+        audio = int(found[2]) * int(found[3]) * (60 if found[4] == "min" else 1)
+        return f"{audio * GFLOP / ceilings['fp32 GFLOP/s'] / case['seconds']:.0%}"
+    if name.startswith("stream, 1 x"):
+        return f"{WEIGHTS_OF_A_FRAME / ceilings['read GB/s'] / case['seconds']:.0%}"
+    return ""
 
 
 def commit() -> str:
@@ -98,12 +117,23 @@ def table(data: dict[str, Any]) -> str:
     ]
     for allocator, cases in data["allocators"].items():
         peers = sorted({name for case in cases for name in case["ratios"]})
-        text += ["", f"Allocator: {allocator}.", "", f"| case | fastmimi | {' | '.join(peers)} |"]
-        text += ["|---" * (len(peers) + 2) + "|"]
+        text += ["", f"Allocator: {allocator}.", "", f"| case | fastmimi | of the floor | {' | '.join(peers)} |"]
+        text += ["|---" * (len(peers) + 3) + "|"]
         for case in sorted(cases, key=lambda case: case["case"]):
             ratios = (f"{case['ratios'][name]:.2f}" if name in case["ratios"] else "-" for name in peers)
-            text.append(f"| {case['case']} | {case['seconds'] * 1e3:.1f} ms | {' | '.join(ratios)} |")
+            floor = of_floor(case, data["ceilings"])
+            text.append(f"| {case['case']} | {case['seconds'] * 1e3:.1f} ms | {floor} | {' | '.join(ratios)} |")
+        for case in cases:
+            if "MiB" in case:
+                taken = ", ".join(f"{name} {value:.0f} MiB" for name, value in case["MiB"].items())
+                text += ["", f"Memory of {case['case']} over the loaded model's: {taken}."]
+    text += ["", "How near to fp32, on random weights (encoding, and decoding the fp32 codes):", ""]
+    text += [f"- {name}: {', '.join(_told(values))}" for name, values in data["accuracy"].items()]
     return "\n".join(text) + "\n"
+
+
+def _told(values: dict[str, float]) -> list[str]:
+    return [f"{what} {value:.1f}" for what, value in values.items()]
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
@@ -136,15 +166,18 @@ def processor() -> str:
 
 
 def main(arguments: list[str]) -> None:
+    settings = {"as it is": {}, " ".join(f"{k}={v}" for k, v in TUNED.items()): TUNED}
     if arguments:
-        allocators = {"as it is": rows(json.loads(Path(arguments[0]).read_text()))}
+        taken = [rows(json.loads(Path(name).read_text())) for name in arguments]
     else:
         (ROOT / "out").mkdir(exist_ok=True)
-        settings = {"as it is": {}, " ".join(f"{k}={v}" for k, v in TUNED.items()): TUNED}
-        allocators = {name: rows(run(env, ROOT / "out" / "bench.json")) for name, env in settings.items()}
+        taken = [rows(run(env, ROOT / "out" / "bench.json")) for env in settings.values()]
+    allocators = dict(zip(settings, taken, strict=False))
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        near = accuracy(peers.weights(Path(folder)))
     data = {
         "processor": processor(), "threads": torch.get_num_threads(), "ceilings": ceilings(), "versions": versions(),
-        "commit": commit(), "allocators": allocators,
+        "commit": commit(), "allocators": allocators, "accuracy": near,
     }  # fmt: skip
     (RESULTS / "cpu.json").write_text(json.dumps(data, indent=1) + "\n")
     (RESULTS / "cpu.md").write_text(table(data))

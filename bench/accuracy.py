@@ -1,0 +1,48 @@
+"""How near cheaper numbers stay to fp32: codes that are the same, and the ratio of decoded audio to its error.
+
+    python bench/accuracy.py
+
+compares our bf16, our int8 weights and transformers' bf16 with fp32, on random weights, for noise and for speech.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import peers
+import torch
+from torch import Tensor
+
+from fastmimi.audio import probe, read_blocks
+from fastmimi.testing import noise
+
+CLIP = Path(__file__).parent.parent / "fastmimi" / "assets" / "198-209-0000.ogg"
+
+
+def speech() -> Tensor:
+    blocks = [torch.from_numpy(block[:, 0]) for block in read_blocks(probe(CLIP), 24_000)]
+    return torch.cat(blocks)[None, None, :240_000]
+
+
+def accuracy(folder: Path) -> dict[str, dict[str, float]]:
+    """For each codec and sound, the percentage of equal codes and the signal-to-error ratio in dB."""
+    plain = peers.load("fastmimi", folder)
+    others = {name: peers.load(name, folder) for name in ("fastmimi bf16", "fastmimi int8")}
+    if peers.load("transformers", folder) is not None:
+        others["transformers bf16"] = peers._transformers(folder, torch.bfloat16)
+    found: dict[str, dict[str, float]] = {name: {} for name in others}
+    for sound, audio in (("noise", noise(4, 1, 240_000, scale=0.1)), ("speech", speech())):
+        codes = plain.encode(audio)
+        truth = plain.decode(codes)
+        for name, codec in others.items():
+            found[name][f"{sound}: equal codes, %"] = (codec.encode(audio) == codes).float().mean().item() * 100
+            error = (codec.decode(codes).float() - truth).square().sum()
+            found[name][f"{sound}: audio, dB"] = (10 * torch.log10(truth.square().sum() / error)).item()
+    return found
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        for name, values in accuracy(peers.weights(Path(folder))).items():
+            print(f"{name:18}", ", ".join(f"{what} {value:.1f}" for what, value in values.items()))
