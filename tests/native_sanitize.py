@@ -15,11 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "kernels" / "cpu" / "native"
 FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-Wno-psabi"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 VARIANTS = {
     "portable": [],
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
+TESTS = [
+    "tests/test_native.py",
+    "tests/test_int8.py",
+    "tests/test_transformer_layer.py",
+    "tests/test_window_attention.py",
+]
 
 
 def main() -> None:
@@ -38,18 +47,8 @@ def main() -> None:
             "ASAN_OPTIONS": "detect_leaks=0",  # Python's and PyTorch's own
             "OMP_NUM_THREADS": "2",
         }
-        tests = ["tests/test_native.py", "tests/test_transformer_layer.py", "--native-library", str(library)]
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *tests,
-            "-k",
-            "not streams_in_threads",
-        ]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+        command += ["--native-library", str(library), "-k", "not streams_in_threads"]
         sys.exit(subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode)
 
 

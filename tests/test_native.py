@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi import dispatch
+from fastmimi import dispatch, int8
 from fastmimi.kernels.cpu import _native
 from fastmimi.ops import OPS
 from fastmimi.testing import assert_as_exact, assert_nearest, noise, small_model
@@ -104,6 +104,56 @@ def test_odd_addresses(variant):
             x.double(), weight.double(), bias.double(), **{**options, "residual": options["residual"].double()}
         )
         assert_as_exact(conv(x, weight, bias, **options), reference(x, weight, bias, **options), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 24, 64])
+def test_rings_are_read_around_their_end(variant, dim, dtype):
+    """Steps of all lengths against the whole, with heads that are whole vectors, whose ring is read where it lies."""
+    attention, window, sizes = (
+        dispatch.implementation("window_attention", "cpu"),
+        10,
+        [1, 3, 2, 7, 1, 15, 2, 9, 1, 1, 4],
+    )
+    q, k, v = (noise(2, 4, sum(sizes), dim, seed=i, scale=1.0).to(dtype) for i in range(3))
+    inv_freq = 1.0 / (10_000.0 ** (torch.arange(0, dim, 2) / dim))
+    rings = {f"cache_{kind}": torch.zeros(2, 4, window, dim, dtype=dtype) for kind in "kv"}
+    offset, parts = torch.zeros(2, dtype=torch.int64), []
+    for chunk in zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
+        active = torch.ones(2, dtype=torch.bool)
+        parts.append(attention(*chunk, inv_freq, window=window, offset=offset, active=active, **rings))
+        offset = offset + chunk[0].shape[2]
+    assert torch.equal(torch.cat(parts, dim=2), attention(q, k, v, inv_freq, window=window))
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_what_scratch_holds_from_before_is_not_seen(variant, kind):
+    """After an input of NaN, odd widths: what fills up the last group of channels is 0 times whatever was there."""
+    odd = {"hidden_size": 34, "intermediate_size": 51, "num_filters": 6, "upsample_groups": 34}
+    model = small_model(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, **odd)
+    if kind == "int8":
+        for module in model.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d)):
+                module.weight = torch.nn.Parameter(int8.round_to_grid(module.weight), requires_grad=False)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    model = model.to(dtype)
+    for frames in (1, 7):
+        audio, latents = noise(1, 1, frames * model.frame_size).to(dtype), noise(1, 34, frames).to(dtype)
+        first = model.encode_to_latent(audio), model.decode_latent(latents)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastmimi.checks.finite", lambda x: x)
+            for longer in (0, 1, 2, 5):  # lays the scratch out otherwise
+                nothing = torch.full((1, 1, (frames + longer) * model.frame_size), torch.nan, dtype=dtype)
+                assert model.encode_to_latent(nothing).isnan().all()
+                model.decode_latent(torch.full((1, 34, frames + longer), torch.nan, dtype=dtype))
+        again = model.encode_to_latent(audio), model.decode_latent(latents)
+        assert all(map(torch.equal, first, again))
+
+
+def test_rows_of_a_wider_tensor_are_searched(variant):
+    wide, codebooks = noise(20, 40, seed=1), noise(3, 64, 16, seed=2)
+    search = dispatch.implementation("rvq_encode", "cpu")
+    assert torch.equal(search(wide[:, 5:21], codebooks), search(wide[:, 5:21].contiguous(), codebooks))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
