@@ -21,9 +21,11 @@ def round_weights(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)) and module.weight.numel() >= LEAST_WEIGHTS:
-            channel = 1 if isinstance(module, nn.ConvTranspose1d) else 0
-            weight = round_to_grid(module.weight.detach(), channel)
-            module.weight = nn.Parameter(weight, module.weight.requires_grad)
+            transposed = isinstance(module, nn.ConvTranspose1d)
+            grouped = transposed and getattr(module, "groups", 1) > 1  # output channels are not one dimension
+            if not grouped:
+                weight = round_to_grid(module.weight.detach().float(), channel=1 if transposed else 0)
+                module.weight = nn.Parameter(weight, module.weight.requires_grad)
 
 
 def round_to_grid(weight: Tensor, channel: int = 0) -> Tensor:

@@ -52,9 +52,9 @@ def _tensors(lane: Lane) -> list[Tensor]:
 
 
 def _another(x: Tensor) -> Tensor:
-    """An input of the shape, valid where x is: audio, latents, or codes of which every other is another one."""
+    """An input of the shape, valid where x is: noise, or codes that all differ. Codes that are all 0 stay."""
     if x.is_floating_point():
-        return torch.empty_like(x).uniform_(-0.1, 0.1)
+        return torch.empty_like(x).uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(0))
     return torch.where(x > 0, x - 1, x.max())
 
 
@@ -70,11 +70,13 @@ class Programs:
         self._seen: dict[Key, int] = {}
         self._idle: dict[Key, list[tuple[Any, int]]] = {}  # programs that no thread is running, and their positions
         self._not_before: dict[Key, int] = {}  # steps of shapes that could not be recorded
+        self._modules: list[Any] = []
         self._hooks: list[dict[Any, Any]] = []
         self._owners: list[dict[str, Any]] = []  # of modules, parameters and buffers
         self._owned: list[Any] = []  # what they held when it was remembered
         self._tensors: list[Tensor] = []  # among those
         self._states: list[tuple[int, int]] = []
+        self._modes: list[bool] = []  # of the modules: training or not
         self._generation = -1
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -87,7 +89,7 @@ class Programs:
         """
         if torch.compiler.is_compiling():
             return step(x, lane)
-        state = [(tensor.shape, tensor.dtype) for tensor in lane.buffers.values()]
+        state = [(tensor.shape, tensor.dtype, tensor.is_contiguous()) for tensor in lane.buffers.values()]
         key = (*options, ops, x.shape, x.dtype, *state, torch.get_num_threads())
         count = self._seen[key] = self._seen.get(key, 0) + 1
         if count <= max(AFTER, self._not_before.get(key, 0)):
@@ -102,7 +104,10 @@ class Programs:
         try:
             program, positions = idle.pop()
         except IndexError:  # none yet, or all are running in other threads
-            recorded = self._record(dispatch.recorder(ops), step, x, lane)
+            other = _another(x)
+            if torch.equal(other, x):
+                return step(x, lane)
+            recorded = self._record(dispatch.recorder(ops), step, x, other, lane)
             if recorded is None:
                 self._not_before[key] = count + PAUSE
                 return step(x, lane)
@@ -112,17 +117,17 @@ class Programs:
         lane.advance(positions)
         return y
 
-    def _record(self, recorder: Any, step: Step, x: Tensor, lane: Lane) -> tuple[Any, int] | None:
-        """A program that gives what the model gives, with its positions; None where there is none."""
+    def _record(self, recorder: Any, step: Step, x: Tensor, other: Tensor, lane: Lane) -> tuple[Any, int] | None:
+        """A program that gives what the model gives, with its positions; None where there is none.
+
+        Recorded on another input than x, so that what is not in the program is noticed on x.
+        """
         if recorder is None or any(t.is_inference() for t in self._tensors):  # whose edits nobody counts
             return None
         with torch.inference_mode(False), torch.no_grad():
-            drawn = _another(x)  # what is not in the program is to be noticed
-            if torch.equal(drawn, x):
-                return None
             scratch, mine, theirs = _Scratch(lane), _Scratch(lane), _Scratch(lane)
             try:
-                program = recorder.Program(lambda x: step(x, scratch), drawn, _tensors(scratch))
+                program = recorder.Program(lambda x: step(x, scratch), other, _tensors(scratch))
             except recorder.NotRecordable:
                 return None
             y, truth = program.run(x, _tensors(mine)), step(x, theirs)
@@ -132,24 +137,28 @@ class Programs:
 
     def _remember(self, model: Any) -> None:
         parts = [part for part in (*model._parts(self.direction), model.quantizer) if part is not None]
-        modules = [module for part in parts for module in part.modules()]
+        self._modules = modules = [module for part in parts for module in part.modules()]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         owners = [held for m in modules for held in (m._modules, m._parameters, m._buffers)]
         self._owners = [model._modules, *filter(None, owners)]
         self._owned = self._owned_now()
         self._tensors = [x for x in self._owned if isinstance(x, Tensor)]
-        self._states = self._states_now()
+        self._states, self._modes = self._states_now(), self._modes_now()
         self._generation = memory.generation()
 
     def _current(self) -> bool:
         """Whether all modules and weights are those that were remembered, as far as PyTorch counts edits."""
         owned = self._owned_now()
         same = len(owned) == len(self._owned) and all(map(is_, owned, self._owned))
-        return same and self._generation == memory.generation() and self._states_now() == self._states
+        same = same and self._generation == memory.generation() and self._modes_now() == self._modes
+        return same and self._states_now() == self._states
 
     def _owned_now(self) -> list[Any]:
         """All modules, parameters and buffers, in order. At every step: so without a loop of Python's."""
         return [*chain.from_iterable(map(dict.values, self._owners))]
+
+    def _modes_now(self) -> list[bool]:
+        return [module.training for module in self._modules]
 
     def _states_now(self) -> list[tuple[int, int]]:
         return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self._tensors]

@@ -83,11 +83,12 @@ class ResidualQuantizer(nn.Module):
         Computed once, and again after any change of the running sums; until then the same tensor each time, so that
         kernels may keep what they derive from it. Edits through `.data` count no version and are not seen.
         """
-        books: list[Any] = [level.codebook for level in self.layers][:levels]
+        books: list[Any] = [level.codebook for level in self.layers]
         if torch.compiler.is_compiling():  # tracing sees no versions
-            return torch.stack([centroids(book.embed_sum, book.cluster_usage) for book in books])
+            return torch.stack([centroids(book.embed_sum, book.cluster_usage) for book in books[:levels]])
         sums = tuple(t for book in books for t in (book.embed_sum, book.cluster_usage))
-        return memory.packed(sums, f"centroids of {len(books)} levels", _centroids)
+        whole = memory.packed(sums, "centroids", _centroids)
+        return memory.packed(whole, f"first {levels} levels", lambda books: books[:levels])
 
     def project(self, latents: Tensor, call: Call) -> Tensor:
         """[B, hidden, T] -> [B, D, T]."""

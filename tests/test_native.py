@@ -58,8 +58,12 @@ def test_variants_compute_functions_to_rounding(variant, function):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_the_number_of_threads_changes_nothing(variant, threads):
+@pytest.mark.parametrize("on_grid", [False, True])
+def test_the_number_of_threads_changes_nothing(variant, threads, on_grid, monkeypatch):
     model = small_model(num_hidden_layers=1)
+    monkeypatch.setattr(int8, "LEAST_WEIGHTS", 1)
+    if on_grid:
+        int8.round_weights(model)
     audio = noise(2, 1, 3 * model.frame_size + 11)
     codes = model.encode(audio)
     sound, before = model.decode(codes), torch.get_num_threads()
@@ -223,6 +227,10 @@ def test_what_does_not_fit_is_refused():
         ops["rvq_encode"](noise(3, 4).double(), codebooks.double())
     with pytest.raises(IndexError, match=r"codes must lie in \[0, 8\), got 0 to 8"):
         ops["rvq_decode"](torch.tensor([[0], [8]]), codebooks)
+    with pytest.raises(ValueError, match="codes of 3 levels need as many codebooks, got 2"):
+        ops["rvq_decode"](torch.zeros(3, 2, dtype=torch.int64), codebooks)
+    with pytest.raises(ValueError, match=r"x must be \[N, 4\] as the codebooks' entries, got \(5, 3\)"):
+        ops["rvq_encode"](noise(5, 3), codebooks)
     with pytest.raises(ValueError, match="q, k and v do not fit"):
         ops["window_attention"](noise(1, 6, 3, 8), noise(1, 4, 3, 8), noise(1, 4, 3, 8), noise(4), window=3)
 

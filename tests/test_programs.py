@@ -91,36 +91,77 @@ def test_masked_and_reset_rows():
     assert programs(models[0]) == 2
 
 
-def test_edits_of_weights_and_modules_count():
+def edit_a_weight(model):
+    model.encoder.layers["0"].conv.weight.mul_(0.5)
+
+
+def replace_a_weight(model):
+    mlp = model.decoder_transformer.layers[0].mlp
+    mlp.fc1.weight = torch.nn.Parameter(mlp.fc1.weight.detach() * 0.5)
+
+
+def replace_a_module(model):
+    model.encoder.layers["0"] = copy.deepcopy(model.encoder.layers["0"])
+    model.encoder.layers["0"].conv.bias.add_(0.1)
+
+
+def replace_a_half(model):
+    model.decoder = copy.deepcopy(model.decoder)
+    model.decoder.layers["0"].conv.bias.add_(0.1)
+
+
+def edit_a_codebook(model):
+    model.quantizer.acoustic_residual_vector_quantizer.layers[1].codebook.embed_sum.mul_(-1)
+
+
+def edit_a_projection(model):
+    model.quantizer.acoustic_residual_vector_quantizer.output_proj.weight.mul_(0.5)
+
+
+def fewer_codebooks(model):
+    model.num_codebooks = 3
+
+
+EDITS = [
+    edit_a_weight, replace_a_weight, replace_a_module, replace_a_half, edit_a_codebook, edit_a_projection,
+    fewer_codebooks,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_count(edit):
+    had = []
+
     def before(i, model, state):
-        with torch.no_grad():
-            if i == 2 * AFTER:
-                model.encoder.layers["0"].conv.weight.mul_(0.5)
-            if i == 2 * AFTER + 1:
-                model.decoder_transformer.layers[0].mlp.fc1.weight = torch.nn.Parameter(
-                    model.decoder_transformer.layers[0].mlp.fc1.weight.detach() * 0.5
-                )
-            if i == 2 * AFTER + 2:
-                model.encoder.layers["0"] = copy.deepcopy(model.encoder.layers["0"])
-                model.encoder.layers["0"].conv.bias.add_(0.1)
-
-    models = pair()
-    assert_equal(stream(models, before=before))
-
-
-def test_the_quantizer_is_in_the_program_and_its_edits_count():
-    def before(i, model, state):
-        acoustic = model.quantizer.acoustic_residual_vector_quantizer
-        if i == 2 * AFTER:
-            acoustic.layers[1].codebook.embed_sum.mul_(-1)
-        if i == 2 * AFTER + 1:
-            acoustic.output_proj.weight.mul_(0.5)
         if i == FRAMES - 2:
-            model.num_codebooks = 3
+            had.append(programs(model) if model is models[0] else 0)
+            with torch.no_grad():
+                edit(model)
 
     models = pair()
-    assert_equal(stream(models, before=before))
-    assert programs(models[0]) == 2
+    results = stream(models, before=before)
+    assert_equal(results)
+    assert had == [2, 0]
+    unedited = stream(pair())
+    assert not all(map(torch.equal, results[0][-4:], unedited[0][-4:])), "the edit changes nothing"
+
+
+def test_training_mode_counts():
+    """Dropout draws: nothing to compare with, but it must not be the recorded step without it."""
+    model = small_model(attention_dropout=0.5)
+    state, audio = model.new_state(1), noise(1, 1, model.frame_size, scale=1.0)
+    latents = [model.encode_to_latent(audio, state=state.clone()) for _ in range(3 * AFTER)]
+    assert programs(model) == 1 and torch.equal(latents[0], latents[-1])
+    model.train()
+    drawn = [model.encode_to_latent(audio, state=state.clone()) for _ in range(3 * AFTER)]
+    assert not torch.equal(drawn[-1], latents[0]) and not torch.equal(drawn[-1], drawn[-2])
+
+
+def test_recording_draws_nothing_from_the_global_generator():
+    before = torch.random.get_rng_state()
+    models = pair()
+    stream(models)
+    assert programs(models[0]) == 2 and torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_codes_that_are_all_the_same():
@@ -128,10 +169,10 @@ def test_codes_that_are_all_the_same():
     models = pair()
     states = [model.new_state(1) for model in models]
     for i in range(4 * AFTER):
-        codes = torch.full((1, 6, 1), 0 if i < 3 * AFTER else i)
+        codes = torch.full((1, 6, 1), 0 if i < 4 * AFTER - 2 else i)
         mine, plain = (model.decode(codes, state=state) for model, state in zip(models, states, strict=True))
         assert torch.equal(mine, plain)
-    assert not programs(models[0])
+        assert programs(models[0]) == (i >= 4 * AFTER - 2)
 
 
 def test_another_choice_of_kernels_is_not_a_program():

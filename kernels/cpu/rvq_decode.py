@@ -19,6 +19,8 @@ def rvq_decode(codes: Tensor, codebooks: Tensor, *, dtype: torch.dtype | None = 
         raise TypeError(f"the sum is of float32 to float32 or bfloat16, got {codebooks.dtype} to {y.dtype}")
     if codes.dtype != torch.int64:
         raise TypeError(f"codes must be int64, got {codes.dtype}")
+    if levels > len(codebooks):
+        raise ValueError(f"codes of {levels} levels need as many codebooks, got {len(codebooks)}")
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
         raise IndexError(f"codes must lie in [0, {size}), got {int(codes.min())} to {int(codes.max())}")
     codebooks = codebooks.contiguous()

@@ -20,6 +20,8 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
         raise TypeError(f"the search is fp32, got {x.dtype} and codebooks of {codebooks.dtype}")
     codebooks = codebooks.contiguous()
     levels, size, dim = codebooks.shape
+    if x.shape[1] != dim:
+        raise ValueError(f"x must be [N, {dim}] as the codebooks' entries, got {tuple(x.shape)}")
     width = native().outputs_per_panel
     x = x if x.stride(1) == 1 else x.contiguous()
     codes = torch.empty(levels, len(x), dtype=torch.int64)
