@@ -18,3 +18,6 @@ def test_every_launch_compiles_without_spills():
     run = subprocess.run([sys.executable, REPORT, "sm_90"], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "0 faults" in run.stdout
+    table = REPORT.with_name("results") / "kernels.md"
+    rows = sum(line.startswith("| ") and "_kernel |" in line for line in table.read_text().splitlines())
+    assert f"{rows} kernels compiled" in run.stdout, "make kernels-report: launches have come or gone"
