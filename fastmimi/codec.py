@@ -30,7 +30,7 @@ class Codec(nn.Module):
 
     Args:
         config: the architecture.
-        impl: which implementation runs each op: "auto", "reference", "triton", "cpu", or a dict per op.
+        impl: which implementation runs each op: "auto", "reference", "triton", "cpu", "onednn", or a dict per op.
         num_codebooks: codebooks that `encode` yields; by default all of them.
     """
 

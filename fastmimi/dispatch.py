@@ -22,6 +22,7 @@ from .ops import OPS, Ops
 CANDIDATES = {
     "triton": "fastmimi.kernels.triton",
     "cpu": "fastmimi.kernels.cpu",
+    "onednn": "fastmimi.kernels.onednn",
     "reference": "fastmimi.reference",
 }
 # Ops whose reference is written in terms of another: a room without a kernel for one runs that, with its kernel of the
@@ -122,13 +123,13 @@ def _wanted(op: str, impl: Impl) -> str:
 
 def _choose(op: str, target: Target, wanted: str) -> Choice:
     if wanted != "auto":
-        sentence = _why_not(wanted, op, target)
+        sentence = why_not(wanted, op, target)
         if sentence is not None:
             raise InputError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
         return Choice(op, wanted, "asked for by impl=", ())
     passed_over: list[tuple[str, str]] = []
     for name in CANDIDATES:
-        sentence = _why_not(name, op, target)
+        sentence = why_not(name, op, target)
         if sentence is None and name == "triton" and target.device == "cpu":
             sentence = "Triton's interpreter is for tests; it runs if asked for by impl="
         if sentence is None:
@@ -138,7 +139,7 @@ def _choose(op: str, target: Target, wanted: str) -> Choice:
     raise AssertionError("the reference runs everywhere")
 
 
-def _why_not(candidate: str, op: str, target: Target) -> str | None:
+def why_not(candidate: str, op: str, target: Target) -> str | None:
     """None if the candidate can run the op on the target, else one sentence."""
     if candidate == "reference":
         return None

@@ -50,7 +50,7 @@ def load(
         source: a directory or `.safetensors` file of transformers' or Kyutai's, a hub id ("kyutai/mimi"), or
             "random[:seed]", a Mimi with random weights.
         device, dtype: where and in what precision it runs; codebooks and their search stay fp32.
-        impl: "auto", "reference", "triton", "cpu", or a dict per op.
+        impl: "auto", "reference", "triton", "cpu", "onednn", or a dict per op.
         num_codebooks: codebooks that `encode` yields, by default all of the model's (32 for kyutai/mimi).
         weights: "int8" rounds those of the large layers to 255 levels for each output channel (int8.py), which changes
             the codes somewhat; on a CPU, streams then read a quarter of the bytes.

@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"{item.name} {reason}"))
 
 
-@pytest.fixture(params=["reference", "cpu", pytest.param("triton", marks=pytest.mark.kernels)])
+@pytest.fixture(params=["reference", "cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)])
 def op(request: pytest.FixtureRequest) -> Iterator[Callable[..., torch.Tensor]]:
     """The op that the test's file is named after, by each implementation; tensors are made where that runs.
 
@@ -62,19 +62,19 @@ def op(request: pytest.FixtureRequest) -> Iterator[Callable[..., torch.Tensor]]:
     on_gpu = request.param == "triton" and torch.cuda.is_available()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
     with torch.device("cuda" if on_gpu else "cpu"):
-        op = implementation(request.module.__name__.rpartition("test_")[2], request.param)
-        yield _where_it_runs(op) if request.param == "cpu" else op
+        name = request.module.__name__.rpartition("test_")[2]
+        op = implementation(name, request.param)
+        yield _where_it_runs(op, name, request.param) if request.param in ("cpu", "onednn") else op
     torch.use_deterministic_algorithms(False)
 
 
-def _where_it_runs(op: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A CPU kernel, whose tests in dtypes that it does not compute are skipped with its own sentence."""
-    from fastmimi.dispatch import Target
-    from fastmimi.kernels.cpu._native import unsupported
+def _where_it_runs(op: Callable[..., torch.Tensor], name: str, candidate: str) -> Callable[..., torch.Tensor]:
+    """A CPU implementation, whose tests in dtypes that it does not compute are skipped with its own sentence."""
+    from fastmimi.dispatch import Target, why_not
 
     def call(*inputs: torch.Tensor, **options: object) -> torch.Tensor:
         first = next(t for t in inputs if t.is_floating_point())
-        if (why := unsupported(Target("cpu", first.dtype))) is not None:
+        if (why := why_not(candidate, name, Target("cpu", first.dtype))) is not None:
             pytest.skip(why)
         return op(*inputs, **options)
 

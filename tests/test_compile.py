@@ -6,7 +6,7 @@ import torch
 import fastmimi
 from fastmimi.testing import SMALL, noise, relative_error, small_model
 
-IMPLS = ["reference", "cpu", pytest.param("triton", marks=pytest.mark.kernels)]
+IMPLS = ["reference", "cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)]
 
 
 def on(impl, **changes):

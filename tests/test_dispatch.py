@@ -28,7 +28,7 @@ def test_a_kernel_that_cannot_run_is_an_error_with_its_sentence(monkeypatch):
     def why_not(candidate, op, target):
         return None if candidate == "reference" else "it is Sunday"
 
-    monkeypatch.setattr(dispatch, "_why_not", why_not)
+    monkeypatch.setattr(dispatch, "why_not", why_not)
     with pytest.raises(fastmimi.InputError, match="asked to run as 'triton', which it cannot: it is Sun"):
         dispatch.explain("cpu", torch.float32, {"rvq_encode": "triton"})
 
@@ -37,9 +37,28 @@ def test_auto_takes_the_first_that_can_and_records_the_others(monkeypatch):
     def why_not(candidate, op, target):
         return "not today" if candidate == "triton" else None
 
-    monkeypatch.setattr(dispatch, "_why_not", why_not)
+    monkeypatch.setattr(dispatch, "why_not", why_not)
     row = dispatch.explain("cpu", torch.float32)[0]
     assert row.chosen == "cpu" and row.passed_over == (("triton", "not today"),)
+
+
+def test_without_the_native_library_onednn_runs(monkeypatch):
+    from fastmimi.kernels.cpu import _native
+
+    monkeypatch.setattr(_native, "variants", tuple)
+    monkeypatch.setattr(_native, "_load", lambda: (None, "there was no compiler"))
+    rows = dispatch.explain("cpu", torch.float32)
+    assert {row.chosen for row in rows} == {"onednn"}
+    assert all(("cpu", "there was no compiler") in row.passed_over for row in rows)
+
+
+def test_a_pytorch_without_onednn_says_so(monkeypatch):
+    from fastmimi.kernels.onednn import _prepacked
+
+    monkeypatch.setattr(_prepacked, "onednn", object())  # has none of the operations
+    monkeypatch.setattr(_prepacked, "refusal", _prepacked.refusal.__wrapped__)
+    sentence = _prepacked.unsupported(dispatch.Target("cpu", torch.float32))
+    assert sentence is not None and "refuses oneDNN's operations" in sentence
 
 
 def test_an_import_error_of_our_own_is_not_hidden(monkeypatch):

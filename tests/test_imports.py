@@ -25,6 +25,7 @@ ROOM_MAY_USE = {
     "reference": {"torch", "einops"},
     "kernels.triton": {"torch", "triton"},
     "kernels.cpu": {"torch"},
+    "kernels.onednn": {"torch"},
 }
 FOR_KERNELS = {"memory", "int8"}  # leaves: how tensors and weights lie in memory
 FOR_ALL = {"errors", *FOR_KERNELS}  # leaves that leaves may use

@@ -21,6 +21,7 @@ ROOM_INITS = (
     "kernels/__init__.py",
     "kernels/triton/__init__.py",
     "kernels/cpu/__init__.py",
+    "kernels/onednn/__init__.py",
     "reference/__init__.py",
 )
 LONGEST = 400

@@ -7,7 +7,7 @@ from fastmimi import dispatch, library
 from fastmimi.ops import OPS, SCHEMAS
 from fastmimi.testing import noise
 
-KINDS = ["cpu", pytest.param("triton", marks=pytest.mark.kernels)]
+KINDS = ["cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)]
 
 
 def device(kind):

@@ -10,7 +10,7 @@ from fastmimi.testing import assert_as_exact, noise, relative_error
 WIDTH, HIDDEN = 24, 50
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "onednn"])
 def op(request):
     """Triton has no kernel of its own: there the reference runs, with Triton's attention in it."""
     from fastmimi.dispatch import implementation

@@ -65,7 +65,9 @@ class Bound(nn.Module):
     """What the three models share: the core, bound on first use to whatever modules the model has by then."""
 
     config: Any
-    impl: Impl = "auto"  # which implementation runs each op: "auto", "reference", "triton", "cpu", or a dict per op
+    impl: Impl = (
+        "auto"  # which implementation runs each op: "auto", "reference", "triton", "cpu", "onednn", or a dict per op
+    )
 
     @classmethod
     def is_custom_code(cls) -> bool:

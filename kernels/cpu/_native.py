@@ -146,7 +146,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not library_path().exists():
         return None, (
             "its native library is not built: install fastmimi where there is a C++ compiler (g++ or clang++); "
-            "without it PyTorch's own operations run, several times slower"
+            "without it PyTorch's own operations run, some 1.4 times slower on a whole clip and 3 times on a stream"
         )
     try:
         return ctypes.CDLL(str(library_path())), ""

@@ -1,0 +1,152 @@
+"""Products and convolutions over weights that oneDNN has laid out once: private operations of PyTorch, tried first.
+
+PyTorch lays a weight out anew at each call, and on some processors multiplies matrices through MKL instead: a step of a
+stream, whose few rows cannot pay for it, takes two to five times as long. The operations are those that `torch.compile`
+freezes CPU models with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import memory
+
+DTYPES = (torch.float32, torch.bfloat16)
+FUSED = {  # activations that a product takes along: oneDNN's name and algorithm
+    "none": ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "tanh": ("tanh", ""),
+}
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "elu": lambda x: F.elu(x, inplace=True),
+    "silu": lambda x: F.silu(x, inplace=True),
+}
+LONGEST_SUM = 1024  # products added up in a row, in fp32: with more, oneDNN errs over twice as much as PyTorch
+onednn: Any = torch.ops.mkldnn
+
+
+def unsupported(target: Any) -> str | None:
+    """Why no implementation of this room runs on the target, in one sentence; None where they do."""
+    if target.device != "cpu":
+        return f"the oneDNN implementations run on a CPU, not on {target.device}"
+    if target.dtype not in DTYPES:
+        return f"the oneDNN implementations compute in float32 and bfloat16, not in {str(target.dtype)[6:]}"
+    return refusal(target.dtype)
+
+
+@cache
+def refusal(dtype: torch.dtype) -> str | None:
+    """Try the operations: each may be missing from a build of PyTorch, or refuse a dtype on a processor."""
+    x, weight, short = torch.ones(1, 4, 16, dtype=dtype), torch.ones(16, 16, 2, dtype=dtype), torch.ones(16, 16, 1)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            wide = conv(x.transpose(1, 2), weight, None)  # [1, 16, 3] of 32
+            same = conv(wide, short.to(dtype), None, residual=wide)  # of 32 * 16 + 32
+            fused = linear(x, lay_out(short[..., 0].to(dtype), whole=True), post="gelu")  # [1, 4, 16] of 16
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"this build of PyTorch, or this processor, refuses oneDNN's operations ({str(error).splitlines()[0]})"
+    right = same.shape == (1, 16, 3) and bool((same == 544).all()) and bool((fused == 16).all())
+    return None if right else "this build of PyTorch computes something else by the names of oneDNN's operations"
+
+
+def lay_out(weight: Tensor, *, whole: bool = False) -> list[Tensor]:
+    """[C_out, C], laid out for `linear`; cut along a long C, so that sums are short, unless `whole`."""
+    count = 1 if whole or weight.dtype != torch.float32 else max(1, round(weight.shape[1] / LONGEST_SUM))
+    return [onednn._reorder_linear_weight(part.contiguous()) for part in weight.tensor_split(count, dim=1)]
+
+
+def linear(
+    x: Tensor, weight: list[Tensor], bias: Tensor | None = None, *, post: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """x [..., C] and a weight [C_out, C] that is laid out -> [..., C_out], + residual; activated if it is `whole`."""
+    if post != "none":
+        (whole,), (activation, algorithm) = weight, FUSED[post]
+        return onednn._linear_pointwise(x, whole, bias, activation, [], algorithm)
+    y = residual
+    for piece, part in zip(x.tensor_split(len(weight), dim=-1), weight, strict=True):
+        if y is None:
+            y = onednn._linear_pointwise(piece, part, bias, "none", [], "")
+        else:
+            y = onednn._linear_pointwise.binary(piece, y, part, bias, "add")
+        bias = None
+    assert y is not None
+    return y
+
+
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, dilation: int = 1, groups: int = 1,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x [B, C, T], time-major, and weight [C_out, C / groups, K] -> [B, C_out, T_out], time-major, + residual."""
+    kernel = weight.shape[2]
+    residual = None if residual is None else memory.time_major(residual)
+    if groups == 1 and (kernel == 1 or (weight[0].numel() > LONGEST_SUM and weight.dtype == torch.float32)):
+        length = (x.shape[2] - (kernel - 1) * dilation - 1) // stride + 1
+        batch_step, _, step = x.stride()
+        rows = x.as_strided((x.shape[0], length, kernel, x.shape[1]), (batch_step, stride * step, dilation * step, 1))
+        by_taps = memory.packed(weight, "onednn by taps", lambda w: lay_out(w.transpose(1, 2).flatten(1)))
+        other = None if residual is None else residual.transpose(1, 2)
+        return linear(rows.flatten(2), by_taps, bias, residual=other).transpose(1, 2)
+    geometry = [0, 0], [1, stride], [1, dilation], groups
+    laid_out = memory.packed(
+        weight, f"onednn {geometry}", lambda w: onednn._reorder_convolution_weight(w.unsqueeze(2), *geometry)
+    )
+    if residual is None:
+        y = onednn._convolution_pointwise(x.unsqueeze(2), laid_out, bias, *geometry, "none", [], "")
+    else:
+        y = onednn._convolution_pointwise.binary(
+            x.unsqueeze(2), residual.unsqueeze(2), laid_out, bias, *geometry, "add", None, None, [], None
+        )
+    return memory.time_major(y.squeeze(2))
+
+
+def padded(
+    x: Tensor,  # [B, C, T]
+    pad: tuple[int, int],
+    pad_mode: str = "constant",
+    pre: str = "none",
+    history: Tensor | None = None,  # [B, C, pad[0]], mutated
+    first: Tensor | None = None,  # [B] bool
+    active: Tensor | None = None,  # [B] bool
+) -> Tensor:  # [B, C, pad[0] + T + pad[1]], activated, time-major
+    """What a convolution reads: the input between what stands before and after it. The history moves on."""
+    if pad == (0, 0) and pre == "none":
+        return memory.time_major(x)
+    (left, right), length = pad, x.shape[2]
+    y = memory.empty_time_major(x, x.shape[1], left + length + right)
+    y[..., left : left + length] = x
+    if history is not None and left:
+        assert first is not None and active is not None, "a history comes with `first` and `active`"
+        begins = first[:, None, None] & (pad_mode == "replicate")
+        y[..., :left] = torch.where(begins, x[..., :1], history)
+        history.copy_(torch.where(active[:, None, None], y[..., length : length + left], history))
+        left = 0
+    known = y[..., left : y.shape[2] - right]
+    if left:
+        y[..., :left] = _edge(known, torch.arange(-left, 0), max(left, right), pad_mode)
+    if right:
+        end = known.shape[2]
+        y[..., left + end :] = _edge(known, torch.arange(end, end + right), max(left, right), pad_mode)
+    return IN_PLACE[pre](y)
+
+
+def _edge(known: Tensor, positions: Tensor, reach: int, pad_mode: str) -> Tensor | float:
+    """What stands at positions [P] outside the known signal [B, C, T]; fewer samples than `reach` mirror zeros too."""
+    if pad_mode == "constant":
+        return 0.0
+    last = known.shape[2] - 1
+    if pad_mode == "replicate":
+        return known[..., positions.clamp(0, last)]
+    mirror = max(last, reach)
+    positions = mirror - (mirror - positions.abs()).abs()
+    return known[..., positions.clamp(max=last)].masked_fill(positions > last, 0)
