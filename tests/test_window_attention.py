@@ -73,6 +73,18 @@ def test_chunks_equal_the_whole_and_masked_rows_stay(op, window, sizes):
     assert (cache_k[2] == 7.0).all() and (cache_v[2] == 7.0).all()
 
 
+def test_a_window_longer_than_a_block_of_queries(op):
+    """The second block of a chunk still reaches into the ring."""
+    q, k, v = case(600, batch=1)
+    cache_k, cache_v = torch.zeros(1, 2, 290, 8), torch.zeros(1, 2, 290, 8)
+    state = {"cache_k": cache_k, "cache_v": cache_v, "active": torch.tensor([True])}
+    parts = [
+        op(*(t[:, :, part] for t in (q, k, v)), frequencies(), window=290, offset=torch.tensor([start]), **state)
+        for start, part in ((0, slice(0, 299)), (299, slice(299, 600)))
+    ]
+    assert relative_error(torch.cat(parts, dim=2), dense(q, k, v, 290)) < 1e-6
+
+
 def test_rows_at_their_own_positions(op):
     """A row that joins later attends to its own past only."""
     q, k, v = case(9)
