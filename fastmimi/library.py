@@ -43,9 +43,10 @@ def register(op: str, kind: str, kernel: Implementation, reference: Implementati
     offline, step = _defined[name], _defined.get(f"{name}_step")
     names, state = schema.names, schema.state_names
 
-    def call(*tensors: Tensor | None, dropout: float = 0.0, **options: Any) -> Tensor:
-        if dropout:  # attention's, in training: backward would need the same mask again
-            return reference(*tensors, dropout=dropout, **options)
+    def call(*tensors: Tensor | None, **options: Any) -> Tensor:
+        dropouts = {key: options.pop(key, 0.0) for key in ("dropout", "residual_dropout")}
+        if any(dropouts.values()):  # in training: backward would need the same mask again
+            return reference(*tensors, **{key: p for key, p in dropouts.items() if p}, **options)
         if callable(options.get("activation")):  # a function of transformers, which no schema has a type for
             return reference(*tensors, **options)
         tensors += tuple(options.pop(name, None) for name in names[len(tensors) :])

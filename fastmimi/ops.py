@@ -152,10 +152,10 @@ SCHEMAS: dict[str, Schema] = {
         _attention,
     ),
     "transformer_layer": Schema(
-        "Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor q, Tensor k, Tensor v, Tensor o, Tensor scale1, "
-        "Tensor norm2_weight, Tensor norm2_bias, Tensor fc1, Tensor fc2, Tensor scale2, Tensor inv_freq, "
+        "Tensor x, Tensor norm1_weight, Tensor? norm1_bias, Tensor q, Tensor k, Tensor v, Tensor o, Tensor? scale1, "
+        "Tensor norm2_weight, Tensor? norm2_bias, Tensor fc1, Tensor fc2, Tensor? scale2, Tensor inv_freq, "
         "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? o_bias=None",
-        "int window, float eps, str activation='gelu', float rope_scale=1.0",
+        "int window, float eps, str norm='layer', str activation='gelu', float rope_scale=1.0",
         _RINGS,
         _layer,
     ),

@@ -2,9 +2,10 @@
 
     y[b, o, t * stride + k] += weight[c, o, k] * pre(x)[b, c, t],   then + bias[o]
 
-A full transposed convolution yields (T - 1) * stride + K samples. Offline, `trim` of them go left and right. Streaming
-(`overlap` [B, C_out, K - stride], mutated in place for the active rows), T * stride come out, and the tail, still
-without bias, is added to the head of the next call. Follows moshi's `StreamingConvTranspose1d`.
+A full transposed convolution yields (T - 1) * stride + K samples. Offline, `trim` of them go left and right; less than
+none on the right, where the stride is longer than the kernel, are outputs that no input reaches. Streaming (`overlap`
+[B, C_out, max(0, K - stride)], mutated in place for the active rows), T * stride come out, and the tail, still without
+bias, is added to the head of the next call. Follows moshi's `StreamingConvTranspose1d`.
 """
 
 import torch
@@ -23,16 +24,17 @@ def causal_conv_transpose1d(
     groups: int = 1,
     trim: tuple[int, int] = (0, 0),
     pre: str = "none",
-    overlap: Tensor | None = None,  # [B, C_out, K - stride], mutated
+    overlap: Tensor | None = None,  # [B, C_out, max(0, K - stride)], mutated
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride)
     x = ACTIVATIONS[pre](x)
     if overlap is None:
         with ieee_convolutions(x):
-            y = F.conv_transpose1d(x, weight, bias, stride=stride, groups=groups)
-        return y[..., trim[0] : y.shape[-1] - trim[1]]
+            y = F.conv_transpose1d(x, weight, bias, stride=stride, groups=groups, output_padding=max(0, -trim[1]))
+        return y[..., trim[0] : y.shape[-1] - max(0, trim[1])]
+    beyond = max(0, stride - weight.shape[2])
     with ieee_convolutions(x):
-        y = F.conv_transpose1d(x, weight, None, stride=stride, groups=groups)
+        y = F.conv_transpose1d(x, weight, None, stride=stride, groups=groups, output_padding=beyond)
     assert active is not None, "an overlap comes with `active`"
     tail = overlap.shape[-1]
     if tail:

@@ -1,10 +1,10 @@
-"""Reference of `transformer_layer`: a pre-norm layer with LayerScale.
+"""Reference of `transformer_layer`: a pre-norm layer, its halves scaled (LayerScale) or not.
 
     y = x + scale1 * o(attention(q(n), k(n), v(n))), n = norm1(x);    then y + scale2 * fc2(activation(fc1(norm2(y))))
 
-Weights are those of `nn.LayerNorm` and `nn.Linear`; the head dimension is that of the RoPE frequencies. Attention is
-another op, whose kernel the dispatcher puts in the place of its reference. Follows transformers'
-`MimiTransformerLayer` and moshi's `StreamingTransformerLayer`.
+The norms are LayerNorm or RMSNorm (arXiv 1910.07467). Weights are those of `nn.LayerNorm` and `nn.Linear`; the head
+dimension is that of the RoPE frequencies. Attention is another op, whose kernel the dispatcher puts in the place of its
+reference. Follows transformers' `MimiTransformerLayer` and moshi's `StreamingTransformerLayer`.
 """
 
 from collections.abc import Callable
@@ -27,17 +27,17 @@ ACTIVATIONS = {
 def transformer_layer(
     x: Tensor,  # [B, T, C]
     norm1_weight: Tensor,  # [C]
-    norm1_bias: Tensor,
+    norm1_bias: Tensor | None,
     q: Tensor,  # [H * D, C]
     k: Tensor,  # [H_kv * D, C]
     v: Tensor,
     o: Tensor,  # [C, H * D]
-    scale1: Tensor,  # [C]
+    scale1: Tensor | None,  # [C]
     norm2_weight: Tensor,
-    norm2_bias: Tensor,
+    norm2_bias: Tensor | None,
     fc1: Tensor,  # [F, C]
     fc2: Tensor,  # [C, F]
-    scale2: Tensor,  # [C]
+    scale2: Tensor | None,  # [C]
     inv_freq: Tensor,  # [D / 2] fp32
     q_bias: Tensor | None = None,
     k_bias: Tensor | None = None,
@@ -46,19 +46,33 @@ def transformer_layer(
     *,
     window: int,
     eps: float,
+    norm: str = "layer",
     activation: str | Callable[[Tensor], Tensor] = "gelu",
     rope_scale: float = 1.0,
     dropout: float = 0.0,
+    residual_dropout: float = 0.0,
     attention: Callable[..., Tensor] = window_attention,
     **state: Tensor | None,  # offset, cache_k, cache_v, active: as for `window_attention`
 ) -> Tensor:  # [B, T, C]
+    """`norm` is 'layer' or 'rms'; `dropout` is of attention's weights, `residual_dropout` of what each half adds."""
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
-    normal = F.layer_norm(x, x.shape[-1:], norm1_weight, norm1_bias, eps)
+    normal = normalized(x, norm1_weight, norm1_bias, eps, norm)
     heads = [
         F.linear(normal, weight, bias).unflatten(-1, (-1, 2 * len(inv_freq))).transpose(1, 2)  # [B, H, T, D]
         for weight, bias in ((q, q_bias), (k, k_bias), (v, v_bias))
     ]
     y = attention(*heads, inv_freq, window=window, rope_scale=rope_scale, dropout=dropout, **state)
-    x = x + scale1 * F.linear(y.transpose(1, 2).flatten(-2), o, o_bias)
-    normal = F.layer_norm(x, x.shape[-1:], norm2_weight, norm2_bias, eps)
-    return x + scale2 * F.linear(act(F.linear(normal, fc1)), fc2)
+    y = F.dropout(F.linear(y.transpose(1, 2).flatten(-2), o, o_bias), residual_dropout)
+    x = x + (y if scale1 is None else scale1 * y)
+    normal = normalized(x, norm2_weight, norm2_bias, eps, norm)
+    y = F.dropout(F.linear(act(F.linear(normal, fc1)), fc2), residual_dropout)
+    return x + (y if scale2 is None else scale2 * y)
+
+
+def normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm: str) -> Tensor:
+    """LayerNorm or RMSNorm, which has no bias, over the last dimension."""
+    if norm == "rms":
+        if bias is not None:
+            raise ValueError("an RMSNorm has no bias, got one")
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

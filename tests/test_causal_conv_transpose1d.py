@@ -9,6 +9,7 @@ from fastmimi.testing import assert_as_exact, noise, relative_error
 
 SHAPES = [  # in, out, kernel, stride, groups
     (8, 4, 16, 8, 1), (6, 3, 10, 5, 1), (6, 6, 4, 2, 6), (4, 2, 3, 1, 1), (6, 4, 7, 3, 2), (3, 3, 7, 2, 3),
+    (4, 5, 3, 8, 1), (6, 4, 3, 5, 2), (6, 6, 3, 4, 6),  # strides longer than the kernel
 ]  # fmt: skip
 
 
@@ -19,10 +20,10 @@ def case(shape, length, batch=3):
 
 
 def overlap_add(x, weight, bias, stride, groups):
-    """sum over t and k of weight[:, :, k] applied to x[:, :, t], at t * stride + k."""
+    """sum over t and k of weight[:, :, k] applied to x[:, :, t], at t * stride + k; outputs to stride * T + 1."""
     x, weight = x.double(), weight.double()
     kernel, length = weight.shape[2], x.shape[2]
-    y = torch.zeros(x.shape[0], bias.shape[0], (length - 1) * stride + kernel, dtype=torch.double)
+    y = torch.zeros(x.shape[0], bias.shape[0], (length - 1) * stride + max(kernel, stride + 1), dtype=torch.double)
     per_group = x.shape[1] // groups
     for t in range(length):
         for k in range(kernel):
@@ -50,7 +51,7 @@ def test_whole(op, shape, length, left):
 def test_chunks_equal_the_whole_and_masked_rows_stay(op, shape):
     x, weight, bias, options, tail = case(shape, 12)
     whole = op(x, weight, bias, trim=(0, tail), pre="elu", **options)
-    overlap = torch.zeros(3, bias.shape[0], tail)
+    overlap = torch.zeros(3, bias.shape[0], max(0, tail))
     overlap[2] = 7.0
     active = torch.tensor([True, True, False])
     pieces = [

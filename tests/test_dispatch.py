@@ -42,16 +42,6 @@ def test_auto_takes_the_first_that_can_and_records_the_others(monkeypatch):
     assert row.chosen == "cpu" and row.passed_over == (("triton", "not today"),)
 
 
-def test_without_the_native_library_onednn_runs(monkeypatch):
-    from fastmimi.kernels.cpu import _native
-
-    monkeypatch.setattr(_native, "variants", tuple)
-    monkeypatch.setattr(_native, "_load", lambda: (None, "there was no compiler"))
-    rows = dispatch.explain("cpu", torch.float32)
-    assert {row.chosen for row in rows} == {"onednn"}
-    assert all(("cpu", "there was no compiler") in row.passed_over for row in rows)
-
-
 def test_a_pytorch_without_onednn_says_so(monkeypatch):
     from fastmimi.kernels.onednn import _prepacked
 

@@ -190,7 +190,7 @@ def test_explain_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(_native, "variants", lambda: ())
     monkeypatch.setattr(_native, "_load", lambda: (None, "its native library is not built"))
     for row in fastmimi.explain("cpu", torch.float32):
-        assert row.chosen == "reference"
+        assert row.chosen == "onednn"
         assert dict(row.passed_over)["cpu"] == "its native library is not built"
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmimi.reference.transformer_layer import transformer_layer as reference
+from fastmimi.reference.window_attention import window_attention as attention
 from fastmimi.testing import assert_as_exact, noise, relative_error
 
 WIDTH, HIDDEN = 24, 50
@@ -104,6 +105,56 @@ def test_the_models_shape(op, dtype, batch, length):
     x, options = noise(batch, length, 512, scale=1.0).to(dtype), {"window": 250, "eps": 1e-5}
     truth = reference(x.double(), *double(weights), **options)
     assert_as_exact(op(x, *weights, **options), reference(x, *weights, **options), truth)
+
+
+@pytest.mark.parametrize("norm, missing", [  # norms' biases and scales
+    ("layer", [1, 6, 8, 11]), ("layer", [1]), ("layer", [6]), ("layer", [11]),
+    ("rms", [1, 6, 8, 11]), ("rms", [1, 8]), ("rms", [1, 6, 8]), ("rms", [1, 8, 11]),
+])  # fmt: skip
+def test_norms_and_what_may_be_missing(op, norm, missing):
+    x, weights = noise(2, 9, WIDTH, scale=1.0) + 0.5, case(biases=True)
+    wide = double(weights)
+    n1b, s1, n2b, s2 = ((0.0 if i < 9 and i != 6 else 1.0) if i in missing else wide[i] for i in (1, 6, 8, 11))
+
+    def normal(x, weight, bias):
+        x = x if norm == "rms" else x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+    n = normal(x.double(), wide[0], n1b)
+    heads = [
+        F.linear(n, w, b).unflatten(-1, (-1, 8)).transpose(1, 2) for w, b in zip(wide[2:5], wide[13:16], strict=True)
+    ]
+    attended = attention(*heads, weights[12], window=5).transpose(1, 2).flatten(-2)
+    y = x.double() + s1 * F.linear(attended, wide[5], wide[16])
+    truth = y + s2 * F.linear(F.gelu(F.linear(normal(y, wide[7], n2b), wide[9])), wide[10])
+    given = [None if i in missing else w for i, w in enumerate(weights)]
+    assert relative_error(op(x, *given, norm=norm, window=5, eps=1e-5), truth) < 1e-6
+
+
+def test_rms_norm_has_no_bias(op):
+    with pytest.raises(ValueError, match="an RMSNorm has no bias"):
+        op(noise(1, 2, WIDTH), *case(), window=5, eps=1e-5, norm="rms")
+
+
+def test_rms_norm_at_a_width_that_fills_no_vector(op):
+    """JODIO's: 1028 channels."""
+    weights = case(1028, 4112, 16, 16, 64)
+    for i in (1, 6, 8, 11):
+        weights[i] = None
+    x, options = noise(1, 20, 1028, scale=1.0), {"window": 250, "eps": 1e-6, "norm": "rms"}
+    wide = [t if t is None or i == 12 else t.double() for i, t in enumerate(weights)]
+    truth = reference(x.double(), *wide, **options)
+    assert_as_exact(op(x, *weights, **options), reference(x, *weights, **options), truth)
+
+
+def test_dropout_of_what_a_half_adds(op):
+    torch.manual_seed(0)
+    x, weights = noise(1, 9, WIDTH, scale=1.0), case()
+    options = {"window": 5, "eps": 1e-5}
+    kept = op(x, *weights, **options)
+    assert torch.equal(op(x, *weights, residual_dropout=0.0, **options), kept)
+    dropped = op(x, *weights, residual_dropout=1.0, **options)
+    assert torch.equal(dropped, x)
 
 
 def test_some_biases_only(op):

@@ -70,7 +70,8 @@ class Layer(ctypes.Structure):
     _fields_ = (
         ("x", pointer), ("y", pointer), ("dtype", integer), ("rows", long), ("channels", long), ("hidden", long),
         ("norm1_weight", pointer), ("norm1_bias", pointer), ("norm2_weight", pointer), ("norm2_bias", pointer),
-        ("epsilon", real), ("activation", integer), ("qkv", Linear), ("out", Linear), ("fc1", Linear), ("fc2", Linear),
+        ("epsilon", real), ("rms", ctypes.c_bool),
+        ("activation", integer), ("qkv", Linear), ("out", Linear), ("fc1", Linear), ("fc2", Linear),
         ("attention", Attention),
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ def causal_conv_transpose1d(
     groups: int = 1,
     trim: tuple[int, int] = (0, 0),
     pre: str = "none",
-    overlap: Tensor | None = None,  # [B, C_out, K - stride], mutated
+    overlap: Tensor | None = None,  # [B, C_out, max(0, K - stride)], mutated
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride), channels next to each other in memory
     agree(x, weight, overlap)
@@ -36,7 +36,7 @@ def causal_conv_transpose1d(
     out, kernel = weight.shape[1] * groups, weight.shape[2]
     taps = -(-kernel // stride)
     if overlap is not None:
-        fits("overlap", overlap, (batch, out, kernel - stride))
+        fits("overlap", overlap, (batch, out, max(0, kernel - stride)))
         y, tail = x.new_empty(batch, length, stride * out), x.new_empty(batch, taps - 1, stride * out).float()
         _multiply(x, weight, bias, stride, groups, taps, pre, y, tail)
         samples = y.view(batch, length * stride, out)
@@ -95,7 +95,7 @@ def _multiply(
         if groups > 1:
             for whole, piece in ((y, mine), (tail, my_tail)):
                 if whole is not None and piece is not None:
-                    shape = (*whole.shape[:2], stride, -1)
+                    shape = (*whole.shape[:2], stride, whole.shape[2] // stride)
                     whole.view(shape)[..., outputs] = piece.view(*piece.shape[:2], stride, per_group)
 
 

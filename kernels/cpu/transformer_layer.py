@@ -6,6 +6,7 @@ A step of a stream is bound by reading the weights: 12.6 MB in fp32 for 512 chan
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,17 +20,17 @@ from ._pack import address, agree, fits, in_row, kind_of, packed_weight
 def transformer_layer(
     x: Tensor,  # [B, T, C]
     norm1_weight: Tensor,  # [C]
-    norm1_bias: Tensor,
+    norm1_bias: Tensor | None,
     q: Tensor,  # [H * D, C]
     k: Tensor,  # [H_kv * D, C]
     v: Tensor,
     o: Tensor,  # [C, H * D]
-    scale1: Tensor,  # [C]
+    scale1: Tensor | None,  # [C]
     norm2_weight: Tensor,
-    norm2_bias: Tensor,
+    norm2_bias: Tensor | None,
     fc1: Tensor,  # [F, C]
     fc2: Tensor,  # [C, F]
-    scale2: Tensor,  # [C]
+    scale2: Tensor | None,  # [C]
     inv_freq: Tensor,  # [D / 2] fp32
     q_bias: Tensor | None = None,
     k_bias: Tensor | None = None,
@@ -38,6 +39,7 @@ def transformer_layer(
     *,
     window: int,
     eps: float,
+    norm: str = "layer",
     activation: str = "gelu",
     rope_scale: float = 1.0,
     offset: Tensor | None = None,  # [B] int64
@@ -46,6 +48,8 @@ def transformer_layer(
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, T, C]
     agree(x, q, k, v, o, fc1, fc2, cache_k, cache_v)
+    if norm == "rms" and (norm1_bias is not None or norm2_bias is not None):
+        raise ValueError("an RMSNorm has no bias, got one")
     x = x.contiguous()
     batch, length, _ = x.shape
     y = torch.empty_like(x)
@@ -55,8 +59,10 @@ def transformer_layer(
     if any(bias is not None for bias in (q_bias, k_bias, v_bias, o_bias)):
         pairs = ((q_bias, q), (k_bias, k), (v_bias, v), (o_bias, o))
         biases = [weight.new_zeros(len(weight)) if bias is None else bias for bias, weight in pairs]
-    weights = (q, k, v, o, fc1, fc2, norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, *biases)
-    packed = memory.packed(weights, f"layer {native().name}", _pack)
+    rows = (norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, *biases)
+    there = tuple(row is not None for row in rows)
+    weights = (q, k, v, o, fc1, fc2, *(row for row in rows if row is not None))
+    packed = memory.packed(weights, f"layer {native().name} {there}", partial(_pack, there))
     native().keep(x, packed, inv_freq, y)
     dim = 2 * len(inv_freq)
     if cache_k is not None and cache_v is not None:
@@ -64,7 +70,7 @@ def transformer_layer(
             fits(name, cache, (batch, k.shape[0] // dim, window, dim))
     layer = Layer.from_buffer_copy(packed.structure)
     layer.x, layer.y, layer.rows = x.data_ptr(), y.data_ptr(), batch * length
-    layer.epsilon, layer.activation = eps, ACTIVATIONS[activation]
+    layer.epsilon, layer.rms, layer.activation = eps, norm == "rms", ACTIVATIONS[activation]
     layer.attention = Attention(
         batch=batch, length=length, heads=q.shape[0] // dim, kv_heads=k.shape[0] // dim, dim=dim, window=window,
         dtype=DTYPES[x.dtype], inv_freq=inv_freq.data_ptr(), rope_scale=rope_scale, offset=address(offset),
@@ -80,15 +86,23 @@ class _Packed(NamedTuple):
     kind: int
 
 
-def _pack(q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, *rows: Tensor) -> _Packed:
-    norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, *biases = map(in_row, rows)
-    qkv_bias = in_row(torch.cat(rows[6:9])) if biases else None
+def _pack(
+    there: tuple[bool, ...], q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, *given: Tensor
+) -> _Packed:
+    """`given`: of two norms' weights and biases, two scales and four biases, those that are `there`."""
+    left = iter(given)
+    rows = [next(left) if present else None for present in there]
+    norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2 = (
+        r if r is None else in_row(r) for r in rows[:6]
+    )
+    biases = given[-4:] if len(there) > 6 else ()
+    qkv_bias = in_row(torch.cat(biases[:3])) if biases else None
     pairs = (torch.cat([q, k, v]), o, fc1, fc2)
     for channel in (0, None):  # one kind for all of them: integers, or as they are
         weights = [packed_weight(weight[:, None], lambda w: w, channel) for weight in pairs]
         if len({packed.dtype for packed, _ in weights}) == 1:
             break
-    alive = [norm1_weight, norm1_bias, norm2_weight, norm2_bias]
+    alive = [row for row in (norm1_weight, norm1_bias, norm2_weight, norm2_bias) if row is not None]
 
     def linear(i: int, bias: Tensor | None = None, scale: Tensor | None = None) -> Linear:
         packed, steps = weights[i]
@@ -98,7 +112,7 @@ def _pack(q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, 
     structure = Layer(
         dtype=DTYPES[q.dtype], channels=q.shape[1], hidden=len(fc1), norm1_weight=address(norm1_weight),
         norm1_bias=address(norm1_bias), norm2_weight=address(norm2_weight), norm2_bias=address(norm2_bias),
-        qkv=linear(0, qkv_bias), out=linear(1, biases[3] if biases else None, scale1), fc1=linear(2),
+        qkv=linear(0, qkv_bias), out=linear(1, in_row(biases[3]) if biases else None, scale1), fc1=linear(2),
         fc2=linear(3, None, scale2),
     )  # fmt: skip
     return _Packed(alive, structure, KINDS[kind_of(weights[0][0].dtype)])

@@ -26,7 +26,7 @@ def causal_conv_transpose1d(
     groups: int = 1,
     trim: tuple[int, int] = (0, 0),
     pre: str = "none",
-    overlap: Tensor | None = None,  # [B, C_out, K - stride], mutated
+    overlap: Tensor | None = None,  # [B, C_out, max(0, K - stride)], mutated
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride), channels next to each other in memory
     kernel = weight.shape[2]

@@ -15,6 +15,7 @@ that read it. Depthwise convolutions (the 25 Hz upsampling) have no reduction ov
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -114,7 +115,7 @@ def causal_conv_transpose1d(
     groups: int = 1,
     trim: tuple[int, int] = (0, 0),
     pre: str = "none",
-    overlap: Tensor | None = None,  # [B, C_out, K - stride], mutated
+    overlap: Tensor | None = None,  # [B, C_out, max(0, K - stride)], mutated
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C_out, T_out], time-major
     (batch, channels, length), (_, per_group, kernel) = x.shape, weight.shape
@@ -181,8 +182,12 @@ def _step(x, weight, bias, stride, pre, overlap, active):
 
 
 def _depthwise(x, weight, bias, stride, trim, pre, overlap, active, total):
-    (batch, channels, length), kernel = x.shape, weight.shape[2]
+    kernel = weight.shape[2]
     taps, stream = _taps(kernel, stride), overlap is not None
+    missing = 0 if stream else triton.cdiv(trim[0] + total, stride) - (x.shape[2] + taps - 1)
+    if missing > 0:  # outputs that no input reaches, where the stride is longer than the kernel
+        x = memory.time_major(F.pad(x, (0, missing)))
+    batch, channels, length = x.shape
     y = memory.empty_time_major(x, channels, total)
     tile = {"BLOCK_T": 16, "BLOCK_C": min(64, triton.next_power_of_2(channels)), "num_warps": 4}
     seg, per_tile, groups, tiles = _tiles(batch, length + taps - 1, taps, tile)

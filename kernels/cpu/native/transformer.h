@@ -23,6 +23,7 @@ struct Layer {
   long rows, channels, hidden;
   const float *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
   float epsilon;
+  bool rms;  // RMSNorm in place of LayerNorm
   int activation;
   Linear qkv, out, fc1, fc2;
   Attention attention;  // its q, k, v and y are filled in here
@@ -30,12 +31,13 @@ struct Layer {
 
 thread_local Arena layer_scratch, angle_scratch;
 
-// A row of LayerNorm, in the type that the product takes
+// A row of LayerNorm, or of RMSNorm, in the type that the product takes
 template <class T, class From>
-void normalize(T* to, const From* x, long channels, long padded, const float* weight, const float* bias,
-               float epsilon) {
+void normalize(T* to, const From* x, long channels, long padded, const float* weight, const float* bias, float epsilon,
+               bool rms) {
   vf sum = (vf){}, squares = (vf){};
-  for (long c = 0; c < channels; c += W) sum += load_up_to(x + c, channels - c);
+  if (!rms)
+    for (long c = 0; c < channels; c += W) sum += load_up_to(x + c, channels - c);
   float mean = sum_lanes(sum) / channels;
   for (long c = 0; c < channels; c += W) {
     vf d = load_up_to(x + c, channels - c) - mean;
@@ -121,8 +123,8 @@ void run_layer(const Layer& l, int threads) {
 #pragma omp for
     for (long m = 0; m < l.rows; m++)
       whole_row(normal, normal_pitch, m, channels, [&](Plain* row) {
-        normalize(row, (const From*)l.x + m * l.channels, l.channels, channels, l.norm1_weight, l.norm1_bias,
-                  l.epsilon);
+        normalize(row, (const From*)l.x + m * l.channels, l.channels, channels, l.norm1_weight, l.norm1_bias, l.epsilon,
+                  l.rms);
       });
     product(normal, normal_pitch, l.channels, l.qkv, qkv, EXTERNAL, qkv_width, NONE, nullptr, F32);
 #pragma omp for schedule(dynamic)
@@ -135,7 +137,7 @@ void run_layer(const Layer& l, int threads) {
 #pragma omp for
     for (long m = 0; m < l.rows; m++)
       whole_row(normal, normal_pitch, m, channels, [&](Plain* row) {
-        normalize(row, between + m * l.channels, l.channels, channels, l.norm2_weight, l.norm2_bias, l.epsilon);
+        normalize(row, between + m * l.channels, l.channels, channels, l.norm2_weight, l.norm2_bias, l.epsilon, l.rms);
       });
     if (l.hidden % Kind::GROUP)
 #pragma omp for
