@@ -13,7 +13,7 @@ from .codec import Codec, Transform
 from .config import CodecConfig
 from .ops import Call
 from .quantizer import SplitQuantizer
-from .seanet import CausalConv1d, CausalConvTranspose1d, SeanetDecoder, SeanetEncoder
+from .seanet import CausalConv1d, CausalConvTranspose1d, SeanetDecoder, SeanetEncoder, Streaming
 from .state import Lane
 from .transformer import Transformer
 
@@ -45,9 +45,7 @@ class Mimi(Codec):
         self.decoder_transformer = Transformer(config) if config.has_decoder else None
         self.decoder = SeanetDecoder(config) if config.has_decoder else None
         self.quantizer = SplitQuantizer(config)
-        for name, module in self.named_modules():
-            if hasattr(module, "state_shapes"):
-                module.name = name
+        Streaming.named(self)
 
     def _parts(self, direction: str) -> list[nn.Module | None]:
         if direction == "encode":

@@ -77,17 +77,26 @@ class ResidualQuantizer(nn.Module):
             self.input_proj = nn.Conv1d(config.hidden_size, width, 1, bias=False)
             self.output_proj = nn.Conv1d(width, config.hidden_size, 1, bias=False)
 
-    def codebooks(self, levels: int | None = None) -> Tensor:
-        """Centroids of the first levels (all of them without the number) [L, S, D].
+    def __len__(self) -> int:
+        """How many levels there are."""
+        return len(self.layers)
 
-        Computed once, and again after any change of the running sums; until then the same tensor each time, so that
+    def _stored(self) -> tuple[Tensor, ...]:
+        """What the entries of all levels are computed from, level after level."""
+        books: list[Any] = [level.codebook for level in self.layers]
+        return tuple(t for book in books for t in (book.embed_sum, book.cluster_usage))
+
+    _entries = staticmethod(_centroids)
+
+    def codebooks(self, levels: int | None = None) -> Tensor:
+        """Entries of the first levels (all of them without the number) [L, S, D].
+
+        Computed once, and again after any change of what is stored; until then the same tensor each time, so that
         kernels may keep what they derive from it. Edits through `.data` count no version and are not seen.
         """
-        books: list[Any] = [level.codebook for level in self.layers]
         if torch.compiler.is_compiling():  # tracing sees no versions
-            return torch.stack([centroids(book.embed_sum, book.cluster_usage) for book in books[:levels]])
-        sums = tuple(t for book in books for t in (book.embed_sum, book.cluster_usage))
-        whole = memory.packed(sums, "centroids", _centroids)
+            return self._entries(*self._stored())[:levels]
+        whole = memory.packed(self._stored(), "entries", self._entries)
         return memory.packed(whole, f"first {levels} levels", lambda books: books[:levels])
 
     def project(self, latents: Tensor, call: Call) -> Tensor:
@@ -139,7 +148,7 @@ class SplitQuantizer(nn.Module):
 
     def _parts(self, levels: int) -> list[tuple[ResidualQuantizer, int]]:
         """The quantizers that `levels` codebooks call on, and how many levels of each."""
-        semantic = len(self.semantic_residual_vector_quantizer.layers)
+        semantic = len(self.semantic_residual_vector_quantizer)
         parts = [(self.semantic_residual_vector_quantizer, semantic)]
         if levels > semantic:
             parts.append((self.acoustic_residual_vector_quantizer, levels - semantic))

@@ -13,14 +13,94 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import memory
 from .config import CodecConfig
 from .ops import Call
 
 
-class CausalConv1d(nn.Module):
-    """A padded convolution, [B, C_in, T] -> [B, C_out, ceil(T / stride)]; peer: transformers' `MimiConv1d`."""
+class Streaming:
+    """What a convolution with a state has: a `name`, its path in the model, under which the state is kept."""
 
-    name = ""  # path in the model, the key of its state; set by the model
+    name = ""
+
+    @staticmethod
+    def named(model: nn.Module) -> None:
+        """Give each module of the model that has a state its name."""
+        for name, module in model.named_modules():
+            if hasattr(module, "state_shapes"):
+                module.name = name
+
+
+class PaddedConv1d(Streaming):
+    """The streaming of a convolution `conv`, whatever module holds it: [B, C_in, T] -> [B, C_out, ceil(T / stride)]."""
+
+    conv: nn.Conv1d
+    pad_mode = "constant"
+    pre = "none"
+    post = "none"
+
+    def sides(self, length: int) -> tuple[int, int]:
+        """Samples to add left and right of `length`."""
+        raise NotImplementedError
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        return {self.name: (batch, self.conv.in_channels, self.sides(0)[0])}
+
+    def padded(self, x: Tensor, call: Call) -> dict[str, Any]:
+        """The arguments of an op that say how x [B, C, T] is extended left and right."""
+        arguments: dict[str, Any] = {"pad": self.sides(x.shape[-1]), "pad_mode": self.pad_mode}
+        if call.lane is not None:
+            history = call.lane.buffers[self.name]
+            first = call.lane.first & False if call.continues else call.lane.first
+            arguments |= {"history": history, "first": first, "active": call.lane.active}
+        return arguments
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        conv = self.conv
+        stride = conv.stride[0]
+        if call.lengths is not None and stride > 1:
+            x = fill_tail(x, call.lengths, self.pad_mode)
+            call.lengths = -(-call.lengths // stride)
+        return call.ops.causal_conv1d(
+            x, weight_of(conv), conv.bias, stride=stride, dilation=conv.dilation[0], groups=conv.groups, pre=self.pre,
+            post=self.post, **self.padded(x, call),
+        )  # fmt: skip
+
+
+class PaddedConvTranspose1d(Streaming):
+    """The same of an upsampling transposed convolution, [B, C_in, T] -> [B, C_out, T * stride]."""
+
+    conv: nn.ConvTranspose1d
+    pre = "none"
+    trim: tuple[int, int]  # of the full result; less than none on the right are outputs that no input reaches
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        return {self.name: (batch, self.conv.out_channels, max(0, sum(self.trim)))}
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        conv, state = self.conv, {}
+        if call.lane is not None:
+            state = {"overlap": call.lane.buffers[self.name], "active": call.lane.active}
+        return call.ops.causal_conv_transpose1d(
+            x, weight_of(conv), conv.bias, stride=conv.stride[0], groups=conv.groups, trim=self.trim, pre=self.pre,
+            **state,
+        )  # fmt: skip
+
+
+def weight_of(conv: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
+    """The weight; under weight norm (arXiv 1602.07868) computed once, and again after any change, but in training."""
+    if not hasattr(conv, "parametrizations"):
+        return conv.weight
+    pair: Any = conv.parametrizations.weight
+    g, v = pair.original0, pair.original1
+    trains = torch.is_grad_enabled() and (g.requires_grad or v.requires_grad)
+    if trains or torch.compiler.is_compiling():  # tracing sees no versions
+        return conv.weight
+    return memory.packed((v, g), "weight norm", lambda v, g: torch._weight_norm(v, g, 0))
+
+
+class CausalConv1d(PaddedConv1d, nn.Module):
+    """A padded convolution, [B, C_in, T] -> [B, C_out, ceil(T / stride)]; peer: transformers' `MimiConv1d`."""
 
     def __init__(
         self,
@@ -40,41 +120,16 @@ class CausalConv1d(nn.Module):
         self.pad_mode = pad_mode or config.pad_mode
         self.pre = pre
 
-    def padding(self, length: int) -> tuple[int, int]:
+    def sides(self, length: int) -> tuple[int, int]:
         """Samples to add left and right of `length`; on the right, what the last stride needs to be full."""
         (kernel,), (stride,), (dilation,) = self.conv.kernel_size, self.conv.stride, self.conv.dilation
         total = (kernel - 1) * dilation + 1 - stride
         right = 0 if self.causal else total // 2
         return total - right, right + -length % stride
 
-    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        return {self.name: (batch, self.conv.in_channels, self.padding(0)[0])}
 
-    def padded(self, x: Tensor, call: Call) -> dict[str, Any]:
-        """The arguments of an op that say how x [B, C, T] is extended left and right."""
-        arguments: dict[str, Any] = {"pad": self.padding(x.shape[-1]), "pad_mode": self.pad_mode}
-        if call.lane is not None:
-            history = call.lane.buffers[self.name]
-            first = call.lane.first & False if call.continues else call.lane.first
-            arguments |= {"history": history, "first": first, "active": call.lane.active}
-        return arguments
-
-    def forward(self, x: Tensor, call: Call) -> Tensor:
-        stride = self.conv.stride[0]
-        if call.lengths is not None and stride > 1:
-            x = fill_tail(x, call.lengths, self.pad_mode)
-            call.lengths = -(-call.lengths // stride)
-        conv = self.conv
-        return call.ops.causal_conv1d(
-            x, conv.weight, conv.bias, stride=stride, dilation=conv.dilation[0], groups=conv.groups, pre=self.pre,
-            **self.padded(x, call),
-        )  # fmt: skip
-
-
-class CausalConvTranspose1d(nn.Module):
+class CausalConvTranspose1d(PaddedConvTranspose1d, nn.Module):
     """An upsampling transposed convolution, [B, C_in, T] -> [B, C_out, T * stride]; peer: `MimiConvTranspose1d`."""
-
-    name = ""
 
     def __init__(
         self,
@@ -92,17 +147,6 @@ class CausalConvTranspose1d(nn.Module):
         right = math.ceil(total * config.trim_right_ratio) if config.use_causal_conv else total // 2
         self.trim = (total - right, right)
         self.pre = pre
-
-    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        return {self.name: (batch, self.conv.out_channels, sum(self.trim))}
-
-    def forward(self, x: Tensor, call: Call) -> Tensor:
-        conv, state = self.conv, {}
-        if call.lane is not None:
-            state = {"overlap": call.lane.buffers[self.name], "active": call.lane.active}
-        return call.ops.causal_conv_transpose1d(
-            x, conv.weight, conv.bias, stride=conv.stride[0], groups=conv.groups, trim=self.trim, pre=self.pre, **state
-        )
 
 
 class ResBlock(nn.Module):

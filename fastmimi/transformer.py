@@ -6,6 +6,7 @@ Parameters under transformers' names (`MimiTransformerModel`); a layer is one op
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +62,28 @@ def rope_frequencies(config: CodecConfig) -> tuple[Tensor, float]:
     return inv_freq.float(), float(scale)
 
 
-class Attention(nn.Module):
-    """The parameters of self-attention over the last `sliding_window` positions, and its rings."""
+class Rings:
+    """The state of self-attention over the last `window` positions: rings of keys and values."""
 
     name = ""  # path in the model, the key of its state; set by the model
+    head_dim: int
+    kv_heads: int
+    window: int
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        ring = (batch, self.kv_heads, self.window, self.head_dim)
+        return {f"{self.name}.k": ring, f"{self.name}.v": ring}
+
+    def state(self, call: Call) -> dict[str, Tensor]:
+        """The arguments of the op that say what came before."""
+        if (lane := call.lane) is None:
+            return {}
+        rings = {f"cache_{kind}": lane.buffers[f"{self.name}.{kind}"] for kind in "kv"}
+        return {"offset": lane.offset, "active": lane.active, **rings}
+
+
+class Attention(Rings, nn.Module):
+    """The parameters of self-attention over the last `sliding_window` positions."""
 
     def __init__(self, config: CodecConfig):
         super().__init__()
@@ -77,17 +96,6 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.attention_bias)
-
-    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        ring = (batch, self.kv_heads, self.window, self.head_dim)
-        return {f"{self.name}.k": ring, f"{self.name}.v": ring}
-
-    def state(self, call: Call) -> dict[str, Tensor]:
-        """The arguments of the op that say what came before."""
-        if (lane := call.lane) is None:
-            return {}
-        rings = {f"cache_{kind}": lane.buffers[f"{self.name}.{kind}"] for kind in "kv"}
-        return {"offset": lane.offset, "active": lane.active, **rings}
 
 
 class FeedForward(nn.Module):
@@ -136,9 +144,9 @@ class TransformerLayer(nn.Module):
 class Transformer(nn.Module):
     """[B, hidden_size, T] -> the same; recomputes each layer in backward where `gradient_checkpointing` is set."""
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config: Any, layer: Callable[[Any], nn.Module] = TransformerLayer):
         super().__init__()
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
         # a plain tensor, not a buffer: `.half()` and the like must not round the frequencies
         self._inv_freq, self._rope_scale = rope_frequencies(config)
