@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,37 +23,14 @@ import peers
 import torch
 from accuracy import accuracy
 
+from fastmimi.costs import ceilings
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": "268435456"}
 GFLOP = 5.3  # per second of audio, each way
 WEIGHTS_OF_A_FRAME = {"encode": 0.173, "decode": 0.161}  # GB in fp32 that a frame of a stream reads; 8 codebooks
 PACKAGES = ("torch", "transformers", "moshi", "rustymimi")
-
-
-def ceilings() -> dict[str, float]:
-    """GFLOP/s of an fp32 and a bf16 product, GB/s of a copy (read and written)."""
-
-    def best(call: Any, rounds: int = 8) -> float:
-        call()
-        times = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    found, n = {}, 1024
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        # a convolution with one tap: oneDNN, which is at its peak on every processor
-        x = torch.randn(1, n, 32, 32).to(dtype).contiguous(memory_format=torch.channels_last)
-        weight = torch.randn(n, n, 1, 1).to(dtype).contiguous(memory_format=torch.channels_last)
-        found[f"{name} GFLOP/s"] = 2 * n**3 / best(lambda x=x, w=weight: torch.nn.functional.conv2d(x, w)) / 1e9
-    source = torch.ones(64 << 20)
-    target = torch.empty_like(source)
-    found["copy GB/s"] = 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
-    found["read GB/s"] = source.nbytes / best(source.amax) / 1e9
-    return found
 
 
 def run(environment: dict[str, str], output: Path) -> dict[str, Any]:

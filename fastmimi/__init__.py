@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compat.replace import replace_mimi, restore_mimi
     from .compat.transformers import MimiConfig, MimiDecoderModel, MimiEncoderModel, MimiModel
-    from .config import CodecConfig
+    from .config import CodecConfig, JodioConfig
     from .dispatch import explain
     from .errors import InputError
+    from .jodio import JodioModel
     from .model import Mimi
     from .state import StreamState
     from .weights import load, save_kyutai, save_pretrained
 
 _HOMES = {
     "CodecConfig": "config",
+    "JodioConfig": "config",
+    "JodioModel": "jodio",
     "InputError": "errors",
     "Mimi": "model",
     "MimiConfig": "compat.transformers",
@@ -41,6 +44,8 @@ _HOMES = {
 __all__ = [
     "CodecConfig",
     "InputError",
+    "JodioConfig",
+    "JodioModel",
     "Mimi",
     "MimiConfig",
     "MimiDecoderModel",

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .config import CodecConfig
+from .config import AnyConfig
 from .errors import InputError
 from .state import StreamState
 
 
-def audio(x: Tensor, config: CodecConfig) -> Tensor:
+def audio(x: Tensor, config: AnyConfig) -> Tensor:
     """[B, channels, N] floating point."""
     if not isinstance(x, Tensor):
         raise InputError(f"audio must be a torch.Tensor, got {type(x).__name__}")
@@ -36,7 +36,7 @@ def finite(x: Tensor) -> Tensor:
     return x
 
 
-def codes(x: Tensor, config: CodecConfig) -> Tensor:
+def codes(x: Tensor, config: AnyConfig) -> Tensor:
     """[B, K, T] integers -> int64."""
     if not isinstance(x, Tensor):
         raise InputError(f"codes must be a torch.Tensor, got {type(x).__name__}")
@@ -48,7 +48,7 @@ def codes(x: Tensor, config: CodecConfig) -> Tensor:
     return x.long()
 
 
-def code_range(x: Tensor, config: CodecConfig, ignored: Tensor | None = None) -> Tensor:
+def code_range(x: Tensor, config: AnyConfig, ignored: Tensor | None = None) -> Tensor:
     """Codes [B, K, T] in [0, codebook_size); where `ignored` [B, T], whatever they are, 0."""
     if ignored is not None:
         if ignored.shape != (x.shape[0], x.shape[2]):
@@ -65,7 +65,7 @@ def code_range(x: Tensor, config: CodecConfig, ignored: Tensor | None = None) ->
     return x
 
 
-def codebook_count(count: int, config: CodecConfig) -> int:
+def codebook_count(count: int, config: AnyConfig) -> int:
     """At least the semantic codebooks, at most all of them."""
     least, most = config.num_semantic_quantizers, config.num_quantizers
     if count != int(count) or not least <= count <= most:
@@ -73,7 +73,7 @@ def codebook_count(count: int, config: CodecConfig) -> int:
     return int(count)
 
 
-def latents(x: Tensor, config: CodecConfig) -> Tensor:
+def latents(x: Tensor, config: AnyConfig) -> Tensor:
     """[B, hidden_size, T] floating point."""
     if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[1] != config.hidden_size or not x.is_floating_point():
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -81,7 +81,7 @@ def latents(x: Tensor, config: CodecConfig) -> Tensor:
     return x
 
 
-def streamable(config: CodecConfig) -> None:
+def streamable(config: AnyConfig) -> None:
     if not config.streamable:
         raise InputError(config.not_streamable_because)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, dispatch, tiles
-from .config import CodecConfig
+from .config import AnyConfig
 from .errors import InputError
 from .ops import Call, Ops
 from .programs import MOST_FRAMES, Programs, Step
@@ -38,7 +38,7 @@ class Codec(nn.Module):
     decoder: nn.Module | None
     quantizer: SplitQuantizer
 
-    def __init__(self, config: CodecConfig, impl: dispatch.Impl = "auto", num_codebooks: int | None = None):
+    def __init__(self, config: AnyConfig, impl: dispatch.Impl = "auto", num_codebooks: int | None = None):
         super().__init__()
         dispatch.check_impl(impl)
         self.config = config
@@ -46,7 +46,7 @@ class Codec(nn.Module):
         self.num_codebooks = config.num_quantizers if num_codebooks is None else num_codebooks
         self._programs = {direction: Programs(direction) for direction in ("encode", "decode")}
 
-    def _parts(self, direction: str) -> list[nn.Module | None]:
+    def parts(self, direction: str) -> list[nn.Module | None]:
         """The modules of a direction, "encode" or "decode", whose layers carry state."""
         raise NotImplementedError
 
@@ -131,7 +131,7 @@ class Codec(nn.Module):
 
     def _lane(self, batch: int, direction: str) -> Lane:
         shapes: dict[str, tuple[int, ...]] = {}
-        for part in self._parts(direction):
+        for part in self.parts(direction):
             for module in part.modules() if part is not None else ():
                 if hasattr(module, "state_shapes"):
                     layer: Any = module

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -75,14 +76,8 @@ class CodecConfig:
     def _validate_numbers(self) -> None:
         """Every integer is one, and positive where it must be."""
         may_be_zero = {"num_residual_layers", "num_hidden_layers", "head_dim", "codebook_dim"}
-        for name in (f.name for f in fields(self) if f.type == "int"):
-            value, least = getattr(self, name), 0 if name in may_be_zero else 1
-            if name == "codebook_dim" and value is None:  # as wide as the latents
-                continue
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if not all(isinstance(ratio, int) and ratio > 0 for ratio in self.upsampling_ratios):
-            raise InputError(f"upsampling_ratios must be positive integers, got {self.upsampling_ratios}")
+        as_wide = ("codebook_dim",) if self.codebook_dim is None else ()  # as the latents
+        check_integers(self, may_be_zero, as_wide)
 
     def _validate(self) -> None:
         if self.num_semantic_quantizers >= self.num_quantizers:
@@ -161,6 +156,15 @@ class CodecConfig:
             f"this configuration cannot stream: trim_right_ratio={self.trim_right_ratio} makes the decoder look ahead"
         )
 
+    @property
+    def summary(self) -> dict[str, str]:
+        """The sizes of the parts, for people."""
+        transformers = f"{self.num_hidden_layers} layers of {self.hidden_size}, {self.num_attention_heads} heads"
+        return {
+            "convolutions": f"{self.num_filters} filters, ratios {self.upsampling_ratios}",
+            "transformers": f"{transformers}, window of {self.sliding_window}",
+        }
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CodecConfig:
         """Read transformers' `config.json` (4.57 to 5.x) or `CodecConfig.to_dict()`; unknown fields are left out."""
@@ -199,6 +203,171 @@ class CodecConfig:
         if self.frame_rate == self.sampling_rate / (2 * self.hop_length):
             del values["frame_rate"]  # derived: transformers 5 accepts it only as a legacy argument
         return {"model_type": "mimi", "architectures": ["MimiModel"], **values}
+
+
+@dataclass
+class JodioTransformerConfig:
+    """One of JODIO's transformers: RMSNorm, RoPE, GELU, no biases."""
+
+    hidden_size: int = 1028
+    num_hidden_layers: int = 22
+    num_attention_heads: int = 16
+    head_dim: int = 64
+    intermediate_size: int = 4112
+    rope_theta: float = 10_000.0
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """As Mimi's."""
+        return {"rope_type": "default", "rope_theta": self.rope_theta}
+
+    def __post_init__(self) -> None:
+        check_integers(self, {"num_hidden_layers"})
+        if self.head_dim % 2:
+            raise InputError(f"head_dim must be even, got {self.head_dim}")
+
+
+def _jodio_decoder() -> JodioTransformerConfig:
+    return JodioTransformerConfig(256, 4, 4, 64, 1024)
+
+
+@dataclass
+class JodioConfig:
+    """Architecture of JODIO: Mimi's relative of 896 channels, SiLU and weight norm, without residual units.
+
+    The module tree that describes it cannot run as printed. The repairs, each the least that there is:
+
+    - `post_vq_proj` takes the decoder transformer's 256 features, and stands after it (printed: 6, which nothing has);
+    - `quantizer_out_proj`, new, leads from the quantizers' 1028 features to the decoder transformer's 256;
+    - convolutions are causal: what is padded on both sides is padded on the left, kernel - 1 times the dilation
+      (`input_proj`: 2, printed 1 on either side), and the right is trimmed;
+    - transposed convolutions give exactly stride times as many samples, trimmed or completed on the right.
+
+    `as_printed_padding` undoes the last two: paddings and lengths are those of PyTorch for the printed arguments. Such
+    a codec sees the future, cannot stream, and gives some frames and samples more or fewer than it was given.
+
+    Lengths are in samples of `sampling_rate` (Hz); `sliding_window` in frames of codes, at whose rate both transformers
+    run; `strides` from the audio on, `final_stride` last. Dropout is of attention's weights and of what each half of a
+    layer adds, in training. A printed activation after a convolution is part of that convolution's op.
+    """
+
+    sampling_rate: int = 24_000
+    audio_channels: int = 1
+    channels: int = 896
+    kernel_size: int = 3
+    strides: list[int] = field(default_factory=lambda: [4, 5, 6, 8])
+    final_stride: int = 2
+    dilations: list[int] = field(default_factory=lambda: [1, 2, 4])
+    codebook_size: int = 2048
+    num_semantic_quantizers: int = 2
+    num_acoustic_quantizers: int = 8
+    encoder_transformer: JodioTransformerConfig = field(default_factory=JodioTransformerConfig)
+    decoder_transformer: JodioTransformerConfig = field(default_factory=_jodio_decoder)
+    sliding_window: int = 250
+    dropout: float = 0.1
+    norm_eps: float = 1e-6
+    as_printed_padding: bool = False
+
+    def __post_init__(self) -> None:
+        check_integers(self)
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @classmethod
+    def small(cls, **changes: Any) -> JodioConfig:
+        """The shape of the thing at a size for tests: all strides, a width that is no multiple of 8."""
+        encoder = JodioTransformerConfig(20, 3, 2, 8, 36)
+        decoder = JodioTransformerConfig(12, 2, 3, 4, 24)
+        values = {"channels": 8, "codebook_size": 32, "num_acoustic_quantizers": 3, "sliding_window": 6}
+        return cls(**{"encoder_transformer": encoder, "decoder_transformer": decoder, **values, **changes})
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the latents (1028)."""
+        return self.encoder_transformer.hidden_size
+
+    @property
+    def num_quantizers(self) -> int:
+        """Codebooks (10)."""
+        return self.num_semantic_quantizers + self.num_acoustic_quantizers
+
+    @property
+    def num_filters(self) -> int:
+        """Channels of the layers near the audio."""
+        return self.channels
+
+    @property
+    def frame_size(self) -> int:
+        """Samples per frame of codes (1920)."""
+        return math.prod(self.strides) * self.final_stride
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second (12.5)."""
+        return self.sampling_rate / self.frame_size
+
+    @property
+    def latent_stride(self) -> int:
+        """Transformer positions per frame of codes."""
+        return 1
+
+    @property
+    def streamable(self) -> bool:
+        """Whether the codec is causal to the sample, so that it streams and long audio runs in tiles."""
+        return not self.as_printed_padding
+
+    @property
+    def not_streamable_because(self) -> str:
+        """One sentence for the error of whoever tries to stream this configuration."""
+        return "this configuration cannot stream: as_printed_padding=True lets outputs see the future"
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """The sizes of the parts, for people."""
+        transformers = ", then ".join(
+            f"{part.num_hidden_layers} layers of {part.hidden_size}, {part.num_attention_heads} heads"
+            for part in (self.encoder_transformer, self.decoder_transformer)
+        )
+        return {
+            "convolutions": f"{self.channels} channels, strides {[*self.strides, self.final_stride]}",
+            "transformers": f"{transformers}; window of {self.sliding_window}",
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> JodioConfig:
+        """Read `to_dict()`; unknown fields are left out."""
+        known = {f.name for f in fields(cls)}
+        values = {name: value for name, value in values.items() if name in known}
+        for half in ("encoder_transformer", "decoder_transformer"):
+            if isinstance(values.get(half), dict):
+                names = {f.name for f in fields(JodioTransformerConfig)}
+                values[half] = JodioTransformerConfig(**{k: v for k, v in values[half].items() if k in names})
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in `config.json`."""
+        return {"model_type": "jodio", "architectures": ["JodioModel"], **asdict(self)}
+
+
+AnyConfig = CodecConfig | JodioConfig
+
+
+def check_integers(config: Any, may_be_zero: Container[str] = (), ignored: Container[str] = ()) -> None:
+    """Raise InputError unless every field of integers holds integers, positive ones where it must."""
+    for f in fields(config):
+        value, least = getattr(config, f.name), 0 if f.name in may_be_zero else 1
+        if f.type == "int" and f.name not in ignored and (not isinstance(value, int) or value < least):
+            raise InputError(f"{f.name} must be an integer of at least {least}, got {value!r}")
+        if f.type == "list[int]" and not (value and all(isinstance(item, int) and item > 0 for item in value)):
+            raise InputError(f"{f.name} must be positive integers, got {value}")
+
+
+def config_from_json(path: str | Path) -> AnyConfig:
+    """Read a `config.json` of Mimi or JODIO. Raises InputError where it is not JSON or describes another model."""
+    values = read_json(path)
+    if values.get("model_type") == "jodio":
+        return JodioConfig.from_dict(values)
+    return CodecConfig.from_json(path)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

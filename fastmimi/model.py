@@ -47,7 +47,7 @@ class Mimi(Codec):
         self.quantizer = SplitQuantizer(config)
         Streaming.named(self)
 
-    def _parts(self, direction: str) -> list[nn.Module | None]:
+    def parts(self, direction: str) -> list[nn.Module | None]:
         if direction == "encode":
             return [self.encoder, self.encoder_transformer, self.downsample]
         return [self.upsample, self.decoder_transformer, self.decoder]

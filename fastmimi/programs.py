@@ -136,7 +136,7 @@ class Programs:
         return (program, scratch.positions) if same else None
 
     def _remember(self, model: Any) -> None:
-        parts = [part for part in (*model._parts(self.direction), model.quantizer) if part is not None]
+        parts = [part for part in (*model.parts(self.direction), model.quantizer) if part is not None]
         self._modules = modules = [module for part in parts for module in part.modules()]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         owners = [held for m in modules for held in (m._modules, m._parameters, m._buffers)]

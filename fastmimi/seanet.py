@@ -91,7 +91,8 @@ def weight_of(conv: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
     """The weight; under weight norm (arXiv 1602.07868) computed once, and again after any change, but in training."""
     if not hasattr(conv, "parametrizations"):
         return conv.weight
-    pair: Any = conv.parametrizations.weight
+    parametrizations: Any = conv.parametrizations
+    pair = parametrizations.weight
     g, v = pair.original0, pair.original1
     trains = torch.is_grad_enabled() and (g.requires_grad or v.requires_grad)
     if trains or torch.compiler.is_compiling():  # tracing sees no versions

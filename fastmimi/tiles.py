@@ -2,6 +2,7 @@
 
 On an accelerator launches should be long. On a CPU the layers near the audio take smaller pieces of a tile, whose
 widest activation (5 MB in fp32) stays in a level-3 cache; the slow layers, whose weights are large, take all of it.
+Lengths are those of 64 channels near the audio: with more channels, tiles and pieces are shorter.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .config import CodecConfig
+from .config import AnyConfig
 from .programs import MOST_FRAMES
 
 TILE_SAMPLES = 480_000  # of all rows together
@@ -18,22 +19,26 @@ PIECE_SAMPLES = 19_200
 TILE_SAMPLES_ACCELERATOR = 2_400_000
 
 
-def frames_per_tile(config: CodecConfig, batch: int, device: str) -> int:
+def frames_per_tile(config: AnyConfig, batch: int, device: str) -> int:
     samples = TILE_SAMPLES if device == "cpu" else TILE_SAMPLES_ACCELERATOR
-    return max(1, samples // (batch * config.frame_size))
+    return max(1, samples // (batch * config.frame_size * _width(config)))
 
 
-def positions_per_piece(config: CodecConfig, batch: int, device: str) -> int | None:
+def positions_per_piece(config: AnyConfig, batch: int, device: str) -> int | None:
     """Transformer positions that the layers near the audio take at once; None: all."""
     hop = config.frame_size // config.latent_stride
     least = MOST_FRAMES * config.latent_stride  # programs.py: short steps are not cut
-    return max(least, PIECE_SAMPLES // (batch * hop)) if device == "cpu" else None
+    return max(least, PIECE_SAMPLES // (batch * hop * _width(config))) if device == "cpu" else None
 
 
-def most_frames_at_once(config: CodecConfig, batch: int, device: str) -> int:
+def most_frames_at_once(config: AnyConfig, batch: int, device: str) -> int:
     """Frames above which tiles or pieces are worth their state."""
     piece = positions_per_piece(config, batch, device)
     return frames_per_tile(config, batch, device) if piece is None else piece // config.latent_stride
+
+
+def _width(config: AnyConfig) -> int:
+    return max(1, config.num_filters // 64)
 
 
 def filled(audio: Tensor, frame_size: int) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from .model import Mimi
+    from .codec import Codec
 
 STEP_FRAMES = 50  # of codes that pass the model at once: 4 s, one of its own tiles
 
@@ -37,7 +37,7 @@ class Clock:
         return result
 
 
-def encode(codec: Mimi, blocks: Iterable[np.ndarray], clock: Clock, *, frame_by_frame: bool = False) -> np.ndarray:
+def encode(codec: Codec, blocks: Iterable[np.ndarray], clock: Clock, *, frame_by_frame: bool = False) -> np.ndarray:
     """Blocks [n, channels] float32 at the codec's rate -> codes [K, T] int32; the same however they are cut.
 
     `frame_by_frame` feeds one frame (80 ms) at a time, as a live stream would, instead of 50. A configuration
@@ -54,7 +54,7 @@ def encode(codec: Mimi, blocks: Iterable[np.ndarray], clock: Clock, *, frame_by_
 
 
 def decode(
-    codec: Mimi, codes: np.ndarray, length: int, clock: Clock, *, frame_by_frame: bool = False
+    codec: Codec, codes: np.ndarray, length: int, clock: Clock, *, frame_by_frame: bool = False
 ) -> Iterator[np.ndarray]:
     """Codes [K, T] -> blocks [n, channels] float32, in all `length` samples; see `encode` for the rest."""
     if not (codec.config.streamable or frame_by_frame):

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import dispatch, int8, kyutai
-from .config import MIMI_TYPES, CodecConfig, read_json
+from .codec import Codec
+from .config import MIMI_TYPES, AnyConfig, CodecConfig, JodioConfig, config_from_json, read_json
 from .errors import InputError
 from .files import replacing
+from .jodio import JodioModel
 from .model import Mimi
 
 State = dict[str, Tensor]
@@ -43,12 +46,13 @@ def load(
     impl: dispatch.Impl = "auto",
     num_codebooks: int | None = None,
     weights: str | None = None,
-) -> Mimi:
+) -> Codec:
     """A codec ready for inference: in eval mode, its parameters not requiring gradients.
 
     Args:
-        source: a directory or `.safetensors` file of transformers' or Kyutai's, a hub id ("kyutai/mimi"), or
-            "random[:seed]", a Mimi with random weights.
+        source: a directory or `.safetensors` file of transformers' or Kyutai's, a directory that a JODIO was saved to,
+            a hub id ("kyutai/mimi"), or random weights: "random[:seed]" for a Mimi, "jodio-random[:seed]" for a JODIO
+            (1.5 GB).
         device, dtype: where and in what precision it runs; codebooks and their search stay fp32.
         impl: "auto", "reference", "triton", "cpu", "onednn", or a dict per op.
         num_codebooks: codebooks that `encode` yields, by default all of the model's (32 for kyutai/mimi).
@@ -61,28 +65,33 @@ def load(
         raise InputError(f"weights must be None or 'int8', got {weights!r}")
     if weights == "int8" and dtype != torch.float32:
         raise InputError(f"weights='int8' computes in float32, got dtype={dtype}")
-    if match := re.fullmatch(r"random(?::(\d+))?", str(source)):
-        model = random(CodecConfig(), int(match[1] or 0))
+    if match := re.fullmatch(r"(jodio-)?random(?::(\d+))?", str(source)):
+        model = random(JodioConfig() if match[1] else CodecConfig(), int(match[2] or 0))
     else:
         config, state = read_checkpoint(source)
-        with torch.device("meta"):
-            model = Mimi(config)
+        model = _unfilled(config)
         fill(model, state)
     model.impl = impl
     dispatch.check_impl(impl)
     if num_codebooks is not None:
         model.num_codebooks = num_codebooks
     if weights == "int8":
+        if not isinstance(model, Mimi):
+            raise InputError("weights='int8' is for Mimi: the weights of a JODIO are under weight norm")
         for part in model.children():
             if part is not model.quantizer:  # which stays exact, and so does the codes' meaning
                 int8.round_weights(part)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def random(config: CodecConfig, seed: int = 0) -> Mimi:
-    """A codec with random weights, the same for the same seed on every machine; its codes vary with the audio."""
+def _unfilled(config: AnyConfig) -> Codec:
     with torch.device("meta"):
-        model = Mimi(config)
+        return JodioModel(config) if isinstance(config, JodioConfig) else Mimi(config)
+
+
+def random(config: AnyConfig, seed: int = 0) -> Any:
+    """A codec with random weights, the same for the same seed on every machine; its codes vary with the audio."""
+    model = _unfilled(config)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: torch.Size, std: float) -> Tensor:
@@ -92,7 +101,9 @@ def random(config: CodecConfig, seed: int = 0) -> Mimi:
     for name, tensor in model.state_dict().items():
         kind = name.rsplit(".", 1)[1]
         if kind == "scale":
-            state[name] = torch.full(tensor.shape, config.layer_scale_initial_scale)
+            state[name] = torch.full(tensor.shape, 0.01)
+        elif kind == "original0":  # of weight norm: keeps the power of what SiLU halves
+            state[name] = torch.full(tensor.shape, 1.7)
         elif kind in ("cluster_usage", "initialized") or (kind == "weight" and tensor.dim() == 1):
             state[name] = torch.ones(tensor.shape)
         elif kind == "embed_sum":
@@ -105,7 +116,7 @@ def random(config: CodecConfig, seed: int = 0) -> Mimi:
     return model
 
 
-def fill(model: Mimi, state: Mapping[str, Tensor]) -> None:
+def fill(model: Codec, state: Mapping[str, Tensor]) -> None:
     """Put a flat state into a model (which may stand on the meta device); all misfits are listed in one error."""
     own = model.state_dict()
     dropped = tuple(
@@ -132,8 +143,8 @@ def fill(model: Mimi, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(wide, assign=True)
 
 
-def read_checkpoint(source: str | Path) -> tuple[CodecConfig, State]:
-    """Configuration and flat state dict of a directory, a file, or a hub id."""
+def read_checkpoint(source: str | Path) -> tuple[AnyConfig, State]:
+    """Configuration and flat state dict of a directory, a file, or a hub id; a JODIO's is as the model has it."""
     path = Path(source)
     if path.is_dir():
         files, config_file = _files_of_directory(path)
@@ -144,8 +155,11 @@ def read_checkpoint(source: str | Path) -> tuple[CodecConfig, State]:
     state: State = {}
     for file in files:
         state |= read_safetensors(file)
+    kind = _model_type(config_file)
+    if kind == "jodio":
+        return config_from_json(config_file), state
     state = to_flat(state)
-    if config_file.is_file() and _model_type(config_file) in MIMI_TYPES:
+    if kind in MIMI_TYPES:
         config = CodecConfig.from_json(config_file)
     else:
         config = infer_config(state)
@@ -242,24 +256,27 @@ def infer_config(state: Mapping[str, Tensor]) -> CodecConfig:
     )
 
 
-def save_pretrained(model: Mimi, directory: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` as transformers' `MimiModel.from_pretrained` reads them."""
+def save_pretrained(model: Codec, directory: str | Path) -> None:
+    """Write `config.json` and `model.safetensors`; a Mimi's as transformers' `MimiModel.from_pretrained` reads them."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _write(fold_weight_norm(model.state_dict()), directory / "model.safetensors")
+    state = model.state_dict()
+    _write(fold_weight_norm(state) if isinstance(model, Mimi) else state, directory / "model.safetensors")
     with replacing(directory / "config.json") as part:
         part.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
 
 
-def save_kyutai(model: Mimi, path: str | Path) -> None:
+def save_kyutai(model: Codec, path: str | Path) -> None:
     """Write one `.safetensors` file in Kyutai's layout, which moshi and rustymimi read.
 
     Raises InputError for what that layout cannot hold (attention biases, heads that do not fill the width).
     """
+    if not isinstance(model.config, CodecConfig):
+        raise InputError(f"Kyutai's layout holds a Mimi, got a {type(model).__name__}")
     _write(kyutai.from_flat(fold_weight_norm(model.state_dict()), model.config), Path(path))
 
 
-def fingerprint(model: Mimi) -> str:
+def fingerprint(model: Codec) -> str:
     """Sixteen hex digits that tell the quantizer's weights: codes are exchangeable between models that share them.
 
     The encoder and the decoder do not count (a fine-tuned decoder still reads the codes), nor does the precision the
@@ -267,7 +284,7 @@ def fingerprint(model: Mimi) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.quantizer.state_dict().items()):
-        if name.endswith(("embed_sum", "cluster_usage")):
+        if name.endswith(("embed_sum", "cluster_usage", "codebook.weight")):
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
@@ -284,7 +301,7 @@ def _files_of_directory(path: Path) -> tuple[list[Path], Path]:
     if index.is_file():
         names = sorted(set(read_json(index)["weight_map"].values()))
         return [path / name for name in names], config
-    if (path / "model.safetensors").is_file() and _model_type(config) in (None, *MIMI_TYPES):
+    if (path / "model.safetensors").is_file() and _model_type(config) in (None, "jodio", *MIMI_TYPES):
         return [path / "model.safetensors"], config
     found = sorted(path.glob("tokenizer-*.safetensors"))
     if len(found) != 1:
@@ -302,7 +319,7 @@ def _files_of_hub(name: str) -> tuple[list[Path], Path]:
     try:
         config = fetch("config.json")
         values = read_json(config)
-        if _model_type(config) not in MIMI_TYPES:  # a repository of Kyutai's
+        if _model_type(config) not in ("jodio", *MIMI_TYPES):  # a repository of Kyutai's
             return [fetch(values.get("mimi_name", kyutai.FILE_NAME))], config
         try:
             return [fetch("model.safetensors")], config

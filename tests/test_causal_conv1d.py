@@ -92,13 +92,18 @@ def test_not_contiguous_input(op):
 
 @pytest.mark.parametrize("c_in, c_out, kernel, stride, dilation, post", [
     (64, 32, 3, 1, 1, "none"), (64, 128, 8, 4, 1, "none"), (512, 1024, 7, 1, 1, "none"), (64, 1, 3, 1, 1, "none"),
-    (896, 896, 3, 1, 4, "silu"),
+    (896, 896, 3, 1, 4, "silu"), (896, 896, 3, 8, 1, "none"),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_models_shapes(op, c_in, c_out, kernel, stride, dilation, post, dtype):
     x, weight = noise(1, c_in, 72, seed=1).to(dtype), noise(c_out, c_in, kernel, seed=2, scale=0.1).to(dtype)
     bias = noise(c_out, seed=3).to(dtype)
-    options = {"stride": stride, "dilation": dilation, "pad": ((kernel - 1) * dilation + 1 - stride, 0), "post": post}
+    options = {
+        "stride": stride,
+        "dilation": dilation,
+        "pad": (max(kernel - stride, 0) + (kernel - 1) * (dilation - 1), 0),
+        "post": post,
+    }
     truth = reference(x.double(), weight.double(), bias.double(), pre="elu", **options)
     plain = reference(x, weight, bias, pre="elu", **options)
     assert_as_exact(op(x, weight, bias, pre="elu", **options), plain, truth)

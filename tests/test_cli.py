@@ -35,6 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "rate": small_model(sampling_rate=48_000),
     }
     folder = tmp_path_factory.mktemp("models")
+    kinds["jodio"] = weights.random(fastmimi.JodioConfig.small(), 0).eval()
     for name, codec in kinds.items():
         weights.save_pretrained(codec, folder / name)
     return {name: str(folder / name) for name in kinds}
@@ -155,6 +156,27 @@ def test_fewer_codebooks_are_decoded(here: Path, models: dict[str, str]) -> None
 
 
 # What is printed, and drawn
+
+
+def test_jodio_is_used_as_mimi_is(here: Path, models: dict[str, str]) -> None:
+    run("encode", "in.wav", "whole.st", "--model", models["jodio"])
+    run("encode", "in.wav", "stream.st", "--model", models["jodio"], "--stream")
+    whole, stream = Tokens.load("whole.st"), Tokens.load("stream.st")
+    assert (whole.codes == stream.codes).all() and whole.codes.shape == (5, 9)
+    run("decode", "whole.st", "out.wav", "--model", models["jodio"])
+    sound, rate = soundfile.read("out.wav")
+    assert len(sound) == whole.length and rate == 24_000
+    printed = run("info", models["jodio"]).stdout
+    for part in ("8 channels, strides [4, 5, 6, 8, 2]", "3 layers of 20, 2 heads, then 2 layers of 12, 3 heads", "yes"):
+        assert part in printed
+
+
+def test_what_the_architectures_cost(here: Path) -> None:
+    printed = run("info", "jodio").stdout
+    assert printed == printed.replace("\x1b", "") and "mimi: both directions" in printed
+    row = next(line for line in printed.splitlines() if "encoder.conv_blocks.0" in line)
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["6,000", "9.64", "375.72"]
+    assert "386.24" in printed and "96.15" in printed and "GFLOP/s of products in fp32" in printed
 
 
 def test_info(here: Path, models: dict[str, str]) -> None:

@@ -11,8 +11,9 @@ README = Path(__file__).parent.parent / "README.md"
 KYUTAI = "tokenizer-e351c8d8-checkpoint125.safetensors"
 
 
-def test_examples(tmp_path):
+def test_examples(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
     model = fastmimi.load("random:0")
     fastmimi.save_pretrained(model, tmp_path / "mimi")
     fastmimi.save_kyutai(model, tmp_path / KYUTAI)

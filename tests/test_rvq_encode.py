@@ -61,9 +61,9 @@ def test_fp64():
     assert torch.equal(reference(x, codebooks), exhaustive(x, codebooks))
 
 
-@pytest.mark.parametrize("rows", [1, 90])
-def test_the_models_shape(op, rows):
-    x, codebooks = noise(rows, 256, seed=1), noise(4, 2048, 256, seed=2)
+@pytest.mark.parametrize("rows, dim", [(1, 256), (90, 256), (1, 1028), (20, 1028)])
+def test_the_models_shape(op, rows, dim):
+    x, codebooks = noise(rows, dim, seed=1), noise(4, 2048, dim, seed=2)
     codes = op(x, codebooks)
     assert torch.equal(codes, reference(x, codebooks))
     assert_nearest(codes, x, codebooks)

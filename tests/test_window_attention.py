@@ -112,7 +112,7 @@ def test_half_precision_rotates_in_full(op):
 
 
 @pytest.mark.parametrize(
-    "heads, kv_heads, dim, length", [(8, 8, 64, 300), (2, 1, 128, 70), (2, 2, 16, 33), (2, 2, 12, 9)]
+    "heads, kv_heads, dim, length", [(8, 8, 64, 300), (16, 16, 64, 40), (2, 1, 128, 70), (2, 2, 16, 33), (2, 2, 12, 9)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -20,14 +20,16 @@ HUB = "kyutai/mimi"
 
 AudioIn = Annotated[Path, typer.Argument(metavar="IN", help="Audio, in any format that libsndfile reads.")]
 TokensIn = Annotated[Path, typer.Argument(metavar="IN", help="A token file.")]
-AnyIn = Annotated[Path, typer.Argument(metavar="FILE", help="A token file, an audio file, or a checkpoint.")]
+AnyIn = Annotated[
+    Path, typer.Argument(metavar="WHAT", help="A token file, an audio file, a checkpoint, or `mimi` or `jodio`.")
+]
 AudioOut = Annotated[Path, typer.Argument(metavar="OUT", help="Audio; its suffix (wav, flac, ogg) is the format.")]
 TokensOut = Annotated[Path, typer.Argument(metavar="OUT", help="The token file (safetensors).")]
-Model = Annotated[str, typer.Option(help="A directory, a .safetensors file, a hub id, or random[:seed].")]
+Model = Annotated[str, typer.Option(help="A directory, a .safetensors file, a hub id, or [jodio-]random[:seed].")]
 Codebooks = Annotated[int | None, typer.Option(help="How many codebooks; by default all there are.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; codebooks are searched in float32.")]
-Impl = Annotated[str, typer.Option(help="auto, reference, triton or cpu; see `fastmimi explain`.")]
+Impl = Annotated[str, typer.Option(help="auto, reference, triton, cpu or onednn; see `fastmimi explain`.")]
 Stream = Annotated[bool, typer.Option("--stream", help="One frame (80 ms) at a time, as a live stream; same result.")]
 Packed = Annotated[bool, typer.Option("--packed", help="Store 2048 entries in 11 bits a code instead of 16.")]
 Force = Annotated[bool, typer.Option("--force", help="Decode with other weights than those that made the codes.")]
@@ -177,13 +179,15 @@ def roundtrip(
 
 
 @app.command()
-def info(source: AnyIn) -> None:
-    """What a token file, an audio file, or a checkpoint holds."""
+def info(source: AnyIn, device: Device = "cpu") -> None:
+    """What a token file, an audio file, or a checkpoint holds; of `mimi` and `jodio`, what each part costs."""
     from ..audio import probe
     from ..tokens import Tokens, is_tokens
-    from . import report
+    from . import report, work
 
-    if source.is_dir():
+    if str(source) in work.ARCHITECTURES and not source.exists():
+        report.costs(*work.costs(device))
+    elif source.is_dir():
         report.checkpoint(source)
     elif is_tokens(check_input(source)):
         report.tokens(Tokens.load(source), source)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..audio import AudioFile
+    from ..costs import Stage
     from ..dispatch import Choice
     from ..tokens import Tokens
     from ..transcode import Clock
@@ -150,9 +151,9 @@ def checkpoint(path: Path) -> None:
     parts = {
         name: sum(p.numel() for module in modules if module is not None for p in module.state_dict().values())
         for name, modules in (
-            ("encoder", (codec.encoder, codec.encoder_transformer, codec.downsample)),
-            ("decoder", (codec.decoder, codec.decoder_transformer, codec.upsample)),
-            ("quantizer", (codec.quantizer,)),
+            ("encoder", codec.parts("encode")),
+            ("decoder", codec.parts("decode")),
+            ("quantizer", [codec.quantizer]),
         )
     }
     listed = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items() if count)
@@ -163,9 +164,7 @@ def checkpoint(path: Path) -> None:
         "audio": f"{codec.sample_rate} Hz, channels: {config.audio_channels}",
         "frames": f"{codec.frame_rate:g} a second, of {codec.frame_size} samples",
         "codebooks": f"{books}, of {config.codebook_size} entries",
-        "convolutions": f"{config.num_filters} filters, ratios {config.upsampling_ratios}",
-        "transformers": f"{config.num_hidden_layers} layers of {config.hidden_size}, "
-        f"{config.num_attention_heads} heads, window of {config.sliding_window}",
+        **config.summary,
         "streams": "yes" if config.streamable else config.not_streamable_because,
         "fingerprint": fingerprint(codec),
     }
@@ -181,6 +180,33 @@ def dispatch(choices: list[Choice], title: str) -> None:
         passed_over = "\n".join(f"{name}: {why}" for name, why in choice.passed_over)
         table.add_row(choice.op, choice.chosen, choice.reason, passed_over)
     _stdout().print(table)
+
+
+def costs(architectures: dict[str, list[Stage]], ceilings: dict[str, float], device: str) -> None:
+    """A table for each architecture: its stages, for a second of audio."""
+    from ..costs import total
+
+    for name, stages in architectures.items():
+        table = Table(title=f"{name}: both directions, for one second of audio", title_justify="left")
+        for column in ("stage", "output Hz", "parameters M", "GFLOP", "MB in fp32", "ms at least"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        for stage in (*stages, total(stages)):
+            if stage.name == "total":
+                table.add_section()
+            table.add_row(
+                stage.name,
+                f"{stage.rate:,.6g}" if stage.rate else "",
+                f"{stage.parameters / 1e6:,.2f}",
+                f"{stage.flops / 1e9:,.2f}",
+                f"{stage.bytes / 1e6:,.1f}",
+                f"{sum(s.seconds(ceilings) for s in (stages if stage.name == 'total' else [stage])) * 1000:,.1f}",
+            )
+        _stdout().print(table)
+    typer.echo(
+        "MB: inputs and outputs of each op, once; the weights, read once a pass, are 4 MB for a million parameters.\n"
+        f"At least: at the rates measured now on {device}, {ceilings['fp32 GFLOP/s']:,.0f} GFLOP/s of products in "
+        f"fp32 and {ceilings['copy GB/s']:,.0f} GB/s of a copy."
+    )
 
 
 def _table(title: str, rows: Rows) -> None:

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .. import dispatch, plot, transcode, weights
 from ..audio import AudioFile, AudioWriter, read_blocks
+from ..codec import Codec
+from ..config import CodecConfig, JodioConfig
 from ..errors import InputError
 from ..files import check_output
-from ..model import Mimi
 from ..tokens import Tokens
 from . import report
 
+if TYPE_CHECKING:
+    from ..costs import Stage
+
+ARCHITECTURES = {"mimi": CodecConfig, "jodio": JodioConfig}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,7 +83,7 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def check_fit(tokens: Tokens, codec: Mimi, source: Path, model: str, *, force: bool) -> None:
+def check_fit(tokens: Tokens, codec: Codec, source: Path, model: str, *, force: bool) -> None:
     """The codes were made with this codec's quantizer (or `force`), for audio of its rate and frames."""
     fingerprint = weights.fingerprint(codec)
     if tokens.fingerprint != fingerprint and not force:
@@ -96,7 +102,7 @@ def check_fit(tokens: Tokens, codec: Mimi, source: Path, model: str, *, force: b
 # Work
 
 
-def load(model: str, device: str, dtype: str, impl: str, codebooks: int | None = None) -> Mimi:
+def load(model: str, device: str, dtype: str, impl: str, codebooks: int | None = None) -> Codec:
     """The codec; what can be checked without its weights is checked before they are fetched."""
     where, kind = device_of(device), dtype_of(dtype)
     dispatch.explain(where.type, kind, impl)  # raises where the implementation cannot run
@@ -104,7 +110,17 @@ def load(model: str, device: str, dtype: str, impl: str, codebooks: int | None =
         return weights.load(model, device=where, dtype=kind, impl=impl, num_codebooks=codebooks)
 
 
-def encode(codec: Mimi, file: AudioFile, model: str, *, packed: bool, stream: bool) -> Coded:
+def costs(device: str) -> tuple[dict[str, list[Stage]], dict[str, float], str]:
+    """Of each architecture the stages; what the device can do, and its name."""
+    from .. import costs
+
+    where = device_of(device)
+    with report.busy("counting, and measuring this machine"):
+        found = {name: costs.stages(config()) for name, config in ARCHITECTURES.items()}
+        return found, costs.ceilings(str(where)), device
+
+
+def encode(codec: Codec, file: AudioFile, model: str, *, packed: bool, stream: bool) -> Coded:
     channels = codec.config.audio_channels
     if channels == 1 < file.channels:
         report.note(f"{file.path} has {file.channels} channels; their mean is encoded")
@@ -126,7 +142,7 @@ def encode(codec: Mimi, file: AudioFile, model: str, *, packed: bool, stream: bo
     return Coded(tokens, track, clock)
 
 
-def decode(codec: Mimi, tokens: Tokens, target: Path, kind: tuple[str, str], *, stream: bool) -> Decoded:
+def decode(codec: Codec, tokens: Tokens, target: Path, kind: tuple[str, str], *, stream: bool) -> Decoded:
     track, clock = plot.Track(round(plot.SECONDS * codec.sample_rate)), transcode.Clock()
     blocks = transcode.decode(codec, tokens.codes, tokens.length, clock, frame_by_frame=stream)
     with (

@@ -1,0 +1,49 @@
+"""What codecs cost: counted against PyTorch's own counter, which watches the reference run."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastmimi import CodecConfig, JodioConfig, costs
+from fastmimi.testing import CONFIGS, noise
+from fastmimi.weights import random
+
+
+@pytest.mark.parametrize("config", [
+    CodecConfig.from_dict(CONFIGS["small"]), CodecConfig.from_dict(CONFIGS["shortcut"]),
+    CodecConfig.from_dict(CONFIGS["attention"]), JodioConfig.small(),
+])  # fmt: skip
+@torch.no_grad()
+def test_stages_add_up_to_what_pytorch_counts(config):
+    """But for attention, of which PyTorch counts whole blocks, and the sums of decoded entries, no products."""
+    found = costs.stages(config)
+    model = random(config).eval()
+    model.impl = "reference"
+    frames = 10
+    with FlopCounterMode(display=False) as counter:
+        model.decode(model.encode(noise(1, config.audio_channels, frames * config.frame_size)))
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counted.items() if "attention" not in str(op)) / (frames / config.frame_rate)
+    assert costs.total(found).flops == pytest.approx(products, rel=0.05)
+    assert costs.total(found).parameters == sum(t.numel() for t in model.state_dict().values())
+
+
+def test_jodio_is_bound_by_its_convolutions_near_the_audio():
+    """896 x 896 x 3 products for each of 24,000 samples, three times, and the strided one."""
+    stages = {stage.name: stage for stage in costs.stages(JodioConfig())}
+    assert stages["encoder.conv_blocks.0"].flops == 2 * 896 * 896 * 3 * (3 * 24_000 + 6_000)
+    assert stages["encoder.conv_blocks.0"].bytes == 4 * 896 * (3 * 2 * 24_000 + 24_000 + 6_000)
+    assert [stages[f"encoder.conv_blocks.{i}"].rate for i in range(4)] == [6000, 1200, 200, 25]
+    assert sum(s.flops for s in stages.values()) > 980e9
+
+
+def test_the_time_is_that_of_the_ceiling_which_binds():
+    ceilings = {"fp32 GFLOP/s": 100.0, "copy GB/s": 10.0}
+    assert costs.Stage("", flops=5e9, bytes=1e7).seconds(ceilings) == 0.05
+    assert costs.Stage("", flops=5e9, bytes=1e9).seconds(ceilings) == 0.1
+
+
+def test_ceilings_are_measured():
+    found = costs.ceilings()
+    assert found.keys() == {"fp32 GFLOP/s", "bf16 GFLOP/s", "copy GB/s", "read GB/s"}
+    assert all(0.01 < value < 1e6 for value in found.values())
