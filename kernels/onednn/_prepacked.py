@@ -7,7 +7,7 @@ freezes CPU models with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -72,8 +72,14 @@ def linear(
     if post != "none":
         (whole,), (activation, algorithm) = weight, FUSED[post]
         return onednn._linear_pointwise(x, whole, bias, activation, [], algorithm)
+    return _sum_of_products(x.tensor_split(len(weight), dim=-1), weight, bias, residual)
+
+
+def _sum_of_products(
+    pieces: Sequence[Tensor], weight: list[Tensor], bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
     y = residual
-    for piece, part in zip(x.tensor_split(len(weight), dim=-1), weight, strict=True):
+    for piece, part in zip(pieces, weight, strict=True):
         if y is None:
             y = onednn._linear_pointwise(piece, part, bias, "none", [], "")
         else:
@@ -96,7 +102,9 @@ def conv(
         rows = x.as_strided((x.shape[0], length, kernel, x.shape[1]), (batch_step, stride * step, dilation * step, 1))
         by_taps = memory.packed(weight, "onednn by taps", lambda w: lay_out(w.transpose(1, 2).flatten(1)))
         other = None if residual is None else residual.transpose(1, 2)
-        return linear(rows.flatten(2), by_taps, bias, residual=other).transpose(1, 2)
+        whole_taps = len(by_taps) == kernel > 1  # which need no copy of what they share
+        pieces = rows.unbind(2) if whole_taps else rows.flatten(2).tensor_split(len(by_taps), dim=-1)
+        return _sum_of_products(pieces, by_taps, bias, other).transpose(1, 2)
     geometry = [0, 0], [1, stride], [1, dilation], groups
     laid_out = memory.packed(
         weight, f"onednn {geometry}", lambda w: onednn._reorder_convolution_weight(w.unsqueeze(2), *geometry)
