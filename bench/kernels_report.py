@@ -3,8 +3,8 @@
     python bench/kernels_report.py             # all targets, writes bench/results/kernels.md (`make kernels-report`)
     python bench/kernels_report.py sm_90       # one target, only the checks
 
-No GPU is needed: the launches of Mimi (offline, and one frame of a stream) and of JODIO's shapes are listened to, not
-run, and each distinct one is compiled for each target as it would be at its first launch there. Exit code 1 where a
+No GPU is needed: the launches of Mimi and of JODIO (offline, and one frame of a stream) are listened to, not run, and
+each distinct one is compiled for each target as it would be at its first launch there. Exit code 1 where a
 kernel spills registers, exceeds the shared memory of its target, has no tensor-core instruction where it multiplies, or
 where the table that is committed lacks a kernel.
 """
@@ -28,7 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastmimi import tiles
-from fastmimi.config import CodecConfig
+from fastmimi.codec import Codec
+from fastmimi.config import CodecConfig, JodioConfig, JodioTransformerConfig
+from fastmimi.jodio import JodioModel
 from fastmimi.kernels.triton import (
     _launch,
     causal_conv1d,
@@ -111,30 +113,28 @@ def launches() -> list[Launch]:
     layer = partial(transformer_layer, attention=kernels["window_attention"])
     ops = Ops(transformer_layer=layer, **kernels)
     for dtype in (torch.float32, torch.bfloat16):
-        _run_mimi(ops, dtype)
-        _run_jodio_shapes(dtype)
+        few_layers = JodioTransformerConfig(num_hidden_layers=1)  # all launch the same
+        for model in (Mimi(CodecConfig()), JodioModel(JodioConfig(encoder_transformer=few_layers))):
+            _run(model.to(dtype).eval(), ops)
+        _run_other_shapes(dtype)
     return list(heard.values())
 
 
 @torch.no_grad()
-def _run_mimi(ops: Ops, dtype: torch.dtype) -> None:
-    mimi = Mimi(CodecConfig()).to(dtype)
-    mimi._ops = lambda: ops  # type: ignore[method-assign]
-    audio, codes = torch.zeros(1, 1, 96_000, dtype=dtype), torch.zeros(1, 32, 50, dtype=torch.int64)
+def _run(model: Codec, ops: Ops) -> None:
+    model._ops = lambda: ops  # type: ignore[method-assign]
+    audio = torch.zeros(1, 1, 96_000, dtype=model.dtype)
+    codes = torch.zeros(1, model.total_codebooks, 50, dtype=torch.int64)
     with mock.patch.object(tiles, "positions_per_piece", return_value=None):  # as on an accelerator
-        mimi.encode(audio)
-        mimi.decode(codes)
+        model.encode(audio)
+        model.decode(codes)
         for batch, frames in ((1, 1), (32, 1), (2, 25)):
-            state = mimi.new_state(batch)
-            mimi.encode(audio[..., : 1920 * frames].expand(batch, -1, -1), state=state)
-            mimi.decode(codes[..., :frames].expand(batch, -1, -1), state=state)
+            state = model.new_state(batch)
+            model.encode(audio[..., : 1920 * frames].expand(batch, -1, -1), state=state)
+            model.decode(codes[..., :frames].expand(batch, -1, -1), state=state)
 
 
-def _run_jodio_shapes(dtype: torch.dtype) -> None:
-    x, weight, bias = (torch.zeros(*shape, dtype=dtype) for shape in ((1, 896, 2400), (896, 896, 3), (896,)))
-    for dilation in (1, 2, 4):
-        causal_conv1d.causal_conv1d(x, weight, bias, dilation=dilation, pad=(2 * dilation, 0), post="silu")
-    rvq_encode.rvq_encode(torch.zeros(250, 1028), torch.zeros(8, 2048, 1028))
+def _run_other_shapes(dtype: torch.dtype) -> None:
     for dim in (16, 128):
         q = torch.zeros(1, 250, 4, dim, dtype=dtype).transpose(1, 2)
         window_attention.window_attention(q, q, q, torch.zeros(dim // 2), window=250)
