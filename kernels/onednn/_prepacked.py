@@ -32,6 +32,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: F.silu(x, inplace=True),
 }
 LONGEST_SUM = 1024  # products added up in a row, in fp32: with more, oneDNN errs over twice as much as PyTorch
+SHORT_SUM = 256  # the same where what is added up is not centred: activations
 onednn: Any = torch.ops.mkldnn
 
 
@@ -59,9 +60,9 @@ def refusal(dtype: torch.dtype) -> str | None:
     return None if right else "this build of PyTorch computes something else by the names of oneDNN's operations"
 
 
-def lay_out(weight: Tensor, *, whole: bool = False) -> list[Tensor]:
-    """[C_out, C], laid out for `linear`; cut along a long C, so that sums are short, unless `whole`."""
-    count = 1 if whole or weight.dtype != torch.float32 else max(1, round(weight.shape[1] / LONGEST_SUM))
+def lay_out(weight: Tensor, *, whole: bool = False, least: int = 1) -> list[Tensor]:
+    """[C_out, C], laid out for `linear`; unless `whole` cut along C, so that sums are short."""
+    count = 1 if whole or weight.dtype != torch.float32 else max(least, round(weight.shape[1] / LONGEST_SUM))
     return [onednn._reorder_linear_weight(part.contiguous()) for part in weight.tensor_split(count, dim=1)]
 
 
@@ -96,11 +97,13 @@ def conv(
     """x [B, C, T], time-major, and weight [C_out, C / groups, K] -> [B, C_out, T_out], time-major, + residual."""
     kernel = weight.shape[2]
     residual = None if residual is None else memory.time_major(residual)
-    if groups == 1 and (kernel == 1 or (weight[0].numel() > LONGEST_SUM and weight.dtype == torch.float32)):
+    long_sums = stride > 1 or len(weight) == 1 or weight[0].numel() > LONGEST_SUM  # whose digits a convolution loses
+    if groups == 1 and (kernel == 1 or (long_sums and weight.dtype == torch.float32)):
+        least = 2 if weight[0].numel() > SHORT_SUM else 1
         length = (x.shape[2] - (kernel - 1) * dilation - 1) // stride + 1
         batch_step, _, step = x.stride()
         rows = x.as_strided((x.shape[0], length, kernel, x.shape[1]), (batch_step, stride * step, dilation * step, 1))
-        by_taps = memory.packed(weight, "onednn by taps", lambda w: lay_out(w.transpose(1, 2).flatten(1)))
+        by_taps = memory.packed(weight, "onednn by taps", lambda w: lay_out(w.transpose(1, 2).flatten(1), least=least))
         other = None if residual is None else residual.transpose(1, 2)
         whole_taps = len(by_taps) == kernel > 1  # which need no copy of what they share
         pieces = rows.unbind(2) if whole_taps else rows.flatten(2).tensor_split(len(by_taps), dim=-1)
