@@ -322,5 +322,5 @@ class JodioModel(Codec):
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """[B, C, T] -> [B, C_out, T]."""
-    return layer(x.transpose(1, 2)).transpose(1, 2)
+    """[B, C, T] -> [B, C_out, T], of x's dtype under autocast too: the ops take what the weights are."""
+    return layer(x.transpose(1, 2)).to(x.dtype).transpose(1, 2)

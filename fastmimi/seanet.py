@@ -97,7 +97,8 @@ def weight_of(conv: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
     trains = torch.is_grad_enabled() and (g.requires_grad or v.requires_grad)
     if trains or torch.compiler.is_compiling():  # tracing sees no versions
         return conv.weight
-    return memory.packed((v, g), "weight norm", lambda v, g: torch._weight_norm(v, g, 0))
+    dim = parametrizations.weight[0].dim
+    return memory.packed((v, g), f"weight norm {dim}", lambda v, g: torch._weight_norm(v, g, dim))
 
 
 class CausalConv1d(PaddedConv1d, nn.Module):

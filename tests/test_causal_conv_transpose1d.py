@@ -85,6 +85,10 @@ def test_the_models_shapes(op, c_in, c_out, stride, groups, dtype, length):
         assert_as_exact(overlap, kept, past)
 
 
+def test_nothing_in_nothing_out(op):
+    assert op(noise(0, 4, 3), noise(4, 2, 6), stride=3, trim=(0, 3)).shape == (0, 2, 9)
+
+
 @pytest.mark.parametrize("batch, sizes", [(40, [1, 1, 2]), (5, [130, 1])])
 @pytest.mark.parametrize("groups", [1, 20])
 def test_many_streams_at_once(op, batch, sizes, groups):

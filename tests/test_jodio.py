@@ -318,6 +318,25 @@ def test_weight_norm_is_computed_once_and_again_after_an_edit():
     assert torch.equal(weight_of(conv), conv.weight) and not torch.equal(model.encode_to_latent(audio), before)
 
 
+def test_weight_norm_along_any_dimension():
+    from torch.nn.utils.parametrizations import weight_norm
+
+    from fastmimi.seanet import weight_of
+
+    conv = torch.nn.Conv1d(3, 5, 4).requires_grad_(False)
+    before = conv.weight.clone()
+    assert relative_error(weight_of(weight_norm(conv, dim=1)), before) < 1e-6
+
+
+def test_autocast_is_for_what_pytorch_multiplies():
+    model, audio = small(), noise(1, 1, 6 * FRAME)
+    latents = model.encode_to_latent(audio)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model.encode_to_latent(audio)
+        assert model.decode(model.encode(audio)).dtype == torch.float32
+    assert mixed.dtype == torch.float32 and 0 < relative_error(mixed, latents) < 0.1
+
+
 def test_half_precision_keeps_the_codebooks():
     model, audio = small(), noise(1, 1, 6 * FRAME)
     books, latents = model.semantic_rvq.codebooks(), model.encode_to_latent(audio)

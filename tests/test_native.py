@@ -221,6 +221,13 @@ def test_what_does_not_fit_is_refused():
     active = {"first": torch.tensor([True] * 2), "active": torch.tensor([True] * 2)}
     with pytest.raises(ValueError, match=r"history must be contiguous and \(2, 4, 2\), got \(2, 4, 1\)"):
         ops["causal_conv1d"](x, noise(3, 4, 3), pad=(2, 0), history=noise(2, 4, 1), **active)
+    for conv in "causal_conv1d", "causal_conv_transpose1d":
+        with pytest.raises(ValueError, match="x must have the 5 channels of the weight, got 4"):
+            ops[conv](x, noise(5, 5, 3))
+        with pytest.raises(ValueError, match=r"bias must be \(4,\), got \(1,\)"):
+            ops[conv](x, noise(4, 4, 3), noise(1))
+    with pytest.raises(ValueError, match="x must have the 5 channels of the weight, got 4"):
+        ops["resblock"](x, noise(2, 5, 3), noise(2), noise(4, 2, 1), noise(4), pad=(2, 0))
     with pytest.raises(ValueError, match="overlap must be"):
         ops["causal_conv_transpose1d"](x, noise(4, 3, 4), stride=2, overlap=noise(2, 3, 1), active=active["active"])
     with pytest.raises(TypeError, match="the search is fp32"):

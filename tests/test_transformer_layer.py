@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastmimi import memory
 from fastmimi.reference.transformer_layer import transformer_layer as reference
 from fastmimi.reference.window_attention import window_attention as attention
 from fastmimi.testing import assert_as_exact, noise, relative_error
@@ -162,6 +163,9 @@ def test_some_biases_only(op):
     some = [*weights[:13], weights[13], None, weights[15], None]
     options = {"window": 3, "eps": 1e-5}
     assert relative_error(op(x, *some, **options), reference(x, *some, **options)) < 1e-6
+    forms = set(memory._forms.values())
+    op(x, *some, **options)
+    assert set(memory._forms.values()) <= forms, "weights are packed once"
 
 
 def test_a_width_that_no_vector_divides(op):

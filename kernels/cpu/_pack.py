@@ -42,6 +42,14 @@ def fits(name: str, state: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must be contiguous and {shape}, got {tuple(state.shape)}")
 
 
+def multiplies(x: Tensor, channels: int, outputs: int, bias: Tensor | None) -> None:
+    """Raise ValueError unless x [B, C, T] and a bias [C_out] are as long as the weights say."""
+    if x.shape[1] != channels:
+        raise ValueError(f"x must have the {channels} channels of the weight, got {x.shape[1]}")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias must be ({outputs},), got {tuple(bias.shape)}")
+
+
 def kind_of(dtype: torch.dtype) -> str:
     multiplies = native().name == "avx512bf16"  # bf16 in pairs, bytes in fours
     if dtype in (torch.int8, torch.uint8):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import memory
 from ._native import ACTIVATIONS, DTYPES, MOST_ROWS, PAD_MODES, Input, Output, native, unsupported  # noqa: F401
-from ._pack import Panels, address, agree, fits, panels
+from ._pack import Panels, address, agree, fits, multiplies, panels
 
 
 def causal_conv1d(
@@ -35,8 +35,9 @@ def causal_conv1d(
     agree(x, weight, residual, history)
     if history is not None:
         fits("history", history, (*x.shape[:2], pad[0]))
-    x = memory.time_major(x)
     out, per_group, kernel = weight.shape
+    multiplies(x, per_group * groups, out, bias)
+    x = memory.time_major(x)
     length = (x.shape[2] + pad[0] + pad[1] - (kernel - 1) * dilation - 1) // stride + 1
     y = memory.empty_time_major(x, out, length)
     if not y.numel():

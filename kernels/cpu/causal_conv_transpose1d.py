@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import memory
 from ._native import ACTIVATIONS, DTYPES, Output, native, unsupported  # noqa: F401
-from ._pack import address, agree, fits, panels
+from ._pack import address, agree, fits, multiplies, panels
 from .causal_conv1d import input_of, output_of
 
 
@@ -31,9 +31,10 @@ def causal_conv_transpose1d(
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride), channels next to each other in memory
     agree(x, weight, overlap)
+    out, kernel = weight.shape[1] * groups, weight.shape[2]
+    multiplies(x, weight.shape[0], out, bias)
     x = memory.time_major(x)
     batch, _, length = x.shape
-    out, kernel = weight.shape[1] * groups, weight.shape[2]
     taps = -(-kernel // stride)
     if overlap is not None:
         fits("overlap", overlap, (batch, out, max(0, kernel - stride)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import memory
 from ._native import native, unsupported  # noqa: F401
-from ._pack import agree, fits, panels
+from ._pack import agree, fits, multiplies, panels
 from .causal_conv1d import by_taps, causal_conv1d, input_of, output_of
 
 
@@ -34,6 +34,8 @@ def resblock(
     agree(x, weight1, weight2, history)
     if history is not None:
         fits("history", history, (*x.shape[:2], pad[0]))
+    multiplies(x, weight1.shape[1], len(weight1), bias1)
+    multiplies(x, len(weight2), len(weight2), bias2)
     x = memory.time_major(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
     y = memory.empty_time_major(x, x.shape[1], x.shape[2] + sum(pad) - (weight1.shape[2] - 1) * dilation)

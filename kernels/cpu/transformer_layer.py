@@ -55,11 +55,7 @@ def transformer_layer(
     y = torch.empty_like(x)
     if not y.numel():
         return y
-    biases: list[Tensor] = []
-    if any(bias is not None for bias in (q_bias, k_bias, v_bias, o_bias)):
-        pairs = ((q_bias, q), (k_bias, k), (v_bias, v), (o_bias, o))
-        biases = [weight.new_zeros(len(weight)) if bias is None else bias for bias, weight in pairs]
-    rows = (norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, *biases)
+    rows = (norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, q_bias, k_bias, v_bias, o_bias)
     there = tuple(row is not None for row in rows)
     weights = (q, k, v, o, fc1, fc2, *(row for row in rows if row is not None))
     packed = memory.packed(weights, f"layer {native().name} {there}", partial(_pack, there))
@@ -95,11 +91,14 @@ def _pack(
     norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2 = (
         r if r is None else in_row(r) for r in rows[:6]
     )
-    biases = given[-4:] if len(there) > 6 else ()
+    biases: list[Tensor] = []
+    if any(there[6:]):
+        pairs = zip(rows[6:], (q, k, v, o), strict=True)
+        biases = [weight.new_zeros(len(weight)) if bias is None else bias for bias, weight in pairs]
     qkv_bias = in_row(torch.cat(biases[:3])) if biases else None
-    pairs = (torch.cat([q, k, v]), o, fc1, fc2)
+    products = (torch.cat([q, k, v]), o, fc1, fc2)
     for channel in (0, None):  # one kind for all of them: integers, or as they are
-        weights = [packed_weight(weight[:, None], lambda w: w, channel) for weight in pairs]
+        weights = [packed_weight(weight[:, None], lambda w: w, channel) for weight in products]
         if len({packed.dtype for packed, _ in weights}) == 1:
             break
     alive = [row for row in (norm1_weight, norm1_bias, norm2_weight, norm2_bias) if row is not None]
@@ -107,7 +106,7 @@ def _pack(
     def linear(i: int, bias: Tensor | None = None, scale: Tensor | None = None) -> Linear:
         packed, steps = weights[i]
         alive.extend(t for t in (packed, steps, bias, scale) if t is not None)
-        return Linear(address(packed), address(bias), address(steps), address(scale), len(pairs[i]))
+        return Linear(address(packed), address(bias), address(steps), address(scale), len(products[i]))
 
     structure = Layer(
         dtype=DTYPES[q.dtype], channels=q.shape[1], hidden=len(fc1), norm1_weight=address(norm1_weight),

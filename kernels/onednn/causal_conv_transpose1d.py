@@ -60,7 +60,7 @@ def _upsampled(
     x = padded(x, pad, pre=pre)
     rows = x.shape[2] - as_conv.shape[2] + 1
     if not batch or rows < 1:
-        return memory.empty_time_major(x, out, 0)
+        return memory.empty_time_major(x, out, max(rows, 0) * stride)
     y = conv(x, as_conv, offset, groups=groups).transpose(1, 2)  # [B, rows, groups * stride * C_out / groups]
     y = y.unflatten(2, (groups, stride, -1)).transpose(2, 3)
     return y.reshape(batch, rows * stride, out).transpose(1, 2)

@@ -49,13 +49,10 @@ def transformer_layer(
 ) -> Tensor:  # [B, T, C]
     if not x.numel():
         return torch.empty_like(x)
-    rows = [b for b in (q_bias, k_bias, v_bias, o_bias) if b is not None]
-    if rows and len(rows) < 4:
-        pairs = ((q_bias, q), (k_bias, k), (v_bias, v), (o_bias, o))
-        rows = [weight.new_zeros(len(weight)) if bias is None else bias for bias, weight in pairs]
-    scales = [scale for scale in (scale1, scale2) if scale is not None]
-    form = f"onednn layer {scale1 is None} {scale2 is None}"
-    packed = memory.packed((q, k, v, o, fc1, fc2, *rows, *scales), form, partial(_pack, scale1 is None, scale2 is None))
+    rows = (scale1, scale2, q_bias, k_bias, v_bias, o_bias)
+    there = tuple(row is not None for row in rows)
+    weights = (q, k, v, o, fc1, fc2, *(row for row in rows if row is not None))
+    packed = memory.packed(weights, f"onednn layer {there}", partial(_pack, there))
     dim = 2 * len(inv_freq)
     normal = _normalized(x, norm1_weight, norm1_bias, eps, norm)
     heads = linear(normal, packed.qkv, packed.qkv_bias).unflatten(-1, (-1, dim)).transpose(1, 2)  # [B, H, T, D]
@@ -87,12 +84,15 @@ class _Packed(NamedTuple):
 
 
 def _pack(
-    plain1: bool, plain2: bool, q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, *rows: Tensor
-) -> _Packed:  # fmt: skip
-    """`rows`: four biases, or none; then the scales, but where a half is `plain`."""
-    biases, scales = (rows[:4], rows[4:]) if len(rows) >= 4 else ((), rows)
-    one = o.new_ones(1)
-    scale1, scale2 = one if plain1 else scales[0], one if plain2 else scales[-1]
+    there: tuple[bool, ...], q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, *given: Tensor
+) -> _Packed:
+    """`given`: of two scales and four biases, those that are `there`."""
+    left = iter(given)
+    scale1, scale2 = (next(left) if present else o.new_ones(1) for present in there[:2])
+    biases = []
+    if any(there[2:]):
+        pairs = zip(there[2:], (q, k, v, o), strict=True)
+        biases = [next(left) if present else weight.new_zeros(len(weight)) for present, weight in pairs]
     return _Packed(
         lay_out(torch.cat([q, k, v])), torch.cat(biases[:3]) if biases else None,
         lay_out(scale1[:, None] * o), scale1 * biases[3] if biases else None,
