@@ -20,7 +20,7 @@ from .codec import Codec
 from .config import JodioConfig, JodioTransformerConfig
 from .errors import InputError
 from .ops import Call
-from .quantizer import ResidualQuantizer, SplitQuantizer
+from .quantizer import EPSILON, ResidualQuantizer, SplitQuantizer
 from .ragged import Ragged
 from .seanet import PaddedConv1d, PaddedConvTranspose1d, Streaming
 from .state import Lane
@@ -234,6 +234,14 @@ class ResidualVectorQuantizer(ResidualQuantizer):
     @staticmethod
     def _entries(*books: Tensor) -> Tensor:
         return torch.stack(books)
+
+    def usage(self) -> Tensor:
+        return torch.ones(self.codebooks().shape[:2], device=self.codebooks().device)
+
+    @torch.no_grad()
+    def learned(self, sums: Tensor, usage: Tensor) -> None:
+        for book, entries in zip(self._stored(), sums / usage.clamp(min=EPSILON)[..., None], strict=True):
+            book.copy_(entries)
 
 
 class _Quantizer(SplitQuantizer):

@@ -1,4 +1,4 @@
-"""One picture of a conversion: waveforms and spectrograms before and after, and the codes between them."""
+"""Pictures: waveforms and spectrograms before and after, and the codes between them; how codebooks are used."""
 
 from __future__ import annotations
 
@@ -98,13 +98,31 @@ def draw(
     images = {name: spectrogram(audio, sample_rate) for name, audio in tracks.items()}
     loudest = max((float(image.max()) for image in images.values()), default=0.0)
     for row, (name, audio) in enumerate(tracks.items()):
-        colour = (BLUE, ORANGE)[row % 2]
+        colour = ORANGE if row else BLUE
         _waveform(grid[2 * row], name, audio, sample_rate, peak or 1.0, colour)
         _spectrogram(figure, grid[2 * row + 1], images[name], len(audio) / sample_rate, sample_rate, loudest)
     _codes(figure, grid[-1], codes, frame_size / sample_rate, codebook_size)
     grid[-1].set_xlabel("time (s)")
     grid[-1].set_xlim(0, shown)
     figure.savefig(path, format=kind)
+
+
+def draw_usage(path: Path, used: list[float], perplexity: list[float]) -> None:
+    """Write a PNG: for each codebook the share of its entries that occur [K], and its perplexity [K]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    levels = range(1, len(used) + 1)
+    for axes, values, title, colour in ((left, used, "share of entries used", BLUE),
+                                        (right, perplexity, "perplexity", ORANGE)):  # fmt: skip
+        axes.bar(levels, values, color=colour)
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=colour)
+        axes.set_xlabel("codebook")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png")
 
 
 def spectrogram(audio: np.ndarray, sample_rate: int) -> np.ndarray:

@@ -99,11 +99,23 @@ class ResidualQuantizer(nn.Module):
         whole = memory.packed(self._stored(), "entries", self._entries)
         return memory.packed(whole, f"first {levels} levels", lambda books: books[:levels])
 
+    def usage(self) -> Tensor:
+        """How often each entry was the nearest, as a running mean [L, S]; where it is not stored, ones."""
+        return torch.stack([usage.float() for usage in self._stored()[1::2]])
+
+    @torch.no_grad()
+    def learned(self, sums: Tensor, usage: Tensor) -> None:
+        """Take over running sums [L, S, D] and counts [L, S] of latents, whose ratio the entries are."""
+        stored = self._stored()
+        for level, (total, count) in enumerate(zip(stored[::2], stored[1::2], strict=True)):
+            total.copy_(sums[level])
+            count.copy_(usage[level])
+
     def project(self, latents: Tensor, call: Call) -> Tensor:
         """[B, hidden, T] -> [B, D, T]."""
         return latents if self.input_proj is None else call.ops.causal_conv1d(latents, self.input_proj.weight)
 
-    def _unproject(self, quantized: Tensor, call: Call, residual: Tensor | None = None) -> Tensor:
+    def unproject(self, quantized: Tensor, call: Call, residual: Tensor | None = None) -> Tensor:
         """[B, D, T] -> [B, hidden, T], added to `residual`."""
         if self.output_proj is not None:
             return call.ops.causal_conv1d(quantized, self.output_proj.weight, residual=residual)
@@ -127,14 +139,14 @@ class ResidualQuantizer(nn.Module):
 
     def decode(self, codes: Tensor, dtype: torch.dtype, call: Call, residual: Tensor | None = None) -> Tensor:
         """[B, L, T] -> latents [B, hidden, T], added to `residual`."""
-        return self._unproject(self.entries(codes, dtype, call), call, residual)
+        return self.unproject(self.entries(codes, dtype, call), call, residual)
 
     def straight_through(self, latents: Tensor, levels: int, call: Call) -> tuple[Tensor, Tensor]:
         """Codes and decoded latents whose gradient passes the search unchanged (arXiv 1711.00937, section 3.2)."""
         projected = self.project(latents, call)
         codes = self._search(projected.detach(), levels, call)
         quantized = self.entries(codes, latents.dtype, call) + (projected - projected.detach())
-        return codes, self._unproject(quantized, call)
+        return codes, self.unproject(quantized, call)
 
 
 class SplitQuantizer(nn.Module):
@@ -146,7 +158,7 @@ class SplitQuantizer(nn.Module):
         self.semantic_residual_vector_quantizer = ResidualQuantizer(config, semantic)
         self.acoustic_residual_vector_quantizer = ResidualQuantizer(config, config.num_quantizers - semantic)
 
-    def _parts(self, levels: int) -> list[tuple[ResidualQuantizer, int]]:
+    def parts(self, levels: int) -> list[tuple[ResidualQuantizer, int]]:
         """The quantizers that `levels` codebooks call on, and how many levels of each."""
         semantic = len(self.semantic_residual_vector_quantizer)
         parts = [(self.semantic_residual_vector_quantizer, semantic)]
@@ -156,11 +168,11 @@ class SplitQuantizer(nn.Module):
 
     def encode(self, latents: Tensor, levels: int, call: Call) -> list[Tensor]:
         """[B, hidden, T] -> codes of the semantic levels and of the acoustic ones, each [B, L, T] int64."""
-        return [part.encode(latents, count, call) for part, count in self._parts(levels)]
+        return [part.encode(latents, count, call) for part, count in self.parts(levels)]
 
     def decode(self, codes: Tensor, dtype: torch.dtype, call: Call) -> Tensor:
         """[B, levels, T] -> latents [B, hidden, T]."""
-        parts = self._parts(codes.shape[1])
+        parts = self.parts(codes.shape[1])
         pieces = codes.split([count for _, count in parts], dim=1)
         latents = None
         for (part, _), piece in zip(parts, pieces, strict=True):
@@ -170,6 +182,6 @@ class SplitQuantizer(nn.Module):
 
     def straight_through(self, latents: Tensor, levels: int, call: Call) -> tuple[Tensor, Tensor]:
         """[B, hidden, T] -> codes [B, levels, T] and latents [B, hidden, T], differentiable in the latents."""
-        results = [part.straight_through(latents, count, call) for part, count in self._parts(levels)]
+        results = [part.straight_through(latents, count, call) for part, count in self.parts(levels)]
         codes = torch.cat([codes for codes, _ in results], dim=1)
         return codes, torch.stack([latent for _, latent in results]).sum(dim=0)

@@ -35,6 +35,14 @@ Packed = Annotated[bool, typer.Option("--packed", help="Store 2048 entries in 11
 Force = Annotated[bool, typer.Option("--force", help="Decode with other weights than those that made the codes.")]
 TokensBeside = Annotated[Path | None, typer.Option(help="Also write the token file, here.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw waveforms, spectrograms and codes (png, pdf, svg).")]
+ConfigIn = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML: the fields of fastmimi.train.TrainConfig.")]
+Changes = Annotated[
+    list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Of the configuration: optimizer.lr=1e-4")
+]
+Speech = Annotated[Path, typer.Argument(metavar="DIR", help="A folder of audio files, or one file.")]
+Counts = Annotated[list[int] | None, typer.Option(help="How many codebooks, repeatedly; by default 8, and all.")]
+Json = Annotated[Path | None, typer.Option(help="Also write all numbers, here.")]
+Pictures = Annotated[Path | None, typer.Option(help="A folder for pictures: spectrograms, and how codebooks are used.")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version and exit.")]
 
 app = typer.Typer(
@@ -205,3 +213,26 @@ def explain(device: Device = "cpu", dtype: Dtype = "float32", impl: Impl = "auto
 
     kind = work.device_type(device)
     report.dispatch(explain(kind, work.dtype_of(dtype), impl), f"{kind}, {dtype}, impl={impl}")
+
+
+@app.command()
+def train(config: ConfigIn, changes: Changes = None) -> None:
+    """Train a codec (pip install 'fastmimi[train]'); a run that was stopped goes on. See fastmimi/train/config.py."""
+    from .learning import train
+
+    train(config, changes or [])
+
+
+@app.command()
+def evaluate(
+    folder: Speech,
+    model: Model = HUB,
+    codebooks: Counts = None,
+    device: Device = "cpu",
+    json: Json = None,
+    plot: Pictures = None,
+) -> None:
+    """How a codec sounds, in numbers: encode and decode each file, and compare."""
+    from .learning import evaluate
+
+    evaluate(folder, model, codebooks, device, json, plot)

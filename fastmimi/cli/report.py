@@ -179,7 +179,7 @@ def dispatch(choices: list[Choice], title: str) -> None:
     for choice in choices:
         passed_over = "\n".join(f"{name}: {why}" for name, why in choice.passed_over)
         table.add_row(choice.op, choice.chosen, choice.reason, passed_over)
-    _stdout().print(table)
+    print_table(table)
 
 
 def costs(architectures: dict[str, list[Stage]], ceilings: dict[str, float], device: str) -> None:
@@ -201,7 +201,7 @@ def costs(architectures: dict[str, list[Stage]], ceilings: dict[str, float], dev
                 f"{stage.bytes / 1e6:,.1f}",
                 f"{sum(s.seconds(ceilings) for s in (stages if stage.name == 'total' else [stage])) * 1000:,.1f}",
             )
-        _stdout().print(table)
+        print_table(table)
     typer.echo(
         "MB: inputs and outputs of each op, once; the weights, read once a pass, are 4 MB for a million parameters.\n"
         f"At least: at the rates measured now on {device}, {ceilings['fp32 GFLOP/s']:,.0f} GFLOP/s of products in "
@@ -213,6 +213,10 @@ def _table(title: str, rows: Rows) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
     for label, text in rows:
         table.add_row(label, text)
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
     _stdout().print(table)
 
 

@@ -1,0 +1,157 @@
+"""What a training run is made of: dataclasses whose defaults are the paper's, read from YAML.
+
+Where the paper (arXiv 2410.00037, sections 3.3 and 4.2) gives no number, the default is that of the work it builds on:
+EnCodec (arXiv 2210.13438) for the balancer, the discriminators' insides and what the losses weigh against one another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ..errors import InputError
+from ..files import check_input
+
+
+@dataclass
+class ModelConfig:
+    """What is trained: a checkpoint, or a new codec."""
+
+    load: str | None = None  # whatever `fastmimi.load` takes, to go on from; None begins anew
+    architecture: str = "mimi"  # or "jodio"; of a new codec
+    changes: dict[str, Any] = field(default_factory=dict)  # of a new codec: fields of its CodecConfig or JodioConfig
+    freeze: list[str] = field(default_factory=list)  # modules that stay as they are, by name: encoder, quantizer, ...
+    impl: str = "auto"
+
+
+@dataclass
+class DataConfig:
+    """Where the audio is from, and how it is cut."""
+
+    folder: str | None = None  # of audio files, searched to the bottom
+    dataset: str | None = None  # or what `datasets.load_dataset` takes
+    split: str = "train"
+    column: str = "audio"
+    seconds: float = 12.0  # of a window
+    batch_size: int = 128  # windows of a step, over all processes
+    workers: int = 4  # processes that read
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, of the codec and of the discriminators."""
+
+    lr: float = 8e-4
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
+    weight_decay: float = 5e-2  # of the transformers' parameters only
+    ema: float = 0.99  # of the weights that are kept in the end
+    clip: float = math.inf  # largest norm of the codec's gradient
+    schedule: str = "constant"  # as transformers' `get_scheduler`: constant_with_warmup, cosine, linear, ...
+    warmup_steps: int = 0
+
+
+@dataclass
+class QuantizerConfig:
+    """How codebooks learn."""
+
+    decay: float = 0.99  # of the running means that are the entries
+    commitment: float = 1.0  # weight of the latents' distance to their entries
+    begin: int = 0  # step before which every sequence passes as it is
+    kmeans_latents: int = 20_000  # gathered from then on; k-means of them gives the first entries
+    kmeans_iterations: int = 10
+    replace_below: float = 0.1  # entries used less than this share of the mean become latents of the batch
+    replace_every: int = 5  # steps
+    dropout: bool = True  # of levels: how many are added up is drawn for each sequence
+    raw: float = 0.5  # share of sequences that pass the quantizer as they are
+
+
+@dataclass
+class LossConfig:
+    """What the losses on the audio weigh against one another, as shares of the gradient's norm; 0 leaves one out."""
+
+    adversarial: float = 4.0
+    features: float = 4.0
+    l1: float = 0.0
+    mel: float = 0.0
+    norm: float = 1.0  # of their gradient in the audio of each window; commitment and distillation stand beside it
+    balancer_decay: float = 0.999
+
+
+@dataclass
+class DiscriminatorConfig:
+    """Multi-scale STFT discriminators."""
+
+    n_ffts: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
+    filters: int = 32
+
+
+@dataclass
+class DistillationConfig:
+    """What the first codebook learns from a model that knows words."""
+
+    teacher: str | None = "microsoft/wavlm-large"  # hub id, directory or config.json (random weights); None: without
+    weight: float = 1.0
+    normalize: bool = True  # the teacher hears audio of mean 0 and variance 1
+
+
+@dataclass
+class TrainConfig:
+    """A run. `steps` are of the codec's optimizer; files go to `out`."""
+
+    out: str = "run"
+    steps: int = 1_000_000
+    seed: int = 0
+    mixed_precision: str = "no"  # or bf16, fp16: accelerate's
+    save_every: int = 1000
+    log_every: int = 10
+    listen_every: int = 1000  # steps between samples of audio in the log
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+
+    def __post_init__(self) -> None:
+        losses = self.losses
+        weights = {name: getattr(losses, name) for name in ("adversarial", "features", "l1", "mel")}
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise InputError(f"losses must be at least 0 and not all of them, got {weights}")
+        if self.model.architecture not in ("mimi", "jodio"):
+            raise InputError(f"model.architecture must be 'mimi' or 'jodio', got {self.model.architecture!r}")
+        if (self.data.folder is None) == (self.data.dataset is None):
+            raise InputError("data needs either a folder or a dataset")
+        for name, value in {"steps": self.steps, "batch_size": self.data.batch_size, "save_every": self.save_every,
+                            "log_every": self.log_every, "listen_every": self.listen_every}.items():  # fmt: skip
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.quantizer.raw <= 1:
+            raise InputError(f"quantizer.raw must be a share in [0, 1], got {self.quantizer.raw}")
+
+    @classmethod
+    def read(cls, path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
+        """A YAML file, with `changes` such as "optimizer.lr=1e-4"; InputError names what does not fit."""
+        try:
+            given = OmegaConf.merge(OmegaConf.load(check_input(Path(path))), OmegaConf.from_dotlist(list(changes)))
+            return cls.of(OmegaConf.to_container(given))
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
+            raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
+
+    @classmethod
+    def of(cls, values: Any) -> TrainConfig:
+        """Of nested dictionaries."""
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+        assert isinstance(made, cls)
+        return made
+
+    def write(self, path: Path) -> None:
+        """To YAML, whole."""
+        path.write_text(OmegaConf.to_yaml(OmegaConf.structured(self)))

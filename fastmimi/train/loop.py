@@ -1,0 +1,213 @@
+"""A training run: batches, steps, what is written down, checkpoints, and how it stops and goes on.
+
+    out/config.yaml               the run's configuration, whole
+    out/checkpoints/step_N/       everything that going on needs; complete, or not there under that name
+    out/model/                    the averaged codec, as `fastmimi.load` takes it
+    out/log/                      TensorBoard: losses, rates, audio
+
+A run that finds a checkpoint in `out` goes on from it, and then equals the one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+from transformers import get_scheduler
+
+from ..codec import Codec
+from ..errors import InputError
+from ..weights import save_pretrained
+from .config import TrainConfig
+from .data import Batch, Windows, batches, source_of
+from .step import Steps
+
+KEPT = 2  # checkpoints, the newest ones
+
+
+class Stopped(SystemExit):
+    """SIGTERM was answered with a checkpoint."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Run, or go on, to the end; the folder of the averaged codec.
+
+    Raises InputError for a configuration that does not fit its data or its checkpoint, and where a loss is no longer a
+    number: with the step, the files of the batch, and the last good checkpoint.
+    """
+    run = _Run(config)
+    try:
+        run.go_on()
+        with run.progress as progress, _on_sigterm(run.accelerator.set_trigger):
+            task = progress.add_task("Training", total=config.steps, completed=run.done, losses="")
+            for batch in run.remaining():
+                losses = run.step(batch)
+                stop = run.accelerator.check_trigger()
+                save = stop or run.done % config.save_every == 0 or run.done == config.steps
+                progress.update(task, completed=run.done)
+                if save or run.done % config.log_every == 0:
+                    told = _told(run.write(losses))
+                    progress.update(task, losses=told)
+                if save:
+                    run.save()
+                    if progress.disable and run.accelerator.is_main_process:  # where no bar moves
+                        typer.echo(f"step {run.done} of {config.steps}: {told}", err=True)
+                if stop:
+                    raise Stopped(128 + signal.SIGTERM)
+    finally:
+        run.close()
+    return run.out / "model"
+
+
+class _Run:
+    def __init__(self, config: TrainConfig):
+        self.config, self.out = config, Path(config.out)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        set_seed(config.seed)
+        self.learns = Steps(config, self.accelerator)
+        codec, optimizer = self.learns.codec, config.optimizer
+        self.windows = Windows(
+            source_of(config.data), config.data.seconds, codec.sample_rate, codec.config.audio_channels, config.seed,
+            heard=config.distillation.teacher is not None,
+        )  # fmt: skip
+        self.average = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(optimizer.ema))
+        self.rates = [
+            get_scheduler(optimizer.schedule, each.optimizer, optimizer.warmup_steps, config.steps)
+            for each in (self.learns.optimizer, self.learns.critic)
+            if each is not None
+        ]
+        self.accelerator.register_for_checkpointing(self.learns.balancer, self.average, *self.rates)
+        self.done = self.unread = 0
+        self.began = time.monotonic()
+        self.writer: SummaryWriter | None = None
+        self.batch: Batch | None = None
+
+    @property
+    def averaged(self) -> Codec:
+        codec: Any = self.average.module
+        return codec
+
+    @property
+    def progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        hidden = not (self.accelerator.is_main_process and console.is_terminal)
+        return Progress(*columns, TextColumn("{task.fields[losses]}"), console=console, disable=hidden)
+
+    def go_on(self) -> None:
+        """From the newest checkpoint, if there is one."""
+        found = checkpoints(self.out)
+        if found:
+            try:
+                self.accelerator.load_state(str(found[-1]))
+            except (RuntimeError, KeyError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise InputError(f"{found[-1]} is of another configuration, `out` is taken: {reason}") from None
+            self.done = _step_of(found[-1])
+        if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.config.write(self.out / "config.yaml")
+            self.writer = SummaryWriter(str(self.out / "log"), purge_step=self.done + 1)
+
+    def remaining(self) -> Iterator[Batch]:
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        for batch in batches(self.windows, self.config.data, self.done, self.config.steps, place):
+            yield batch.to(self.accelerator.device)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        # what a step draws depends on its number alone, so that it is the same after a stop
+        set_seed(self.config.seed + self.done, device_specific=True)
+        losses = self.learns(batch, self.done)
+        finite = torch.stack([loss.isfinite() for loss in losses.values()]).all()
+        if self.accelerator.reduce(finite.float(), "sum") != self.accelerator.num_processes:
+            wrong = ", ".join(f"{name} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite())
+            last = checkpoints(self.out)
+            raise InputError(
+                f"training stopped at step {self.done + 1}: {wrong or 'a loss of another process is not finite'}; "
+                f"the batch was {', '.join(batch.names)}; the last good checkpoint is {last[-1] if last else 'none'}"
+            )
+        for rate in self.rates:
+            rate.step()
+        self.average.update_parameters(self.learns.codec)
+        self.unread += len(batch.unread)
+        self.done += 1
+        self.batch = batch
+        return losses
+
+    def write(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """Into the log; what was written."""
+        told = {name: loss.item() for name, loss in losses.items()}
+        told |= {"rate": self.rates[0].get_last_lr()[0], "unread files": float(self.unread)}
+        if self.writer is not None:
+            for name, value in told.items():
+                self.writer.add_scalar(name, value, self.done)
+            if self.done % self.config.listen_every == 0 and self.batch is not None:
+                self._write_audio(self.batch.audio[:1])
+        return told
+
+    @torch.no_grad()
+    def _write_audio(self, audio: Tensor) -> None:
+        assert self.writer is not None
+        codec = self.averaged.eval()
+        decoded = codec.decode(codec.encode(audio))
+        for name, sound in (("original", audio), ("decoded", decoded)):
+            self.writer.add_audio(name, sound[0].mean(dim=0).clamp(-1, 1), self.done, codec.sample_rate)
+
+    def save(self) -> None:
+        """A checkpoint, and the averaged codec; older checkpoints go."""
+        target = self.out / "checkpoints" / f"step_{self.done:08d}"
+        part = target.with_name(f".{target.name}.part")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
+            (self.out / "model").mkdir(exist_ok=True)
+            save_pretrained(self.averaged, self.out / "model")
+            for old in checkpoints(self.out)[:-KEPT]:
+                shutil.rmtree(old)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        self.accelerator.end_training()
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The complete ones of a run's folder, the newest last."""
+    return sorted((out / "checkpoints").glob("step_*"), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _told(values: dict[str, Any]) -> str:
+    names = ("mel", "features", "adversarial", "discriminator", "cosine", "explained")
+    return "  ".join(f"{name} {values[name]:.3f}" for name in names if name in values)
+
+
+@contextmanager
+def _on_sigterm(act: Any) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, lambda *_: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,205 @@
+"""One training step: the generator, what it is charged with, and the two updates. No files, no loop."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from ..codec import Codec
+from ..config import CodecConfig, JodioConfig
+from ..errors import InputError
+from ..jodio import JodioModel
+from ..model import Mimi
+from ..ops import Call
+from ..weights import load
+from . import losses
+from .config import ModelConfig, OptimizerConfig, TrainConfig
+from .data import Batch
+from .discriminators import Discriminators
+from .distillation import Distillation
+from .quantizer import Quantized, TrainedQuantizer
+
+QUANTIZERS = ("quantizer", "semantic_rvq", "acoustic_rvq")
+
+
+class Generated(NamedTuple):
+    audio: Tensor  # [B, C, N]
+    quantized: Quantized
+    distillation: Tensor | None
+
+
+class Generator(nn.Module):
+    """What the first optimizer trains: the codec, its codebooks' running means, the distillation's projection."""
+
+    def __init__(self, config: TrainConfig):
+        super().__init__()
+        self.codec = codec_of(config.model)
+        frozen = any(name.startswith(QUANTIZERS) for name in config.model.freeze)
+        self.quantizer = TrainedQuantizer(self.codec, config.quantizer, frozen)
+        self.distillation = None
+        if config.distillation.teacher is not None:
+            self.distillation = Distillation(config.distillation, self.codec.config.hidden_size)
+
+    def forward(self, audio: Tensor, step: int, targets: Tensor | None = None) -> Generated:
+        codec = self.codec
+        latents = codec.encode_to_latent(audio)
+        quantized = self.quantizer(codec, latents, Call(codec._ops()), step)
+        decoded = codec.decode_latent(quantized.latents)[..., : audio.shape[-1]]
+        distilled = None
+        if self.distillation is not None and targets is not None:
+            distilled = self.distillation(quantized.semantic, targets)
+        return Generated(decoded, quantized, distilled)
+
+
+def codec_of(config: ModelConfig) -> Codec:
+    """The codec to train: loaded, or new, with what is frozen not requiring gradients."""
+    if config.load is not None:
+        codec = load(config.load, impl=config.impl).requires_grad_(True)
+    elif config.architecture == "mimi":
+        codec = Mimi(CodecConfig(**config.changes), impl=config.impl)
+        keep_the_power(codec)
+    else:
+        codec = JodioModel(JodioConfig.from_dict(config.changes), impl=config.impl)
+        for part, _ in codec.quantizer.parts(codec.total_codebooks):
+            part.learned(torch.zeros_like(part.codebooks()), part.usage())  # nothing yet: k-means begins
+    for part, _ in codec.quantizer.parts(codec.total_codebooks):
+        for entries in part._stored():
+            entries.requires_grad_(False)  # running means, not gradients, move them
+    modules = dict(codec.named_modules())
+    for name in config.freeze:
+        if name not in modules:
+            there = ", ".join(name for name, _ in codec.named_children())
+            raise InputError(f"model.freeze must name modules of the codec ({there}...), got {name!r}")
+        modules[name].requires_grad_(False)
+    return codec.train()
+
+
+def keep_the_power(codec: Codec) -> None:
+    """Random weights that give back the power of what they take, and no biases.
+
+    PyTorch's own lose two thirds of it in each layer: after a dozen of these nothing tells of the audio.
+    """
+    for module in codec.modules():
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Linear):
+            taps = module.weight[0].numel()  # of an output
+            if isinstance(module, nn.ConvTranspose1d):
+                taps = module.in_channels * module.kernel_size[0] // (module.stride[0] * module.groups)
+            nn.init.normal_(module.weight, std=max(taps, 1) ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def parameter_groups(generator: Generator, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Weight decay is for the transformers' parameters only."""
+    trained = [(name, p) for name, p in generator.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if "transformer." in name]
+    rest = [p for name, p in trained if "transformer." not in name]
+    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def optimizer_of(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
+    return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+
+
+class Steps:
+    """The parts of a run that learn, and what they do with a batch."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        generator = Generator(config)
+        self.rate = generator.codec.sample_rate
+        weights = {name: getattr(config.losses, name) for name in ("adversarial", "features", "l1", "mel")}
+        self.balancer = losses.Balancer(
+            {name: weight for name, weight in weights.items() if weight}, config.losses.norm,
+            config.losses.balancer_decay,
+        ).to(accelerator.device)  # fmt: skip
+        optimizer = optimizer_of(parameter_groups(generator, config.optimizer), config.optimizer)
+        self.generator, self.optimizer = accelerator.prepare(generator, optimizer)
+        self.discriminators = self.critic = None
+        if weights["adversarial"] or weights["features"]:
+            discriminators = Discriminators(config.discriminator, self.codec.config.audio_channels)
+            critic = optimizer_of([{"params": list(discriminators.parameters())}], config.optimizer)
+            critic.param_groups[0]["weight_decay"] = 0.0
+            self.discriminators, self.critic = accelerator.prepare(discriminators, critic)
+
+    @property
+    def trained(self) -> Generator:
+        """The generator, out of what accelerate wraps it in."""
+        return self.accelerator.unwrap_model(self.generator)
+
+    @property
+    def codec(self) -> Codec:
+        return self.trained.codec
+
+    def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Train on a batch; every loss by name, detached."""
+        seen: dict[str, Tensor] = {}
+        distillation = self.trained.distillation
+        targets = None
+        if distillation is not None and batch.heard is not None:
+            targets = distillation.targets(batch.heard)
+        made: Generated = self.generator(batch.audio, step, targets)
+        if self.discriminators is not None:
+            seen["discriminator"] = self._criticise(batch.audio, made.audio.detach())
+        audio = made.audio.detach().requires_grad_()  # the losses' gradients are balanced here, and go on as one
+        with self.accelerator.autocast():
+            charged = self._charged(batch.audio, audio)
+        gradient = self.balancer(charged, audio)
+        total = (made.audio * gradient).sum() + self.config.quantizer.commitment * made.quantized.commitment
+        seen |= {name: loss.detach() for name, loss in charged.items()}
+        seen["commitment"] = made.quantized.commitment.detach()
+        if made.distillation is not None:
+            total = total + self.config.distillation.weight * made.distillation
+            seen["cosine"] = 1 - made.distillation.detach()
+        self.accelerator.backward(total)
+        norm = self.accelerator.clip_grad_norm_(self.generator.parameters(), self.config.optimizer.clip)
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:  # as fp16 does with what it cannot hold
+            seen["gradient"] = torch.as_tensor(norm)
+        self.optimizer.zero_grad()
+        self.trained.quantizer.update(self.codec, step)
+        seen["explained"] = made.quantized.explained
+        seen["used"] = used(made.quantized.codes, self.codec.config.codebook_size).mean()
+        return seen
+
+    def _criticise(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The discriminators' own step, which does not reach the generator."""
+        assert self.discriminators is not None and self.critic is not None
+        with self.accelerator.autocast():
+            both, _ = self.discriminators(torch.cat([real, fake]))
+            pairs = [logits.chunk(2) for logits in both]
+            loss = losses.discriminator_hinge([real for real, _ in pairs], [fake for _, fake in pairs])
+        self.accelerator.backward(loss)
+        self.critic.step()
+        self.critic.zero_grad()
+        return loss.detach()
+
+    def _charged(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """The losses of decoded audio [B, C, N], those whose weight is not 0."""
+        weights, found = self.balancer.weights, {}
+        if self.discriminators is not None:
+            critics = self.accelerator.unwrap_model(self.discriminators)  # whose gradients nobody waits for here
+            logits, features = critics(fake)
+            if "adversarial" in weights:
+                found["adversarial"] = losses.adversarial(logits)
+            if "features" in weights:
+                with torch.no_grad():
+                    _, wanted = critics(real)
+                found["features"] = losses.feature_matching(wanted, features)
+        if "l1" in weights:
+            found["l1"] = F.l1_loss(fake, real)
+        if "mel" in weights:
+            found["mel"] = losses.mel_distance(real, fake, self.rate)
+        return found
+
+
+def used(codes: Tensor, size: int) -> Tensor:
+    """Codes [B, K, T] -> the share of each level's entries that occur [K]."""
+    per_level = codes.transpose(0, 1).flatten(1)  # [K, B * T]
+    there = torch.zeros(len(per_level), size, device=codes.device).scatter_(1, per_level, 1.0)
+    return there.mean(dim=1)
