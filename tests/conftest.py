@@ -112,3 +112,67 @@ def _prepare_triton() -> None:
 
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+# Training
+
+
+@pytest.fixture
+def wavlm_config(tmp_path):
+    """The config.json of a WavLM of 32 features, which has random weights."""
+    from transformers import WavLMConfig
+
+    path = tmp_path / "wavlm.json"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    convolutions = {"conv_dim": (16,) * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    WavLMConfig(**sizes, **convolutions).to_json_file(path)
+    return path
+
+
+@pytest.fixture
+def tiny_training(tmp_path, wavlm_config):
+    """A configuration that trains in moments; arguments are its fields, whatever part they stand in."""
+
+    def make(architecture="mimi", **given):
+        from fastmimi.train.config import TrainConfig
+
+        sizes = {
+            "mimi": {
+                "hidden_size": 32, "num_filters": 4, "codebook_size": 32, "codebook_dim": 16,
+                "vector_quantization_hidden_dimension": 16, "num_quantizers": 4, "upsample_groups": 32,
+                "num_hidden_layers": 1, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4,
+            },
+            "jodio": {
+                "channels": 8, "codebook_size": 32, "num_acoustic_quantizers": 2, "sliding_window": 6,
+                "encoder_transformer": {"hidden_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2,
+                                        "head_dim": 8, "intermediate_size": 36},
+                "decoder_transformer": {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3,
+                                        "head_dim": 4, "intermediate_size": 24},
+            },
+        }  # fmt: skip
+        values = {
+            "out": str(tmp_path / "run"),
+            "model": {"architecture": architecture, "changes": sizes[architecture], "impl": "reference"},
+            "data": {"folder": str(tmp_path), "seconds": 0.5, "batch_size": 2, "workers": 0},
+            "quantizer": {"kmeans_latents": 15},
+            "losses": {"mel": 1.0, "l1": 1.0},
+            "discriminator": {"n_ffts": [256, 128], "filters": 4},
+            "distillation": {"teacher": str(wavlm_config)},
+            "log_every": 1,
+        }
+        for name, value in given.items():
+            part = next((key for key in PARTS if name in PARTS[key]), None)
+            (values if part is None else values.setdefault(part, {}))[name] = value
+        return TrainConfig.of(values)
+
+    return make
+
+
+PARTS = {  # of a training configuration: fields that tests change by name alone
+    "model": ("impl", "freeze", "load"),
+    "data": ("folder", "seconds", "batch_size", "workers"),
+    "optimizer": ("lr", "betas", "ema"),
+    "quantizer": ("raw", "dropout", "replace_every", "begin", "kmeans_latents"),
+    "losses": ("adversarial", "features", "mel", "l1"),
+    "distillation": ("teacher",),
+}

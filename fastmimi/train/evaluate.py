@@ -131,6 +131,8 @@ def _stoi(original: np.ndarray, decoded: np.ndarray, rate: int, extended: bool) 
 def _pesq(original: np.ndarray, decoded: np.ndarray, rate: int) -> float | None:
     from pesq import PesqError, pesq
 
+    if not original.any() or not decoded.any():
+        return None
     pair = (soxr.resample(sound, rate, WIDE) for sound in (original, decoded))
     try:
         return float(pesq(WIDE, *pair, "wb"))

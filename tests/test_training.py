@@ -1,0 +1,369 @@
+"""One training step: who is trained by what, the quantizer's learning, the losses, the teacher."""
+
+import accelerate
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmimi.ops import Call
+from fastmimi.testing import noise, relative_error
+from fastmimi.train import losses, processes
+from fastmimi.train.config import DiscriminatorConfig, DistillationConfig, TrainConfig
+from fastmimi.train.data import Batch
+from fastmimi.train.discriminators import Discriminators
+from fastmimi.train.distillation import Distillation
+from fastmimi.train.quantizer import TrainedQuantizer, kmeans
+from fastmimi.train.step import Generator, Steps, parameter_groups
+
+RATE = 24_000
+
+
+@pytest.fixture
+def steps(tiny_training):
+    def make(seed=0, **changes):
+        torch.manual_seed(seed)
+        return Steps(tiny_training(**changes), accelerate.Accelerator(cpu=True))
+
+    return make
+
+
+def batch(heard=True, seed=1):
+    audio = noise(3, 1, 9600, seed=seed, scale=0.1)
+    return Batch(audio, noise(3, 6400, seed=seed + 1) if heard else None, ["a", "b", "c"], [])
+
+
+# Who is trained by what
+
+
+@pytest.mark.parametrize("architecture", ["mimi", "jodio"])
+def test_weight_decay_is_for_the_transformers(tiny_training, architecture):
+    config = tiny_training(architecture=architecture)
+    generator = Generator(config)
+    names = {id(p): name for name, p in generator.named_parameters()}
+    decayed, rest = parameter_groups(generator, config.optimizer)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.05, 0.0)
+    inside = ("codec.encoder_transformer.", "codec.decoder_transformer.")
+    assert all(names[id(p)].startswith(inside) for p in decayed["params"])
+    assert not any(names[id(p)].startswith(inside) for p in rest["params"])
+    trained = {name for name, p in generator.named_parameters() if p.requires_grad}
+    assert {names[id(p)] for group in (decayed, rest) for p in group["params"]} == trained
+    assert {"codec.encoder_transformer.layers.0", "codec.decoder_transformer.layers.0"} <= {
+        ".".join(names[id(p)].split(".")[:4]) for p in decayed["params"]
+    }
+
+
+@pytest.mark.parametrize("architecture", ["mimi", "jodio"])
+def test_every_parameter_gets_a_gradient(steps, architecture, monkeypatch):
+    learns = steps(architecture=architecture)
+    for optimizer in (learns.optimizer, learns.critic):
+        monkeypatch.setattr(optimizer, "step", lambda *_: None)
+        monkeypatch.setattr(optimizer, "zero_grad", lambda *_: None)
+    for i in range(2):  # the first one fills the codebooks
+        learns(batch(seed=i), i)
+    trained = [(name, p.grad) for name, p in learns.trained.named_parameters() if p.requires_grad]
+    assert not [name for name, gradient in trained if gradient is None or not gradient.any()]
+    assert all(p.grad is not None and p.grad.any() for p in learns.discriminators.parameters())
+
+
+def test_each_side_has_its_own_step(steps, monkeypatch):
+    learns, reached = steps(), []
+    backward = learns.accelerator.backward
+
+    def watched(loss):
+        before = [p.grad for p in learns.discriminators.parameters()]
+        assert all(grad is None or not grad.any() for grad in before), "the codec's losses left gradients there"
+        backward(loss)
+        reached.append(any(p.grad is not None for p in learns.trained.parameters()))
+
+    monkeypatch.setattr(learns.accelerator, "backward", watched)
+    learns(batch(), 0)
+    assert reached == [False, True]
+
+
+@pytest.mark.parametrize("frozen", ["encoder", "quantizer", "decoder_transformer"])
+def test_what_is_frozen_stays(steps, frozen):
+    learns = steps(freeze=[frozen])
+    begin = learns.codec.state_dict()
+    before = {name: tensor.clone() for name, tensor in begin.items()}
+    for i in range(2):
+        learns(batch(seed=i), i)
+    moved = {name for name, tensor in learns.codec.state_dict().items() if not torch.equal(tensor, before[name])}
+    kept = {name for name in moved if name.startswith(f"{frozen}.") and not name.endswith(("embed_sum", "usage"))}
+    assert moved and not kept
+
+
+def test_a_frozen_name_must_be_there(tiny_training):
+    with pytest.raises(ValueError, match=r"model.freeze must name modules of the codec .*, got 'encodr'"):
+        Generator(tiny_training(freeze=["encodr"]))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "onednn", "triton"])
+def test_fused_ops_train_as_the_reference(steps, kind, request, monkeypatch):
+    from fastmimi import dispatch
+
+    if kind == "triton" and not request.config.getoption("--kernels"):
+        pytest.skip("runs Triton kernels: pass --kernels")
+    if sentence := dispatch.why_not(kind, "resblock", dispatch.Target("cpu", torch.float32)):
+        pytest.skip(sentence)
+    first, second = (steps(impl=impl) for impl in ("reference", kind))
+    first(batch(seed=0), 0)
+    for name in ("generator", "discriminators", "balancer"):
+        getattr(second, name).load_state_dict(getattr(first, name).state_dict())
+    told, gradients = [], []
+    for learns in (first, second):
+        learns.critic.optimizer.state.clear()
+        monkeypatch.setattr(learns.optimizer, "step", lambda *_: None)
+        monkeypatch.setattr(learns.optimizer, "zero_grad", lambda *_: None)
+        torch.manual_seed(1)
+        told.append(learns(batch(seed=1), 1))
+        gradients.append({name: p.grad for name, p in learns.trained.named_parameters()})
+    for name in told[0]:
+        assert told[1][name].item() == pytest.approx(told[0][name].item(), rel=1e-4, abs=1e-6), name
+    largest = max(gradient.abs().max() for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).abs().max() < 1e-3 * gradient.abs().max() + 1e-6 * largest, name
+
+
+# The quantizer
+
+
+def quantizer_of(config, seed=0):
+    torch.manual_seed(seed)
+    generator = Generator(config)
+    codec, latents = generator.codec, noise(4, generator.codec.config.hidden_size, 30, seed=seed)
+    trained = generator.quantizer
+    trained(codec, latents, Call(codec._ops()), 0)
+    trained.update(codec, 0)
+    return codec, trained, latents
+
+
+def test_raw_sequences_pass_as_they_are(tiny_training):
+    codec, trained, latents = quantizer_of(tiny_training(raw=1.0))
+    assert torch.equal(trained(codec, latents, Call(codec._ops()), 1).latents, latents)
+
+
+@pytest.mark.parametrize("architecture", ["mimi", "jodio"])
+def test_quantized_sequences_are_what_the_codes_say(tiny_training, architecture):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.0, dropout=False, architecture=architecture))
+    made = trained(codec, latents, Call(codec._ops()), 1)
+    assert torch.equal(made.codes, codec.quantize(latents))
+    assert relative_error(made.latents, codec.dequantize(made.codes)) < 1e-5
+    assert relative_error(made.semantic, codec.dequantize(made.codes[:, : codec.config.num_semantic_quantizers])) < 1e-5
+
+
+def test_levels_are_dropped_for_each_sequence(tiny_training):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.0))
+    kept = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        made = trained(codec, latents, Call(codec._ops()), 1)
+        for row, codes in zip(made.latents, made.codes, strict=True):
+            fits = [n for n in range(1, 5) if relative_error(row, codec.dequantize(codes[None, :n])[0]) < 1e-5]
+            assert fits
+            kept.add(fits[0])
+    assert kept == {1, 2, 3, 4}
+
+
+def test_half_of_the_sequences_are_raw(tiny_training):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.5))
+    torch.manual_seed(0)
+    raw = 0
+    for _ in range(50):
+        made = trained(codec, latents, Call(codec._ops()), 1)
+        raw += sum(torch.equal(row, latent) for row, latent in zip(made.latents, latents, strict=True))
+    assert 70 < raw < 130
+
+
+def test_gradients_pass_the_quantizer_straight(tiny_training):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.0, dropout=False))
+    latents.requires_grad_()
+    made = trained(codec, latents, Call(codec._ops()), 1)
+    made.latents.sum().backward()
+    parts = [part for part, _ in codec.quantizer.parts(4)]
+    straight = sum(part.unproject(part.project(torch.ones_like(latents) * latents.detach(), Call(codec._ops())),
+                                  Call(codec._ops())) for part in parts)  # fmt: skip
+    again = latents.detach().requires_grad_()
+    sum(part.unproject(part.project(again, Call(codec._ops())), Call(codec._ops())) for part in parts).sum().backward()
+    assert straight.shape == latents.shape and relative_error(latents.grad, again.grad) < 1e-5
+
+
+def test_entries_are_running_means(tiny_training):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.0, replace_every=1000))
+    part, means = codec.quantizer.semantic_residual_vector_quantizer, trained.means[0]
+    usage, sums = means.usage.clone(), means.sums.clone()
+    made = trained(codec, latents, Call(codec._ops()), 1)
+    trained.update(codec, 1)
+    rows = part.project(latents, Call(codec._ops())).transpose(1, 2).flatten(0, 1)
+    chosen = F.one_hot(made.codes[:, 0].flatten(), usage.shape[1]).float()
+    usage = 0.99 * usage + 0.01 * chosen.sum(dim=0)
+    sums = 0.99 * sums + 0.01 * (chosen.T @ rows)
+    assert relative_error(means.usage, usage) < 1e-5 and relative_error(means.sums, sums) < 1e-5
+    assert relative_error(part.codebooks(), sums / usage[..., None]) < 1e-5, "the codec has them"
+
+
+def test_dead_entries_become_latents_of_the_batch(tiny_training):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.0, replace_every=1))
+    part, means = codec.quantizer.semantic_residual_vector_quantizer, trained.means[0]
+    means.usage[0, :5], means.sums[0, :5] = 1e-3, 1.0  # far from everything
+    means.write(part)
+    trained(codec, latents, Call(codec._ops()), 1)
+    trained.update(codec, 1)
+    rows = part.project(latents, Call(codec._ops())).transpose(1, 2).flatten(0, 1)
+    distance = (part.codebooks()[0, :5, None] - rows).norm(dim=-1).amin(dim=1)
+    assert (distance < 1e-5).all()
+
+
+def test_latents_are_gathered_before_there_are_entries(tiny_training):
+    config = tiny_training(raw=0.0, begin=2, kmeans_latents=150)
+    generator = Generator(config)
+    codec, latents = generator.codec, noise(2, generator.codec.config.hidden_size, 60)
+    begun = []
+    for step in range(5):
+        made = generator.quantizer(codec, latents, Call(codec._ops()), step)
+        begun.append(not torch.equal(made.latents, latents))
+        generator.quantizer.update(codec, step)
+    assert begun == [False, False, False, True, True], "from step 2 on, 120 latents a step"
+
+
+def test_one_reduction_for_all_levels(tiny_training, monkeypatch):
+    from fastmimi.train import quantizer
+
+    calls = []
+    monkeypatch.setattr(quantizer, "sum_of_all", lambda x: calls.append(x.numel()) or x)
+    quantizer_of(tiny_training())
+    assert len(calls) == 1
+
+
+def test_kmeans_finds_clusters():
+    centres = noise(6, 8, seed=1, scale=3.0)
+    rows = (centres[torch.arange(600) % 6] + noise(600, 8, seed=2, scale=0.01))[torch.randperm(600)]
+    found = kmeans(rows, 24, 20)
+    assert torch.cdist(centres, found).amin(dim=1).max() < 0.1
+    assert kmeans(rows[:5], 24, 3).shape == (24, 8), "fewer rows than centres"
+
+
+def test_what_does_not_learn_is_no_part(tiny_training):
+    generator = Generator(tiny_training())
+    assert isinstance(generator.quantizer, TrainedQuantizer)
+    assert not any("teacher" in name for name in generator.state_dict())
+
+
+# The losses
+
+
+def test_hinges():
+    real, fake = [torch.tensor([2.0, 0.5])], [torch.tensor([-3.0, 0.0])]
+    assert losses.discriminator_hinge(real, fake).item() == pytest.approx(0.25 + 0.5)
+    assert losses.adversarial(fake).item() == pytest.approx((4 + 1) / 2)
+
+
+def test_features_are_matched_as_a_share():
+    real, fake = [[torch.full((2, 3), 4.0), torch.ones(1)]], [[torch.full((2, 3), 5.0), torch.ones(1)]]
+    assert losses.feature_matching(real, fake).item() == pytest.approx(0.125)
+
+
+def test_mel_distance_is_a_logarithm():
+    audio = noise(2, 1, 9600)
+    assert losses.mel_distance(audio, audio, RATE).item() == 0
+    assert losses.mel_distance(audio, 10 * audio, RATE).item() == pytest.approx(1, rel=1e-3)
+
+
+def test_the_balancer_gives_each_loss_its_share():
+    balancer = losses.Balancer({"a": 1.0, "b": 3.0}, norm=2.0, decay=0.5)
+    audio = noise(4, 1, 100).requires_grad_()
+    first, second = torch.zeros(4, 1, 100), torch.zeros(4, 1, 100)
+    first[..., :50], second[..., 50:] = 1e-4, 1e5
+    for _ in range(3):
+        gradient = balancer({"a": (audio * first).sum(), "b": (audio * second).sum()}, audio)
+    norms = gradient.flatten(1)[:, :50].norm(dim=1), gradient.flatten(1)[:, 50:].norm(dim=1)
+    assert norms[0].tolist() == pytest.approx([0.5] * 4) and norms[1].tolist() == pytest.approx([1.5] * 4)
+
+
+def test_discriminators_look_at_several_scales():
+    critics = Discriminators(DiscriminatorConfig())
+    logits, features = critics(noise(2, 1, 4800))
+    assert [scale.n_fft for scale in critics.scales] == [2048, 1024, 512, 256, 128]
+    assert all(score.shape[:2] == (2, 1) and len(layers) == 5 for score, layers in zip(logits, features, strict=True))
+    assert [layers[0].shape for layers in features[:2]] == [(2, 32, 10, 1025), (2, 32, 19, 513)]
+
+
+# The teacher
+
+
+def test_the_teacher_speaks_at_the_codecs_rate(wavlm_config):
+    distillation = Distillation(DistillationConfig(teacher=str(wavlm_config)), 16)
+    heard = noise(2, 16_000 * 2)
+    targets = distillation.targets(heard)
+    assert targets.shape == (2, 25, 32)
+    louder = distillation.targets(5 * heard + 1)
+    assert relative_error(louder, targets) < 1e-3, "it hears audio of mean 0 and variance 1"
+    assert distillation(noise(2, 16, 25), targets).item() == pytest.approx(1, abs=0.5)
+    with torch.no_grad():
+        distillation.project.weight.copy_(torch.eye(32, 16))
+        distillation.project.bias.zero_()
+    same = F.pad(targets[..., :16], (0, 16))
+    assert distillation(targets[..., :16].mT, same).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_pooling_is_centred(wavlm_config, monkeypatch):
+    """Frame t of 80 ms is the mean of eight of the teacher's, around its middle."""
+    distillation = Distillation(DistillationConfig(teacher=str(wavlm_config)), 16)
+    ramp = torch.arange(100.0)[None, :, None]
+
+    class Answer:
+        last_hidden_state = ramp
+
+    monkeypatch.setattr(type(distillation.teacher), "forward", lambda *_: Answer)
+    targets = distillation.targets(noise(1, 32_000))[0, :, 0]
+    assert targets[1:-1].tolist() == [4 * t + 1.5 for t in range(1, 24)]
+
+
+def test_a_teacher_must_be_there(tmp_path):
+    with pytest.raises(ValueError, match=r"distillation.teacher must be a hub id, a directory or a config\.json"):
+        Distillation(DistillationConfig(teacher=str(tmp_path / "none.json")), 16)
+    with pytest.raises(ValueError, match="could not be loaded"):
+        Distillation(DistillationConfig(teacher=str(tmp_path)), 16)
+
+
+def test_alone_there_is_one_process():
+    assert processes.place() == (0, 1)
+
+
+# The configuration
+
+
+def test_defaults_are_the_papers():
+    config = TrainConfig.of({"data": {"folder": "x"}})
+    optimizer, data, losses_, quantizer = config.optimizer, config.data, config.losses, config.quantizer
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.ema) == (8e-4, [0.5, 0.9], 0.05, 0.99)
+    assert (data.seconds, data.batch_size) == (12.0, 128)
+    assert (losses_.l1, losses_.mel) == (0, 0) and losses_.adversarial and losses_.features
+    assert config.discriminator == DiscriminatorConfig([2048, 1024, 512, 256, 128], 32)
+    assert (quantizer.decay, quantizer.raw, quantizer.dropout) == (0.99, 0.5, True)
+    assert config.distillation.teacher == "microsoft/wavlm-large"
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ("optimizer.rl=1", "Key 'rl' not in 'OptimizerConfig'"),
+        ("steps=many", "'many' of type 'str' could not be converted to Integer"),
+        ("losses.mel=-1", "losses must be at least 0"),
+        ("quantizer.raw=2", r"quantizer.raw must be a share in \[0, 1\], got 2"),
+        ("data.dataset=x", "data needs either a folder or a dataset"),
+        ("model.architecture=moshi", "model.architecture must be 'mimi' or 'jodio', got 'moshi'"),
+        ("save_every=0", "save_every must be at least 1, got 0"),
+    ],
+)
+def test_bad_configurations(tmp_path, change, sentence):
+    path = tmp_path / "config.yaml"
+    path.write_text("data: {folder: x}")
+    with pytest.raises(ValueError, match=sentence):
+        TrainConfig.read(path, [change])
+
+
+def test_a_configuration_is_written_as_it_is_read(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {folder: x}\nlosses: {mel: 2}")
+    config = TrainConfig.read(tmp_path / "a.yaml", ["optimizer.lr=0.5"])
+    config.write(tmp_path / "b.yaml")
+    assert TrainConfig.read(tmp_path / "b.yaml") == config and (config.optimizer.lr, config.losses.mel) == (0.5, 2)

@@ -1,0 +1,154 @@
+"""What training hears: windows of folders and data sets, and speech synthesised from nothing."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from fastmimi.train import synthesis
+from fastmimi.train.config import DataConfig
+from fastmimi.train.data import HEARD, Folder, Table, Windows, batches, source_of
+from fastmimi.train.synthesis import Synthesiser, passages, recorded, synthesise
+
+RATE = 24_000
+
+
+def tone(hz, seconds, rate, channels=1):
+    time = np.arange(round(seconds * rate)) / rate
+    return np.repeat(0.5 * np.sin(2 * np.pi * hz * time, dtype=np.float32)[:, None], channels, axis=1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "deep").mkdir()
+    soundfile.write(tmp_path / "a.wav", tone(500, 3, 16_000), 16_000)
+    soundfile.write(tmp_path / "deep" / "b.flac", tone(500, 2, 44_100, 2), 44_100)
+    soundfile.write(tmp_path / "short.ogg", tone(500, 0.3, RATE), RATE)
+    (tmp_path / "notes.txt").write_text("no audio")
+    return tmp_path
+
+
+def windows(folder, seconds=1.0, channels=1, seed=0, heard=True):
+    return Windows(Folder(folder), seconds, RATE, channels, seed, heard)
+
+
+def loudest(audio):
+    """Hz of the loudest bin of [N]."""
+    return np.abs(np.fft.rfft(audio * np.hanning(len(audio)))).argmax() * RATE / len(audio)
+
+
+def test_windows_are_of_the_codecs_rate(folder):
+    found = {}
+    for number in range(30):
+        audio, heard, name, unread = windows(folder)[number]
+        assert audio.shape == (1, RATE) and heard.shape == (HEARD,) and not unread
+        assert audio.dtype == heard.dtype == np.float32
+        found[name.rpartition("/")[2]] = audio[0]
+    assert found.keys() == {"a.wav", "b.flac", "short.ogg"}
+    assert all(abs(loudest(audio[: RATE // 4]) - 500) < 5 for audio in found.values())
+    assert not found["short.ogg"][RATE // 2 :].any() and found["a.wav"][RATE // 2 :].any()
+
+
+def test_channels_are_mixed_or_repeated(folder):
+    audio, _, _, _ = windows(folder, channels=2)[0]
+    assert audio.shape == (2, RATE) and np.array_equal(audio[0], audio[1])
+
+
+def test_a_window_depends_on_its_number_and_the_seed(folder):
+    first, second, other = windows(folder)[7], windows(folder)[7], windows(folder, seed=1)
+    assert np.array_equal(first[0], second[0]) and first[2] == second[2]
+    assert any(not np.array_equal(windows(folder)[i][0], other[i][0]) for i in range(5))
+
+
+def test_what_cannot_be_read_is_passed_over(folder):
+    (folder / "broken.wav").write_bytes(b"RIFF no")
+    soundfile.write(folder / "nan.wav", np.full(RATE, np.nan, np.float32), RATE, "FLOAT")
+    soundfile.write(folder / "empty.wav", np.zeros(0, np.float32), RATE)
+    unread = [name.rpartition("/")[2] for number in range(60) for name in windows(folder)[number][3]]
+    assert set(unread) == {"broken.wav", "nan.wav", "empty.wav"}
+    for name in ("a.wav", "deep/b.flac", "short.ogg"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"100 files in a row could not be read, the last one .*\.wav"):
+        windows(folder)[0]
+
+
+def test_folders_that_hold_nothing(tmp_path):
+    with pytest.raises(ValueError, match="holds no audio files"):
+        Folder(tmp_path)
+    with pytest.raises(ValueError, match=r"data\.folder must be a directory of audio files, got .*none"):
+        Folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_share_the_windows_of_a_step(folder, workers):
+    config = DataConfig(batch_size=4, workers=workers)
+    source = windows(folder, seconds=0.1)
+    alone = list(batches(source, config, 0, 3, (0, 1)))
+    assert [len(batch.names) for batch in alone] == [4, 4, 4] and alone[0].audio.shape == (4, 1, 2400)
+    pair = [list(batches(source, config, 0, 3, (rank, 2))) for rank in range(2)]
+    for whole, *halves in zip(alone, *pair, strict=True):
+        assert torch.equal(whole.audio, torch.cat([half.audio for half in halves]))
+    later = list(batches(source, config, 2, 3, (0, 1)))
+    assert len(later) == 1 and torch.equal(later[0].audio, alone[2].audio), "as if it had not stopped"
+    with pytest.raises(ValueError, match=r"data\.batch_size must be a multiple of the 3 processes, got 4"):
+        batches(source, config, 0, 3, (0, 3))
+
+
+def test_data_sets(folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"speech": [str(folder / "a.wav"), str(folder / "deep" / "b.flac")]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    source = source_of(DataConfig(dataset="someone/speech", split="test", column="speech"))
+    assert isinstance(source, Table) and len(source) == 2 and source.name(1) == "someone/speech[1]"
+    audio, _, name, unread = Windows(source, 1.0, RATE, 1, 0, False)[0]
+    assert name.startswith("someone/speech[") and not unread and abs(loudest(audio[0]) - 500) < 5
+    with pytest.raises(ValueError, match=r"data\.column must be one of speech of someone/speech, got 'audio'"):
+        source_of(DataConfig(dataset="someone/speech"))
+
+
+# Speech from nothing
+
+
+def test_passages_are_a_few_sentences(tmp_path):
+    (tmp_path / "a.txt").write_text("One sentence. " * 40 + "\n\nToo short.\n%\n" + "Müller & Söhne, " * 10)
+    (tmp_path / "b.bin").write_bytes(b"\xff\xfe\x00")
+    found = passages(tmp_path)
+    assert found and all(60 <= len(text) <= 260 for text in found)
+    assert found[0].startswith("One sentence. One sentence.") and found[-1].isascii()
+    (tmp_path / "a.txt").write_text("short")
+    with pytest.raises(ValueError, match="holds no text of 60 characters or more to read"):
+        passages(tmp_path)
+
+
+def test_recordings_are_finite_and_within_bounds():
+    audio = tone(300, 1, 16_000)[:, 0].astype(np.float64)
+    made = [recorded(np.random.default_rng(seed), audio, 16_000) for seed in range(20)]
+    assert all(np.isfinite(a).all() and np.abs(a).max() <= 0.951 and len(a) == len(audio) for a in made)
+    levels = [20 * np.log10(np.sqrt(np.mean(a**2))) for a in made]
+    assert -34 < min(levels) < -26 < -20 < max(levels) < -14
+
+
+def test_the_same_seed_makes_the_same_set(tmp_path, monkeypatch):
+    """With a program that reads everything as a tone."""
+    read = tmp_path / "text.txt"
+    read.write_text("A sentence that is read again and again, until there is enough of it. " * 3)
+    soundfile.write(tmp_path / "tone.wav", tone(200, 4, 16_000), 16_000)
+    reader = Synthesiser("cp", 1.0, lambda draw, text, wave: ["cp", str(tmp_path / "tone.wav"), str(wave)])
+    silent = Synthesiser("true", 1.0, lambda draw, text, wave: ["true"])
+    absent = Synthesiser("no-such-program", 1.0, lambda draw, text, wave: [])
+    monkeypatch.setattr(synthesis, "SYNTHESISERS", [reader, silent, absent])
+    hours = synthesise(tmp_path / "one", 0.01, 3, read)
+    assert 0.01 <= hours < 0.06
+    synthesise(tmp_path / "two", 0.01, 3, read)
+    one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
+    assert len(one) > 5 and [a.name for a in one] == [b.name for b in two]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
+    kept = one[0].stat().st_mtime_ns
+    one[1].unlink()
+    assert synthesise(tmp_path / "one", 0.01, 3, read) == pytest.approx(hours)
+    assert one[0].stat().st_mtime_ns == kept and one[1].exists(), "what is there is not made again"
+    rates = {soundfile.info(path).samplerate for path in one}
+    assert len(rates) > 3, "vocal tracts of several lengths"
+    monkeypatch.setattr(synthesis, "SYNTHESISERS", [absent])
+    with pytest.raises(ValueError, match="no speech synthesiser is installed: apt-get install"):
+        synthesise(tmp_path / "three", 0.01, 3, read)

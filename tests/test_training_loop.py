@@ -1,0 +1,258 @@
+"""Whole runs: a tiny codec learns a sentence by heart; runs that are killed, stopped or go wrong, and go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import fastmimi
+from fastmimi.testing import noise
+from fastmimi.train import loop
+from fastmimi.train.data import HEARD, Batch
+from fastmimi.train.loop import checkpoints, train
+from fastmimi.train.step import Steps, used
+
+SPEECH = Path(__file__).parent / "data" / "synthetic.ogg"  # a speech synthesiser's
+
+
+@pytest.fixture
+def speech(tmp_path):
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    audio, rate = soundfile.read(SPEECH, dtype="float32")
+    for i in range(3):
+        soundfile.write(folder / f"{i}.wav", audio[i * rate : (i + 1) * rate + 1000], rate)
+    return folder
+
+
+def scalars(out, name):
+    """{step: value} of a run's log, where what was written again after a stop replaces what was."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(Path(out) / "log"))
+    log.Reload()
+    return {event.step: event.value for event in log.Scalars(name)}
+
+
+# It learns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "without straight-through"])
+def test_it_learns_a_sentence_by_heart(tiny_training, monkeypatch, whole):
+    """What straight-through gives is that latents and entries find each other: without it, entries fall out of use."""
+    import soxr
+
+    if not whole:
+        from fastmimi.quantizer import ResidualQuantizer
+
+        through = ResidualQuantizer.unproject
+        monkeypatch.setattr(ResidualQuantizer, "unproject", lambda self, x, *rest: through(self, x.detach(), *rest))
+    torch.manual_seed(0)
+    options = {"raw": 0.0, "dropout": False, "kmeans_latents": 100, "lr": 2e-3, "betas": [0.8, 0.99]}
+    config = tiny_training(adversarial=0.0, features=0.0, l1=0.1, **options)
+    config.model.changes |= {"hidden_size": 64, "upsample_groups": 64, "num_filters": 8}
+    learns = Steps(config, accelerate.Accelerator(cpu=True))
+    audio = torch.from_numpy(soundfile.read(SPEECH, frames=96_000, dtype="float32")[0]).view(4, 1, 24_000)
+    heard = torch.from_numpy(np.stack([soxr.resample(window[0], 24_000, HEARD) for window in audio.numpy()]))
+    told = [learns(Batch(audio, heard, ["synthetic"] * 4, []), step) for step in range(110)]
+    learned = told[-1]["mel"] < 0.5 * told[0]["mel"] and told[-1]["cosine"] > told[0]["cosine"] + 0.3
+    codes = learns.codec.eval().encode(audio)
+    share = used(codes, 32).min().item()
+    assert (learned and share >= 0.5) is whole, (told[0], told[-1], share)
+
+
+# It goes on
+
+
+def command(config, *changes):
+    path = Path(config.out).with_suffix(".yaml")
+    config.write(path)
+    return [sys.executable, "-m", "fastmimi", "train", str(path), *changes]
+
+
+def wait_for(what, process, seconds=240):
+    for _ in range(seconds * 20):
+        if what():
+            return
+        assert process.poll() is None, f"it ended with {process.returncode}"
+        time.sleep(0.05)
+    raise AssertionError("it took too long")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_training, speech, tmp_path):
+    config = tiny_training(folder=str(speech), steps=7, save_every=2)
+    train(config)
+    unbroken = {name: scalars(config.out, name) for name in ("mel", "discriminator", "cosine", "commitment")}
+    whole = fastmimi.load(Path(config.out) / "model").state_dict()
+    config.out = str(tmp_path / "broken")
+    process = subprocess.Popen(command(config), env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: len(checkpoints(Path(config.out))) >= 1, process)
+    process.kill()
+    process.wait()
+    before = checkpoints(Path(config.out))[-1].name
+    assert before < "step_00000007"
+    time.sleep(1.1)  # TensorBoard orders a folder's files by the second in their names
+    train(config)
+    for name, values in unbroken.items():
+        again = scalars(config.out, name)
+        assert again.keys() == values.keys() == set(range(1, 8))
+        assert again == pytest.approx(values, rel=1e-4, abs=1e-6), name
+    broken = fastmimi.load(Path(config.out) / "model").state_dict()
+    assert all(torch.allclose(broken[name], whole[name], rtol=1e-3, atol=1e-5) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_sigterm_is_answered_with_a_checkpoint(tiny_training, speech):
+    config = tiny_training(folder=str(speech), steps=100_000, save_every=100_000)
+    process = subprocess.Popen(command(config), env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = Path(config.out) / "log"
+    wait_for(lambda: log.is_dir() and any(f.stat().st_size > 500 for f in log.iterdir()), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    [found] = checkpoints(Path(config.out))
+    config.steps = int(found.name[5:]) + 1
+    assert fastmimi.load(train(config)).total_codebooks == 4
+
+
+def test_a_run_that_is_over_is_not_run_again(tiny_training, speech):
+    config = tiny_training(folder=str(speech), steps=2)
+    model = train(config) / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    train(config)
+    assert model.stat().st_mtime_ns == before
+
+
+def test_what_is_no_number_stops_the_run(tiny_training, speech, monkeypatch):
+    config = tiny_training(folder=str(speech), steps=6, save_every=2)
+    whole, calls = loop.Steps.__call__, []
+
+    def poisoned(self, batch, step):
+        calls.append(step)
+        told = whole(self, batch, step)
+        return told | {"mel": told["mel"] * torch.nan} if step == 3 else told
+
+    monkeypatch.setattr(loop.Steps, "__call__", poisoned)
+    sentence = r"stopped at step 4: mel is nan; the batch was .*\.wav, .*\.wav; the last good .* is .*step_00000002"
+    with pytest.raises(ValueError, match=sentence):
+        train(config)
+    assert calls == [0, 1, 2, 3] and [path.name for path in checkpoints(Path(config.out))] == ["step_00000002"]
+    monkeypatch.setattr(loop.Steps, "__call__", whole)
+    train(config)
+    assert checkpoints(Path(config.out))[-1].name == "step_00000006"
+
+
+def test_gradients_that_are_no_numbers_stop_it_too(tiny_training, speech, monkeypatch):
+    config = tiny_training(folder=str(speech), steps=2, adversarial=0.0, features=0.0)
+    backward = accelerate.Accelerator.backward
+    monkeypatch.setattr(accelerate.Accelerator, "backward", lambda self, loss: backward(self, loss * torch.inf))
+    with pytest.raises(ValueError, match=r"stopped at step 1: gradient is nan; .*the last good checkpoint is none"):
+        train(config)
+
+
+def test_a_checkpoint_of_another_codec_is_refused(tiny_training, speech):
+    config = tiny_training(folder=str(speech), steps=1)
+    train(config)
+    config.steps, config.model.changes = 2, config.model.changes | {"num_filters": 8}
+    with pytest.raises(ValueError, match="step_00000001 is of another configuration"):
+        train(config)
+
+
+def test_only_the_newest_checkpoints_stay(tiny_training, speech):
+    config = tiny_training(folder=str(speech), steps=4, save_every=1)
+    train(config)
+    names = [path.name for path in (Path(config.out) / "checkpoints").iterdir()]
+    assert sorted(names) == ["step_00000003", "step_00000004"]
+
+
+# What comes out
+
+
+def test_what_comes_out_is_loaded_by_every_face(tiny_training, speech):
+    model = train(tiny_training(folder=str(speech), steps=2))
+    audio = noise(1, 1, 9600)
+    codec = fastmimi.load(model)
+    codes = codec.encode(audio)
+    face = fastmimi.MimiModel.from_pretrained(model)
+    assert torch.equal(face.encode(audio, num_quantizers=4).audio_codes, codes)
+
+
+def test_a_jodio_comes_out(tiny_training, speech):
+    config = tiny_training(architecture="jodio", folder=str(speech), steps=2)
+    codec = fastmimi.JodioModel.from_pretrained(train(config))
+    assert codec.decode(codec.encode(noise(1, 1, 9600))).isfinite().all()
+
+
+def test_it_goes_on_from_loaded_weights(tiny_training, speech, tmp_path):
+    first = train(tiny_training(folder=str(speech), steps=3, out=str(tmp_path / "first")))
+    config = tiny_training(folder=str(speech), steps=1, load=str(first), freeze=["encoder", "quantizer"])
+    second = fastmimi.load(train(config)).state_dict()
+    before = fastmimi.load(first).state_dict()
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], second[name])}
+    assert moved == {"encoder_transformer", "downsample", "upsample", "decoder_transformer", "decoder"}
+
+
+def test_averages_are_of_the_weights(tiny_training, speech, monkeypatch):
+    config = tiny_training(folder=str(speech), steps=3, ema=0.5)
+    seen, whole = [], loop.Steps.__call__
+
+    def watched(self, batch, step):
+        told = whole(self, batch, step)
+        seen.append(self.codec.decoder.layers["0"].conv.weight.detach().clone())
+        return told
+
+    monkeypatch.setattr(loop.Steps, "__call__", watched)
+    model = fastmimi.load(train(config))
+    average = 0.5 * (0.5 * seen[0] + 0.5 * seen[1]) + 0.5 * seen[2]
+    assert torch.allclose(model.decoder.layers["0"].conv.weight, average, atol=1e-6)
+
+
+# Several processes
+
+TOGETHER = """
+import sys
+from fastmimi.train.config import TrainConfig
+from fastmimi.train.loop import train
+train(TrainConfig.read(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="two processes on a CPU, through gloo")
+def test_two_processes_train_as_one(tiny_training, speech, tmp_path):
+    """The same windows, divided: nothing is drawn but candidates for dead entries, and none dies in four steps."""
+    options = {"raw": 0.0, "dropout": False, "batch_size": 4, "kmeans_latents": 24, "replace_every": 1000}
+    config = tiny_training(folder=str(speech), steps=4, save_every=4, **options)
+    train(config)
+    alone = {name: scalars(config.out, name) for name in ("mel", "discriminator", "cosine")}
+    config.out = str(tmp_path / "together")
+    config.write(tmp_path / "together.yaml")
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    arguments = [sys.executable, *launch, str(script), str(tmp_path / "together.yaml")]
+    subprocess.run(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    one, two = (fastmimi.load(Path(out) / "model").state_dict() for out in (tmp_path / "run", config.out))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-2, atol=2e-3) for name in one)
+    together = {name: scalars(config.out, name) for name in alone}
+    # the log is the first process's, of its half of the batch
+    assert together["mel"] == pytest.approx(alone["mel"], rel=0.2)
+
+
+def test_windows_that_could_not_be_read_are_counted(tiny_training, speech):
+    (speech / "broken.wav").write_bytes(b"RIFF nothing")
+    config = tiny_training(folder=str(speech), steps=8)
+    train(config)
+    counts = scalars(config.out, "unread files")
+    assert list(counts.values()) == sorted(counts.values()) and counts[8] >= 1
