@@ -1,11 +1,13 @@
 """The README's Python runs, top to bottom, as one program; only the hub is replaced by files."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 import fastmimi
+from fastmimi.train.step import Generator
 
 README = Path(__file__).parent.parent / "README.md"
 KYUTAI = "tokenizer-e351c8d8-checkpoint125.safetensors"
@@ -24,6 +26,31 @@ def test_examples(tmp_path, monkeypatch):
     exec(compile(code.replace(f'"{KYUTAI}"', repr(str(tmp_path / KYUTAI))), str(README), "exec"), names)
     assert names["last"].shape == (1, 8, 1)
     assert names["sound"].shape == (1, 1, 13 * 1920)
+
+
+def test_the_training_example(tmp_path, monkeypatch, tiny_training):
+    """Its configuration and its commands, on a tiny model and a folder of one file."""
+    from typer.testing import CliRunner
+
+    from fastmimi.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    tiny = tiny_training()
+    for name in ("speech", "held-out"):
+        (tmp_path / name).mkdir()
+        shutil.copy(Path(__file__).parent / "data" / "synthetic.ogg", tmp_path / name)
+    fastmimi.save_pretrained(Generator(tiny).codec, tmp_path / "tiny")
+    [config] = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+    config = config.replace("kyutai/mimi", "tiny").replace("microsoft/wavlm-large", "wavlm.json")
+    (tmp_path / "speech.yaml").write_text(config)
+    commands = re.findall(r"^fastmimi ((?:train|evaluate).*?) *(?:#.*)?$", README.read_text(), re.MULTILINE)
+    small = ["steps=2", "data.seconds=0.5", "data.batch_size=2", "data.workers=0", "discriminator.filters=2"]
+    assert len(commands) == 2
+    for command in commands:
+        arguments = command.split() + (small if command.startswith("train") else [])
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "pictures" / "synthetic.png").exists()
 
 
 def test_links_lead_somewhere():

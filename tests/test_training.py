@@ -268,6 +268,16 @@ def test_mel_distance_is_a_logarithm():
     assert losses.mel_distance(audio, 10 * audio, RATE).item() == pytest.approx(1, rel=1e-3)
 
 
+def test_mel_distance_has_a_gradient_after_an_evaluation():
+    losses._bands.cache_clear()
+    audio = noise(1, 1, 9600)
+    with torch.inference_mode():
+        losses.mel_distance(audio, 2 * audio, RATE)
+    other = noise(1, 1, 9600, seed=1).requires_grad_()
+    losses.mel_distance(audio, other, RATE).backward()
+    assert other.grad.any()
+
+
 def test_the_balancer_gives_each_loss_its_share():
     balancer = losses.Balancer({"a": 1.0, "b": 3.0}, norm=2.0, decay=0.5)
     audio = noise(4, 1, 100).requires_grad_()

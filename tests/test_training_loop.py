@@ -219,13 +219,6 @@ def test_averages_are_of_the_weights(tiny_training, speech, monkeypatch):
 
 # Several processes
 
-TOGETHER = """
-import sys
-from fastmimi.train.config import TrainConfig
-from fastmimi.train.loop import train
-train(TrainConfig.read(sys.argv[1]))
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="two processes on a CPU, through gloo")
@@ -237,11 +230,9 @@ def test_two_processes_train_as_one(tiny_training, speech, tmp_path):
     alone = {name: scalars(config.out, name) for name in ("mel", "discriminator", "cosine")}
     config.out = str(tmp_path / "together")
     config.write(tmp_path / "together.yaml")
-    script = tmp_path / "together.py"
-    script.write_text(TOGETHER)
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-    arguments = [sys.executable, *launch, str(script), str(tmp_path / "together.yaml")]
+              "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "fastmimi", "train"]  # fmt: skip
+    arguments = [sys.executable, *launch, str(tmp_path / "together.yaml")]
     subprocess.run(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=300)
     one, two = (fastmimi.load(Path(out) / "model").state_dict() for out in (tmp_path / "run", config.out))
     assert all(torch.allclose(one[name], two[name], rtol=1e-2, atol=2e-3) for name in one)

@@ -39,7 +39,8 @@ def _bands(window: int, rate: int, device: torch.device) -> tuple[Tensor, Tensor
     """Hann window and mel filters [bins, bands]."""
     bins = window // 2 + 1
     filters = mel_filter_bank(bins, MEL_SCALES[window], 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
-    return torch.hann_window(window, device=device), torch.tensor(filters, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):  # they are kept, and training may ask for them next
+        return torch.hann_window(window, device=device), torch.tensor(filters, dtype=torch.float32, device=device)
 
 
 def log_mel(audio: Tensor, window: int, rate: int) -> Tensor:
