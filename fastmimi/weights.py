@@ -34,6 +34,7 @@ NESTED = (  # state dicts of transformers >= 5.20 -> flat
     (r"^encoder\.(encoder_transformer|downsample)\.", r"\1."),
     (r"^decoder\.(decoder_transformer|upsample)\.", r"\1."),
 )
+DEMO = Path(__file__).parent / "assets" / "demo"
 LISTED = 20  # keys an error names before it only counts
 
 
@@ -51,8 +52,8 @@ def load(
 
     Args:
         source: a directory or `.safetensors` file of transformers' or Kyutai's, a directory that a JODIO was saved to,
-            a hub id ("kyutai/mimi"), or random weights: "random[:seed]" for a Mimi, "jodio-random[:seed]" for a JODIO
-            (1.5 GB).
+            a hub id ("kyutai/mimi"), "demo" (a small Mimi that comes with the package: speech, but no match for
+            Kyutai's), or random weights: "random[:seed]" for a Mimi, "jodio-random[:seed]" for a JODIO (1.5 GB).
         device, dtype: where and in what precision it runs; codebooks and their search stay fp32.
         impl: "auto", "reference", "triton", "cpu", "onednn", or a dict per op.
         num_codebooks: codebooks that `encode` yields, by default all of the model's (32 for kyutai/mimi).
@@ -68,7 +69,7 @@ def load(
     if match := re.fullmatch(r"(jodio-)?random(?::(\d+))?", str(source)):
         model = random(JodioConfig() if match[1] else CodecConfig(), int(match[2] or 0))
     else:
-        config, state = read_checkpoint(source)
+        config, state = read_checkpoint(DEMO if str(source) == "demo" else source)
         model = _unfilled(config)
         fill(model, state)
     model.impl = impl
@@ -172,7 +173,7 @@ def read_safetensors(path: str | Path) -> State:
     """All tensors of a file, memory-mapped. Raises InputError where there is none, or it is cut or of another kind."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"no model at {str(path)!r}: pass a directory, a .safetensors file, a hub id or random:0")
+        raise InputError(f"no model at {str(path)!r}: pass a directory, a .safetensors file, a hub id or demo")
     if path.suffix != ".safetensors":
         raise InputError(f"{path} is not a .safetensors file; pickled checkpoints can run code and are not read")
     try:

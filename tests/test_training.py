@@ -124,6 +124,24 @@ def test_fused_ops_train_as_the_reference(steps, kind, request, monkeypatch):
         assert (gradients[1][name] - gradient).abs().max() < 1e-3 * gradient.abs().max() + 1e-6 * largest, name
 
 
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("architecture", ["mimi", "jodio"])
+def test_mixed_precision(tiny_training, impl, architecture):
+    """In bf16 where PyTorch multiplies; the search, the losses and what is kept stay fp32."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        torch.manual_seed(0)
+        config = tiny_training(impl=impl, architecture=architecture)
+        learns = Steps(config, accelerate.Accelerator(cpu=True, mixed_precision="bf16"))
+        told = [learns(batch(seed=i), i) for i in range(3)]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert all(loss.isfinite() for losses in told for loss in losses.values())
+    assert all(tensor.dtype != torch.bfloat16 for tensor in learns.trained.state_dict().values())
+
+
 # The quantizer
 
 

@@ -25,7 +25,7 @@ AnyIn = Annotated[
 ]
 AudioOut = Annotated[Path, typer.Argument(metavar="OUT", help="Audio; its suffix (wav, flac, ogg) is the format.")]
 TokensOut = Annotated[Path, typer.Argument(metavar="OUT", help="The token file (safetensors).")]
-Model = Annotated[str, typer.Option(help="A directory, a .safetensors file, a hub id, or [jodio-]random[:seed].")]
+Model = Annotated[str, typer.Option(help="A directory, a .safetensors file, a hub id, demo, or [jodio-]random[:seed].")]
 Codebooks = Annotated[int | None, typer.Option(help="How many codebooks; by default all there are.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; codebooks are searched in float32.")]
@@ -141,7 +141,7 @@ def decode(
         report.of_output(target, tokens),
         report.of_picture(plot),
     )
-    report.note_random(model)
+    report.note_model(model)
 
 
 @app.command()
@@ -183,7 +183,7 @@ def roundtrip(
         report.of_output(target, coded.tokens),
         report.of_picture(plot),
     )
-    report.note_random(model)
+    report.note_model(model)
 
 
 @app.command()

@@ -40,7 +40,13 @@ def note(text: str) -> None:
     typer.echo(f"note: {text}", err=True)
 
 
-def note_random(model: str) -> None:
+def note_model(model: str) -> None:
+    """What the audio of a model that is not for use sounds like, and how to get the one that is."""
+    if model == "demo":
+        note(
+            "demo is a small demonstration model, trained on synthetic speech; for Mimi's own quality pass "
+            "--model kyutai/mimi (or no --model), which fetches trained weights"
+        )
     if re.fullmatch(r"(\w+-)?random(:\d+)?", model):
         note(
             f"{model} has random weights: the decoded audio is noise, by design; for speech pass "

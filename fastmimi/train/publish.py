@@ -1,0 +1,134 @@
+"""A finished run as files to hand on: half-precision weights, and what made them.
+
+    python -m fastmimi.train.publish out/demo fastmimi/assets/demo
+
+config.json and model.safetensors (fp16; `fastmimi.load` computes with them in fp32), training.json (the run's
+configuration and what became of it) and training.png (its curves).
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from safetensors.torch import save_file
+
+from ..codec import Codec
+from ..config import CodecConfig
+from ..errors import InputError
+from ..files import replacing
+from ..weights import load
+from .config import TrainConfig
+
+CURVES = ("mel", "l1", "features", "adversarial", "discriminator", "cosine", "commitment", "explained", "used")
+SMOOTHED = 50  # points that a drawn curve has
+
+
+def publish(run: Path, target: Path) -> None:
+    """Write the averaged codec of a run, and what is known of the run, to a folder."""
+    if not (run / "model").is_dir():
+        raise InputError(f"{run} is no training run that has come to a checkpoint: it has no folder `model`")
+    codec, config = load(run / "model"), TrainConfig.read(run / "config.yaml")
+    if not isinstance(codec.config, CodecConfig):
+        raise InputError(f"only a Mimi is published in half precision, and {run} trained a {type(codec).__name__}")
+    target.mkdir(parents=True, exist_ok=True)
+    with replacing(target / "config.json") as part:
+        part.write_text(json.dumps(codec.config.to_dict(), indent=2) + "\n")
+    with replacing(target / "model.safetensors") as part:
+        save_file(in_half_precision(codec), part, {"format": "pt"})
+    curves = curves_of(run)
+    with replacing(target / "training.json") as part:
+        part.write_text(json.dumps(summary(config, curves), indent=1) + "\n")
+    with replacing(target / "training.png") as part:
+        draw(part, curves, f"{config.out}: {int(max(steps[-1] for steps, _, _ in curves.values()))} steps")
+
+
+def in_half_precision(codec: Codec) -> dict[str, torch.Tensor]:
+    """The state in fp16; of codebooks the entries, each as the sum of one latent."""
+    state = dict(codec.state_dict())
+    for part, prefix in ((part, _name_of(codec, part)) for part, _ in codec.quantizer.parts(codec.total_codebooks)):
+        for level, entries in enumerate(part.codebooks()):
+            state[f"{prefix}.layers.{level}.codebook.embed_sum"] = entries
+            state[f"{prefix}.layers.{level}.codebook.cluster_usage"] = torch.ones(len(entries))
+    return {name: tensor.half().contiguous() for name, tensor in state.items()}
+
+
+def _name_of(codec: Codec, module: torch.nn.Module) -> str:
+    return next(name for name, other in codec.named_modules() if other is module)
+
+
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray]  # steps, values, seconds since 1970
+
+
+def curves_of(run: Path) -> dict[str, Curve]:
+    """What the run logged, by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(run / "log"), size_guidance={"scalars": 0})
+    log.Reload()
+    curves = {}
+    for name in log.Tags()["scalars"]:
+        events = log.Scalars(name)
+        steps, values, times = (np.array([getattr(e, key) for e in events]) for key in ("step", "value", "wall_time"))
+        curves[name] = (steps, values, times)
+    return curves
+
+
+def summary(config: TrainConfig, curves: dict[str, Curve]) -> dict[str, Any]:
+    """The configuration, how much was heard, and the means of the last tenth of each curve."""
+    from omegaconf import OmegaConf
+
+    steps, _, times = next(iter(curves.values()))
+    last = {name: float(values[-max(1, len(values) // 10) :].mean()) for name, (_, values, _) in curves.items()}
+    pauses = np.diff(times)
+    working = float(np.minimum(pauses, 10 * np.median(pauses)).sum()) if len(pauses) else 0.0  # without stops
+    return {
+        "configuration": OmegaConf.to_container(OmegaConf.structured(config)),
+        "steps": int(steps[-1]),
+        "hours of audio heard": round(int(steps[-1]) * config.data.batch_size * config.data.seconds / 3600, 2),
+        "hours of training": round(working / 3600, 2),
+        "at the end": last,
+        "versions": {name: version(name) for name in ("fastmimi", "torch", "accelerate")},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def draw(path: Path, curves: dict[str, Curve], title: str) -> None:
+    """Write a PNG of the curves, each smoothed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [name for name in CURVES if name in curves]
+    rows = -(-len(shown) // 3)
+    figure = Figure(figsize=(12, 2.6 * rows + 0.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    grid = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for axes in grid[len(shown) :]:
+        axes.axis("off")
+    for axes, name in zip(grid, shown, strict=False):
+        steps, values, _ = curves[name]
+        axes.plot(steps, values, color="#2b6cb0", alpha=0.2, linewidth=0.6)
+        pieces = np.array_split(np.arange(len(steps)), min(SMOOTHED, len(steps)))
+        axes.plot([steps[p].mean() for p in pieces], [values[p].mean() for p in pieces], color="#c05621")
+        axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
+        axes.spines[["top", "right"]].set_visible(False)
+        if values.min() > 0 and values.max() > 4 * np.median(values):
+            axes.set_yscale("log")
+    figure.savefig(path, format="png")
+
+
+def _main(
+    run: Annotated[Path, typer.Argument(help="The folder of a training run.")],
+    target: Annotated[Path, typer.Argument(help="Where the files go.")],
+) -> None:
+    publish(run, target)
+
+
+if __name__ == "__main__":
+    typer.run(_main)

@@ -1,0 +1,46 @@
+"""A run handed on in half precision, and the demonstration model that was."""
+
+import json
+
+import pytest
+import torch
+
+import fastmimi
+from fastmimi.testing import noise, relative_error
+from fastmimi.train.loop import train
+from fastmimi.train.publish import publish
+
+
+@pytest.fixture
+def speech(tmp_path):
+    import soundfile
+
+    (tmp_path / "speech").mkdir()
+    soundfile.write(tmp_path / "speech" / "a.wav", noise(24_000).numpy(), 24_000)
+    return str(tmp_path / "speech")
+
+
+def test_half_precision_keeps_what_the_codec_does(tiny_training, speech, tmp_path):
+    config = tiny_training(folder=speech, steps=3)
+    model = train(config)
+    publish(tmp_path / "run", tmp_path / "published")
+    whole, half = fastmimi.load(model), fastmimi.load(tmp_path / "published")
+    latents, codes = noise(1, 32, 9), torch.randint(32, (1, 4, 9), generator=torch.Generator().manual_seed(0))
+    assert relative_error(half.dequantize(codes), whole.dequantize(codes)) < 1e-3
+    assert relative_error(half.decode_latent(latents), whole.decode_latent(latents)) < 1e-2
+    files = {path.name: path.stat().st_size for path in (tmp_path / "published").iterdir()}
+    assert files.keys() == {"config.json", "model.safetensors", "training.json", "training.png"}
+    assert files["model.safetensors"] < 0.6 * (model / "model.safetensors").stat().st_size
+    told = json.loads((tmp_path / "published" / "training.json").read_text())
+    assert told["steps"] == 3 and told["configuration"]["losses"]["mel"] == 1.0
+    assert told["at the end"].keys() >= {"mel", "discriminator", "explained"}
+    assert fastmimi.MimiModel.from_pretrained(tmp_path / "published").config.codebook_size == 32
+
+
+def test_what_cannot_be_published(tiny_training, speech, tmp_path):
+    with pytest.raises(ValueError, match="is no training run that has come to a checkpoint"):
+        publish(tmp_path, tmp_path / "published")
+    train(tiny_training(folder=speech, steps=1, architecture="jodio"))
+    with pytest.raises(ValueError, match=r"only a Mimi is published in half precision, and .* trained a JodioModel"):
+        publish(tmp_path / "run", tmp_path / "published")
+    assert not (tmp_path / "published").exists()
