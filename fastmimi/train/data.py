@@ -6,6 +6,7 @@ stop sees what it would have seen. Files that cannot be read are passed over, an
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..audio import UNKNOWN
 from ..errors import InputError
 from .config import DataConfig
 
@@ -69,11 +71,7 @@ class Folder:
         return str(self.files[index])
 
     def read(self, index: int, draw: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
-        with soundfile.SoundFile(self.files[index]) as file:
-            wanted = int(np.ceil(seconds * file.samplerate)) + 1
-            start = int(draw.integers(max(0, file.frames - wanted) + 1))
-            file.seek(start)
-            return file.read(wanted, dtype="float32", always_2d=True), file.samplerate
+        return _piece(self.files[index], draw, seconds)
 
 
 class Table:
@@ -94,13 +92,16 @@ class Table:
         return f"{self.source}[{index}]"
 
     def read(self, index: int, draw: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
-        import io
-
         stored = self.rows[index][self.column]
-        with soundfile.SoundFile(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as file:
-            wanted = int(np.ceil(seconds * file.samplerate)) + 1
-            file.seek(int(draw.integers(max(0, file.frames - wanted) + 1)))
-            return file.read(wanted, dtype="float32", always_2d=True), file.samplerate
+        return _piece(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"], draw, seconds)
+
+
+def _piece(where: Any, draw: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
+    with soundfile.SoundFile(where) as file:
+        wanted = int(np.ceil(seconds * file.samplerate)) + 1
+        if wanted < file.frames < UNKNOWN:
+            file.seek(int(draw.integers(file.frames - wanted + 1)))
+        return file.read(wanted, dtype="float32", always_2d=True), file.samplerate
 
 
 class Windows(Dataset[Any]):
