@@ -24,6 +24,7 @@ BLOCK_SECONDS = 2
 BLOCK_VALUES = 1 << 21  # a bound for files of many channels or of a rate that is nonsense
 ALIASES = {"AIF": "AIFF", "AIFC": "AIFF", "OGA": "OGG", "OPUS": "OGG", "SND": "AU", "WAVE": "WAV"}
 NOT_WRITTEN = {"RAW", "HTK", "SD2", "SDS", "WVE", "XI"}  # headerless, of rates of their own, or written wrongly
+SUFFIXES = {f".{name.lower()}" for name in (soundfile.available_formats().keys() | ALIASES.keys()) - NOT_WRITTEN}
 FLOATING = {"FLOAT", "DOUBLE", "VORBIS", "OPUS"}  # subtypes that hold samples beyond [-1, 1]
 
 UNKNOWN = 2**63 - 1  # libsndfile's number of frames where the header has none
@@ -55,6 +56,11 @@ class AudioFile:
 def resampled_length(frames: int, rate: int, to_rate: int) -> int:
     """frames * to_rate / rate rounded half up, in exact arithmetic: what `read_blocks` yields in all."""
     return (2 * frames * to_rate + rate) // (2 * rate)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Audio files of a folder and those below it, by their suffixes, in order."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def probe(path: str | Path) -> AudioFile:
@@ -122,7 +128,7 @@ def _check_finite(block: Block, start: int, file: AudioFile) -> None:
         )
 
 
-class _Forward(soundfile.SoundFile):
+class Forward(soundfile.SoundFile):
     """A file that is read or written from start to end.
 
     Around every call on a seekable file soundfile asks for the position and seeks to it, which upsets some of
@@ -136,17 +142,17 @@ class _Forward(soundfile.SoundFile):
 # What libsndfile does and does not tell about broken files
 
 
-def _open(path: Path) -> _Forward:
+def _open(path: Path) -> Forward:
     if path.suffix.lower() == ".raw":  # soundfile would want its rate, channels and sample type
         raise InputError(f"{path} is headerless: convert it to a format that says its rate, such as wav")
     try:
-        return _Forward(path)
+        return Forward(path)
     except soundfile.LibsndfileError as error:
         reason = error.error_string.strip().rstrip(".")
         raise InputError(f"{path} is not an audio file that libsndfile can read, or is truncated ({reason})") from None
 
 
-def _read(source: _Forward, path: Path) -> Block:
+def _read(source: Forward, path: Path) -> Block:
     """The next block, [0, channels] at the end."""
     size = max(1, min(BLOCK_SECONDS * source.samplerate, BLOCK_VALUES // source.channels))
     try:
@@ -176,7 +182,7 @@ def _ogg_ends(path: Path) -> bool:
     return bool(page[5] & 4) and len(page) >= 27 + segments + sum(page[27 : 27 + segments])
 
 
-def _frames_are_known(path: Path, file: _Forward) -> bool:
+def _frames_are_known(path: Path, file: Forward) -> bool:
     """Whether the header says how long the file is: a FLAC that was written to a pipe does not, nor do most MP3s.
 
     MP3 frames carry no count; a Xing, Info or VBRI header in the first of them does.
@@ -188,7 +194,7 @@ def _frames_are_known(path: Path, file: _Forward) -> bool:
     return any(mark in head for mark in (b"Xing", b"Info", b"VBRI"))
 
 
-def _count(file: _Forward, path: Path) -> int:
+def _count(file: Forward, path: Path) -> int:
     """Samples per channel of a file at its beginning, by reading it."""
     frames = 0
     while taken := len(_read(file, path)):
@@ -221,7 +227,7 @@ class AudioWriter:
         self.clipped = 0
         self._holds_more = kind[1] in FLOATING
         try:
-            self._file = _Forward(path, "w", sample_rate, channels, format=kind[0], subtype=kind[1])
+            self._file = Forward(path, "w", sample_rate, channels, format=kind[0], subtype=kind[1])
         except soundfile.LibsndfileError as error:
             raise InputError(f"cannot write {kind[0]} audio at {sample_rate} Hz: {error.error_string}") from None
 

@@ -43,8 +43,20 @@ def test_silence_and_snippets_have_no_answer_where_there_is_none():
     silence = torch.zeros(1, 1, 24_000)
     found = measures(silence, silence, 24_000)
     assert found["si_sdr"] is None and found["pesq"] is None and found["mel"] == 0
+    assert found["stoi"] is None and found["estoi"] is None
+    blip = torch.zeros(1, 1, 48_000)
+    blip[..., 4000:8000] = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    assert measures(blip, blip, 24_000)["stoi"] is None
     short = measures(torch.ones(1, 1, 100), torch.ones(1, 1, 100), 24_000)
     assert short["mel"] is None and short["stoi"] is None
+
+
+def test_speech_of_many_phrases_has_a_pesq():
+    """The library holds 50 utterances, and dies of more."""
+    draw = np.random.default_rng(0)
+    phrase = np.concatenate([draw.standard_normal(8_000) * 0.1, np.zeros(8_000)])
+    audio = torch.from_numpy(np.tile(phrase, 70).astype(np.float32))[None, None]
+    assert 1 <= measures(audio, audio + 0.001, 16_000)["pesq"] <= 4.65
 
 
 def test_usage():
@@ -59,7 +71,7 @@ def test_files_are_compared_with_what_the_codec_makes_of_them(tmp_path, clip):
     for i in range(2):
         soundfile.write(tmp_path / f"{i}.wav", clip[0][i * 16_000 : (i + 1) * 16_000], clip[1])
     heard = {}
-    found = evaluate(codec, "small", audio_files(tmp_path), [2, 6], lambda path, *rest: heard.update({path.name: rest}))
+    found = evaluate(codec, "small", audio_files(tmp_path), [2, 6], lambda name, *rest: heard.update({name: rest}))
     assert [(r.file, r.codebooks) for r in found.files] == [("0.wav", 2), ("0.wav", 6), ("1.wav", 2), ("1.wav", 6)]
     codes, sounds = heard["1.wav"]
     assert sounds.keys() == {"original", "2 codebooks", "6 codebooks"}
@@ -78,14 +90,16 @@ def run(*arguments):
 
 def test_the_command(tmp_path, clip):
     fastmimi.save_pretrained(small_model(), tmp_path / "model")
-    (tmp_path / "audio").mkdir()
-    soundfile.write(tmp_path / "audio" / "a.flac", clip[0], clip[1])
+    for name in ("audio/a.flac", "audio/deep/a.flac"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        soundfile.write(tmp_path / name, clip[0], clip[1])
     arguments = ["--model", tmp_path / "model", "--json", tmp_path / "a.json", "--plot", tmp_path / "pictures"]
     code, output = run(tmp_path / "audio", *arguments, "--codebooks", "1", "--codebooks", "6")
-    assert code == 0 and "a.flac" in output and "mean of 1" in output and "perplexity of each codebook" in output
+    assert code == 0 and "deep/a.flac" in output and "mean of 2" in output and "perplexity of each codebook" in output
     told = json.loads((tmp_path / "a.json").read_text())
     assert [r["codebooks"] for r in told["means"]] == [1, 6] and math.isfinite(told["means"][1]["stoi"])
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"a.png", "codebooks.png"}
+    pictures = {str(path.relative_to(tmp_path / "pictures")) for path in (tmp_path / "pictures").rglob("*.png")}
+    assert pictures == {"a.flac.png", "deep/a.flac.png", "codebooks.png"}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +107,8 @@ def test_the_command(tmp_path, clip):
     [
         (["none"], "none holds no audio files"),
         (["audio", "--codebooks", "33"], "codebooks must lie in [1, 6] for model, got 33"),
+        (["audio", "--model", "none", "--plot", "pictures"], "no model at 'none'"),
+        (["bad", "--plot", "pictures"], "bad/b.wav is not an audio file"),
         (["audio", "--json", "nowhere/a.json"], "cannot write nowhere/a.json: there is no directory nowhere"),
     ],
 )
@@ -101,8 +117,11 @@ def test_bad_arguments(tmp_path, monkeypatch, arguments, sentence):
     fastmimi.save_pretrained(small_model(), tmp_path / "model")
     (tmp_path / "audio").mkdir()
     soundfile.write(tmp_path / "audio" / "a.flac", np.zeros(24_000), 24_000)
-    code, output = run(*arguments, "--model", "model")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "b.wav").write_bytes(b"RIFF")
+    code, output = run("--model", "model", *arguments)
     assert code == 2 and sentence in " ".join(output.split())
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch):

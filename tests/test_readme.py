@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import fastmimi
-from fastmimi.train.step import Generator
+from fastmimi.config import CodecConfig
+from fastmimi.weights import random
 
 README = Path(__file__).parent.parent / "README.md"
 KYUTAI = "tokenizer-e351c8d8-checkpoint125.safetensors"
@@ -39,7 +40,7 @@ def test_the_training_example(tmp_path, monkeypatch, tiny_training):
     for name in ("speech", "held-out"):
         (tmp_path / name).mkdir()
         shutil.copy(Path(__file__).parent / "data" / "synthetic.ogg", tmp_path / name)
-    fastmimi.save_pretrained(Generator(tiny).codec, tmp_path / "tiny")
+    fastmimi.save_pretrained(random(CodecConfig(**tiny.model.changes)), tmp_path / "tiny")
     [config] = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
     config = config.replace("kyutai/mimi", "tiny").replace("microsoft/wavlm-large", "wavlm.json")
     (tmp_path / "speech.yaml").write_text(config)
@@ -50,7 +51,7 @@ def test_the_training_example(tmp_path, monkeypatch, tiny_training):
         arguments = command.split() + (small if command.startswith("train") else [])
         result = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert result.exit_code == 0, result.output
-    assert (tmp_path / "pictures" / "synthetic.png").exists()
+    assert (tmp_path / "pictures" / "synthetic.ogg.png").exists()
 
 
 def test_links_lead_somewhere():

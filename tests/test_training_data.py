@@ -1,5 +1,7 @@
 """What training hears: windows of folders and data sets, and speech synthesised from nothing."""
 
+import io
+
 import numpy as np
 import pytest
 import soundfile
@@ -64,12 +66,30 @@ def test_what_cannot_be_read_is_passed_over(folder):
     (folder / "broken.wav").write_bytes(b"RIFF no")
     soundfile.write(folder / "nan.wav", np.full(RATE, np.nan, np.float32), RATE, "FLOAT")
     soundfile.write(folder / "empty.wav", np.zeros(0, np.float32), RATE)
+    soundfile.write(folder / "huge.wav", np.full((RATE, 2), 3e38, np.float32), RATE, "FLOAT")
+    (folder / "folder.wav").mkdir()
     unread = [name.rpartition("/")[2] for number in range(60) for name in windows(folder)[number][3]]
-    assert set(unread) == {"broken.wav", "nan.wav", "empty.wav"}
+    assert set(unread) == {"broken.wav", "nan.wav", "empty.wav", "huge.wav"}
     for name in ("a.wav", "deep/b.flac", "short.ogg"):
         (folder / name).unlink()
     with pytest.raises(ValueError, match=r"100 files in a row could not be read, the last one .*\.wav"):
         windows(folder)[0]
+
+
+def test_flac_from_a_pipe_is_read_from_anywhere(tmp_path):
+    """Its header does not say how long it is."""
+    written = io.BytesIO()
+    ramp = np.linspace(0, 0.9, 10 * 16_000, dtype=np.float32)
+    soundfile.write(written, ramp, 16_000, format="FLAC")
+    header = bytearray(written.getvalue())
+    at = header.index(b"fLaC") + 8 + 13  # the 36 bits of STREAMINFO's total samples
+    header[at] &= 0xF0
+    header[at + 1 : at + 5] = bytes(4)
+    (tmp_path / "pipe.flac").write_bytes(header)
+    starts = [windows(tmp_path, heard=False)[number][0][0, 100] for number in range(12)]
+    assert max(starts) - min(starts) > 0.3
+    short = Windows(Folder(tmp_path), 12.0, RATE, 1, 0, False)[0]
+    assert not short[3] and not short[0][0, 10 * RATE + 100 :].any()
 
 
 def test_folders_that_hold_nothing(tmp_path):
@@ -97,13 +117,16 @@ def test_processes_share_the_windows_of_a_step(folder, workers):
 def test_data_sets(folder, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"speech": [str(folder / "a.wav"), str(folder / "deep" / "b.flac")]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration, split: rows)
     source = source_of(DataConfig(dataset="someone/speech", split="test", column="speech"))
     assert isinstance(source, Table) and len(source) == 2 and source.name(1) == "someone/speech[1]"
     audio, _, name, unread = Windows(source, 1.0, RATE, 1, 0, False)[0]
     assert name.startswith("someone/speech[") and not unread and abs(loudest(audio[0]) - 500) < 5
     with pytest.raises(ValueError, match=r"data\.column must be one of speech of someone/speech, got 'audio'"):
         source_of(DataConfig(dataset="someone/speech"))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"data\.dataset '.*nowhere' could not be loaded: "):
+        source_of(DataConfig(dataset=str(tmp_path / "nowhere")))
 
 
 # Speech from nothing

@@ -114,11 +114,13 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_training, speech, tmp_p
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_sigterm_is_answered_with_a_checkpoint(tiny_training, speech):
-    config = tiny_training(folder=str(speech), steps=100_000, save_every=100_000)
-    process = subprocess.Popen(command(config), env=os.environ | {"OMP_NUM_THREADS": "1"})
+    """To the whole group of processes, as job schedulers send it: also to those that read."""
+    config = tiny_training(folder=str(speech), steps=100_000, save_every=100_000, workers=2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(config), env=environment, start_new_session=True)
     log = Path(config.out) / "log"
     wait_for(lambda: log.is_dir() and any(f.stat().st_size > 500 for f in log.iterdir()), process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(120) == 128 + signal.SIGTERM
     [found] = checkpoints(Path(config.out))
     config.steps = int(found.name[5:]) + 1
@@ -131,6 +133,23 @@ def test_a_run_that_is_over_is_not_run_again(tiny_training, speech):
     before = model.stat().st_mtime_ns
     train(config)
     assert model.stat().st_mtime_ns == before
+
+
+def test_a_model_that_was_not_written_is_written(tiny_training, speech, monkeypatch):
+    config = tiny_training(folder=str(speech), steps=1)
+    monkeypatch.setattr(loop, "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    assert fastmimi.load(train(config)).total_codebooks == 4
+
+
+def test_what_is_left_of_a_killed_save_goes(tiny_training, speech):
+    config = tiny_training(folder=str(speech), steps=1)
+    left = Path(config.out) / "checkpoints" / ".step_00000007.part"
+    left.mkdir(parents=True)
+    train(config)
+    assert not left.exists()
 
 
 def test_what_is_no_number_stops_the_run(tiny_training, speech, monkeypatch):
@@ -187,10 +206,14 @@ def test_what_comes_out_is_loaded_by_every_face(tiny_training, speech):
     assert torch.equal(face.encode(audio, num_quantizers=4).audio_codes, codes)
 
 
-def test_a_jodio_comes_out(tiny_training, speech):
-    config = tiny_training(architecture="jodio", folder=str(speech), steps=2)
+def test_a_jodio_comes_out_with_the_entries_it_learned(tiny_training, speech, monkeypatch):
+    seen, whole = [], loop.Steps.__call__
+    monkeypatch.setattr(loop.Steps, "__call__", lambda self, *rest: seen.append(self) or whole(self, *rest))
+    config = tiny_training(architecture="jodio", folder=str(speech), steps=4)
     codec = fastmimi.JodioModel.from_pretrained(train(config))
     assert codec.decode(codec.encode(noise(1, 1, 9600))).isfinite().all()
+    for mine, trained in zip(codec.quantizer.parts(4), seen[-1].codec.quantizer.parts(4), strict=True):
+        assert torch.equal(mine[0].codebooks(), trained[0].codebooks()) and mine[0].codebooks().any()
 
 
 def test_it_goes_on_from_loaded_weights(tiny_training, speech, tmp_path):
@@ -227,18 +250,17 @@ def test_two_processes_train_as_one(tiny_training, speech, tmp_path):
     options = {"raw": 0.0, "dropout": False, "batch_size": 4, "kmeans_latents": 24, "replace_every": 1000}
     config = tiny_training(folder=str(speech), steps=4, save_every=4, **options)
     train(config)
-    alone = {name: scalars(config.out, name) for name in ("mel", "discriminator", "cosine")}
+    names = ("mel", "discriminator", "cosine", "commitment", "gradient")
+    alone = {name: scalars(config.out, name) for name in names}
     config.out = str(tmp_path / "together")
     config.write(tmp_path / "together.yaml")
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "fastmimi", "train"]  # fmt: skip
     arguments = [sys.executable, *launch, str(tmp_path / "together.yaml")]
     subprocess.run(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=300)
-    one, two = (fastmimi.load(Path(out) / "model").state_dict() for out in (tmp_path / "run", config.out))
-    assert all(torch.allclose(one[name], two[name], rtol=1e-2, atol=2e-3) for name in one)
-    together = {name: scalars(config.out, name) for name in alone}
-    # the log is the first process's, of its half of the batch
-    assert together["mel"] == pytest.approx(alone["mel"], rel=0.2)
+    for name, values in alone.items():
+        # the norm of the gradient too: what each loss weighs does not depend on how many share the work
+        assert scalars(config.out, name) == pytest.approx(values, rel=0.02), name
 
 
 def test_windows_that_could_not_be_read_are_counted(tiny_training, speech):
@@ -247,3 +269,7 @@ def test_windows_that_could_not_be_read_are_counted(tiny_training, speech):
     train(config)
     counts = scalars(config.out, "unread files")
     assert list(counts.values()) == sorted(counts.values()) and counts[8] >= 1
+    time.sleep(1.1)
+    config.steps = 9
+    train(config)
+    assert scalars(config.out, "unread files")[9] >= counts[8], "counted on after a stop"

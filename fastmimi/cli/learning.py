@@ -49,19 +49,20 @@ def evaluate(
 
     files = audio_files(folder)
     if json is not None:
-        check_output(json, files)
+        check_output(json, [file.path for file in files.values()])
     if pictures is not None:
         plot.check(Path("picture.png"))
-        pictures.mkdir(parents=True, exist_ok=True)
     codec = work.load(model, device, "float32", "auto")
     counts = counts or sorted({min(8, codec.total_codebooks), codec.total_codebooks})
     for count in counts:
         if not 1 <= count <= codec.total_codebooks:
             raise InputError(f"codebooks must lie in [1, {codec.total_codebooks}] for {model}, got {count}")
 
-    def draw(path: Path, codes: np.ndarray, sounds: dict[str, np.ndarray]) -> None:
+    def draw(name: str, codes: np.ndarray, sounds: dict[str, np.ndarray]) -> None:
         if pictures is not None:
-            _draw(pictures / f"{path.stem}.png", codec, codes, sounds, f"{path.name}, {model}")
+            target = pictures / f"{name}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _draw(target, codec, codes, sounds, f"{name}, {model}")
 
     with report.busy(f"measuring {len(files)} files"):
         found = measure(codec, model, files, counts, draw)

@@ -19,6 +19,14 @@ from yaml import YAMLError
 from ..errors import InputError
 from ..files import check_input
 
+# transformers' `get_scheduler`; those that need no more than a number of steps
+SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
 
 @dataclass
 class ModelConfig:
@@ -37,6 +45,7 @@ class DataConfig:
 
     folder: str | None = None  # of audio files, searched to the bottom
     dataset: str | None = None  # or what `datasets.load_dataset` takes
+    name: str | None = None  # of its configuration, where it has several
     split: str = "train"
     column: str = "audio"
     seconds: float = 12.0  # of a window
@@ -53,7 +62,7 @@ class OptimizerConfig:
     weight_decay: float = 5e-2  # of the transformers' parameters only
     ema: float = 0.99  # of the weights that are kept in the end
     clip: float = math.inf  # largest norm of the codec's gradient
-    schedule: str = "constant"  # as transformers' `get_scheduler`: constant_with_warmup, cosine, linear, ...
+    schedule: str = "constant"  # or another of SCHEDULES
     warmup_steps: int = 0
 
 
@@ -108,7 +117,7 @@ class TrainConfig:
     out: str = "run"
     steps: int = 1_000_000
     seed: int = 0
-    mixed_precision: str = "no"  # or bf16, fp16: accelerate's
+    mixed_precision: str | None = None  # no, bf16 or fp16; None: as `accelerate launch` says
     save_every: int = 1000
     log_every: int = 10
     listen_every: int = 1000  # steps between samples of audio in the log
@@ -121,20 +130,43 @@ class TrainConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
-        losses = self.losses
+        losses, data, quantizer, optimizer = self.losses, self.data, self.quantizer, self.optimizer
         weights = {name: getattr(losses, name) for name in ("adversarial", "features", "l1", "mel")}
-        if min(weights.values()) < 0 or not any(weights.values()):
+        if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
             raise InputError(f"losses must be at least 0 and not all of them, got {weights}")
-        if self.model.architecture not in ("mimi", "jodio"):
-            raise InputError(f"model.architecture must be 'mimi' or 'jodio', got {self.model.architecture!r}")
-        if (self.data.folder is None) == (self.data.dataset is None):
+        if (data.folder is None) == (data.dataset is None):
             raise InputError("data needs either a folder or a dataset")
-        for name, value in {"steps": self.steps, "batch_size": self.data.batch_size, "save_every": self.save_every,
-                            "log_every": self.log_every, "listen_every": self.listen_every}.items():  # fmt: skip
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.quantizer.raw <= 1:
-            raise InputError(f"quantizer.raw must be a share in [0, 1], got {self.quantizer.raw}")
+        _check_choice("model.architecture", self.model.architecture, ["mimi", "jodio"])
+        _check_choice("mixed_precision", self.mixed_precision, [None, "no", "bf16", "fp16"])
+        _check_choice("optimizer.schedule", optimizer.schedule, SCHEDULES)
+        for name, value, least in (
+            ("steps", self.steps, 1),
+            ("seed", self.seed, 0),
+            ("save_every", self.save_every, 1),
+            ("log_every", self.log_every, 1),
+            ("listen_every", self.listen_every, 1),
+            ("data.seconds", data.seconds, 0.1),
+            ("data.batch_size", data.batch_size, 1),
+            ("data.workers", data.workers, 0),
+            ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
+            ("quantizer.begin", quantizer.begin, 0),
+            ("quantizer.kmeans_latents", quantizer.kmeans_latents, 1),
+            ("quantizer.kmeans_iterations", quantizer.kmeans_iterations, 0),
+            ("quantizer.replace_every", quantizer.replace_every, 1),
+            ("discriminator.n_ffts", min(self.discriminator.n_ffts, default=0), 16),
+            ("discriminator.filters", self.discriminator.filters, 1),
+        ):
+            if not least <= value < math.inf:
+                raise InputError(f"{name} must be at least {least}, got {value}")
+        shares = {"quantizer.raw": quantizer.raw, "quantizer.decay": quantizer.decay, "optimizer.ema": optimizer.ema,
+                  "losses.balancer_decay": losses.balancer_decay}  # fmt: skip
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise InputError(f"{name} must be a share in [0, 1], got {share}")
+        if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+            raise InputError(f"optimizer.betas must be two numbers in [0, 1), got {optimizer.betas}")
+        if not 0 < optimizer.lr < math.inf:
+            raise InputError(f"optimizer.lr must be above 0, got {optimizer.lr}")
 
     @classmethod
     def read(cls, path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
@@ -142,7 +174,7 @@ class TrainConfig:
         try:
             given = OmegaConf.merge(OmegaConf.load(check_input(Path(path))), OmegaConf.from_dotlist(list(changes)))
             return cls.of(OmegaConf.to_container(given))
-        except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
             raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
 
     @classmethod

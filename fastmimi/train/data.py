@@ -7,8 +7,9 @@ stop sees what it would have seen. Files that cannot be read are passed over, an
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..audio import UNKNOWN
+from ..audio import SUFFIXES, UNKNOWN, Forward, files_below
 from ..errors import InputError
 from .config import DataConfig
 
-SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".oga", ".opus", ".aif"}
 TRIES = 100  # files in a row that cannot be read
 HEARD = 16_000  # Hz, what the teacher of the distillation hears
 
@@ -37,9 +37,14 @@ class Batch:
     names: list[str]
     unread: list[str]
 
+    def pin_memory(self) -> Batch:
+        return replace(
+            self, audio=self.audio.pin_memory(), heard=None if self.heard is None else self.heard.pin_memory()
+        )
+
     def to(self, device: torch.device) -> Batch:
         heard = None if self.heard is None else self.heard.to(device, non_blocking=True)
-        return Batch(self.audio.to(device, non_blocking=True), heard, self.names, self.unread)
+        return replace(self, audio=self.audio.to(device, non_blocking=True), heard=heard)
 
 
 class Source(Protocol):
@@ -60,7 +65,7 @@ class Folder:
         root = Path(path)
         if not root.is_dir():
             raise InputError(f"data.folder must be a directory of audio files, got {path}")
-        self.files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
+        self.files = files_below(root)
         if not self.files:
             raise InputError(f"{path} holds no audio files ({', '.join(sorted(SUFFIXES))})")
 
@@ -77,10 +82,18 @@ class Folder:
 class Table:
     """A column of audio of a data set, as `datasets.load_dataset` finds it."""
 
-    def __init__(self, name: str, split: str, column: str):
-        from datasets import Audio, load_dataset
-
-        rows = load_dataset(name, split=split)
+    def __init__(self, name: str, configuration: str | None, split: str, column: str):
+        try:
+            from datasets import Audio, load_dataset
+            from datasets.exceptions import DatasetsError
+        except ModuleNotFoundError as error:
+            if error.name != "datasets":
+                raise
+            raise InputError("data.dataset needs a package: pip install datasets") from None
+        try:
+            rows = load_dataset(name, configuration, split=split)
+        except (DatasetsError, ValueError, OSError) as error:
+            raise InputError(f"data.dataset {name!r} could not be loaded: {str(error).splitlines()[0]}") from None
         if column not in rows.column_names:
             raise InputError(f"data.column must be one of {', '.join(rows.column_names)} of {name}, got {column!r}")
         self.rows, self.column, self.source = rows.cast_column(column, Audio(decode=False)), column, name
@@ -99,9 +112,16 @@ class Table:
 def _piece(where: Any, draw: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
     with soundfile.SoundFile(where) as file:
         wanted = int(np.ceil(seconds * file.samplerate)) + 1
-        if wanted < file.frames < UNKNOWN:
-            file.seek(int(draw.integers(file.frames - wanted + 1)))
-        return file.read(wanted, dtype="float32", always_2d=True), file.samplerate
+        if file.frames < UNKNOWN:
+            file.seek(int(draw.integers(max(0, file.frames - wanted) + 1)))
+            return file.read(wanted, dtype="float32", always_2d=True), file.samplerate
+    with Forward(where) as file:  # as what was written to a pipe: how long it is shows at its end
+        blocks = []
+        while len(block := file.read(1 << 20, dtype="float32", always_2d=True)):
+            blocks.append(block)
+        audio = np.concatenate(blocks)
+        start = int(draw.integers(max(0, len(audio) - wanted) + 1))
+        return audio[start : start + wanted], file.samplerate
 
 
 class Windows(Dataset[Any]):
@@ -126,7 +146,9 @@ class Windows(Dataset[Any]):
                 continue
             audio = self._fitted(audio, rate)
             heard = soxr.resample(audio.mean(axis=0), self.rate, HEARD) if self.heard else None
-            return audio, heard, name, unread
+            if np.isfinite(audio).all() and (heard is None or np.isfinite(heard).all()):
+                return audio, heard, name, unread
+            unread.append(name)  # samples so large that resampling overflows
         raise InputError(f"{TRIES} files in a row could not be read, the last one {unread[-1]}")
 
     def _fitted(self, audio: np.ndarray, rate: int) -> np.ndarray:
@@ -158,11 +180,16 @@ def _together(items: list[Any]) -> Batch:
     return Batch(torch.from_numpy(np.stack(audio)), ears, list(names), [name for some in unread for name in some])
 
 
+def _outlive_sigterm(_: int) -> None:
+    """In a process that reads: SIGTERM to a whole group is for the run to answer, which ends its readers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def source_of(config: DataConfig) -> Source:
     if config.folder is not None:
         return Folder(config.folder)
     assert config.dataset is not None
-    return Table(config.dataset, config.split, config.column)
+    return Table(config.dataset, config.name, config.split, config.column)
 
 
 def batches(windows: Windows, config: DataConfig, first: int, steps: int, place: tuple[int, int]) -> DataLoader[Any]:
@@ -175,5 +202,5 @@ def batches(windows: Windows, config: DataConfig, first: int, steps: int, place:
     numbers = Numbers(range(first, steps), config.batch_size, rank, share)
     return DataLoader(
         windows, share, sampler=numbers, collate_fn=_together, num_workers=config.workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available(), worker_init_fn=_outlive_sigterm,
     )  # fmt: skip

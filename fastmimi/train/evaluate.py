@@ -1,14 +1,17 @@
 """How good a codec sounds, in numbers: each file of a folder is encoded, decoded, and compared with itself.
 
 SI-SDR (arXiv 1811.02508), multi-scale mel distance (losses.py), STOI and ESTOI (pystoi), wide-band PESQ (pesq), and how
-much of each codebook is used. Numbers of a file are of its whole length; those of the folder are means over its files.
+much of each codebook is used. Numbers of a file are of its whole length (PESQ: the mean over pieces of 20 s); those of
+the folder are means over its files.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,13 +19,13 @@ import numpy as np
 import soxr
 import torch
 
-from ..audio import probe, read_blocks
+from ..audio import AudioFile, files_below, probe, read_blocks
 from ..codec import Codec
 from ..errors import InputError
-from .data import SUFFIXES
 from .losses import mel_distance
 
 WIDE = 16_000  # Hz, of wide-band PESQ
+PIECE = 20  # seconds that PESQ is given at once
 
 
 @dataclass
@@ -58,25 +61,25 @@ class Evaluation:
         return json.dumps(asdict(self), indent=1)
 
 
-Heard = Callable[[Path, np.ndarray, dict[str, np.ndarray]], None]
+Heard = Callable[[str, np.ndarray, dict[str, np.ndarray]], None]
 
 
-def audio_files(folder: Path) -> list[Path]:
-    """Of a folder and those below it, or the one file; InputError where there is none."""
-    files = [folder] if folder.is_file() else sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+def audio_files(folder: Path) -> dict[str, AudioFile]:
+    """Of a folder and those below it, by their path in it, or the one file; InputError where one cannot be read."""
+    files = {folder.name: folder} if folder.is_file() else {str(f.relative_to(folder)): f for f in files_below(folder)}
     if not files:
         raise InputError(f"{folder} holds no audio files")
-    return files
+    return {name: probe(path) for name, path in files.items()}
 
 
 @torch.inference_mode()
 def evaluate(
-    codec: Codec, name: str, files: Sequence[Path], counts: Sequence[int], heard: Heard | None = None
+    codec: Codec, model: str, files: Mapping[str, AudioFile], counts: Sequence[int], heard: Heard | None = None
 ) -> Evaluation:
     """Measure each file at each number of codebooks; `heard` is given the codes [K, T] and every sound [N] by name."""
     results, counted = [], np.zeros((codec.total_codebooks, codec.config.codebook_size), np.int64)
-    for path in files:
-        blocks = read_blocks(probe(path), codec.sample_rate, codec.config.audio_channels)
+    for name, file in files.items():
+        blocks = read_blocks(file, codec.sample_rate, codec.config.audio_channels)
         audio = torch.from_numpy(np.concatenate([*blocks]).T.copy())[None].to(codec.device)  # [1, C, N]
         codes = codec.encode(audio.to(codec.dtype), num_codebooks=codec.total_codebooks)
         for level, row in enumerate(codes[0].cpu().numpy()):
@@ -84,12 +87,12 @@ def evaluate(
         sounds = {"original": _mono(audio)}
         for count in counts:
             decoded = codec.decode(codes[:, :count])[..., : audio.shape[-1]].float()
-            results.append(Result(path.name, count, **measures(audio, decoded, codec.sample_rate)))
+            results.append(Result(name, count, **measures(audio, decoded, codec.sample_rate)))
             sounds[f"{count} codebooks"] = _mono(decoded)
         if heard is not None:
-            heard(path, codes[0].cpu().numpy(), sounds)
+            heard(name, codes[0].cpu().numpy(), sounds)
     means = [_mean([r for r in results if r.codebooks == count], count) for count in counts]
-    return Evaluation(name, results, means, usage_of(counted))
+    return Evaluation(model, results, means, usage_of(counted))
 
 
 def _mono(audio: torch.Tensor) -> np.ndarray:
@@ -123,9 +126,14 @@ def si_sdr(original: np.ndarray, decoded: np.ndarray) -> float | None:
 def _stoi(original: np.ndarray, decoded: np.ndarray, rate: int, extended: bool) -> float | None:
     from pystoi import stoi
 
-    if len(original) < rate // 2:  # pystoi needs 30 frames of speech, and warns of fewer
+    if not original.any():
         return None
-    return float(stoi(original, decoded, rate, extended=extended))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # of less than 30 frames of speech
+        try:
+            return float(stoi(original, decoded, rate, extended=extended))
+        except (RuntimeWarning, ValueError):
+            return None
 
 
 def _pesq(original: np.ndarray, decoded: np.ndarray, rate: int) -> float | None:
@@ -133,11 +141,14 @@ def _pesq(original: np.ndarray, decoded: np.ndarray, rate: int) -> float | None:
 
     if not original.any() or not decoded.any():
         return None
-    pair = (soxr.resample(sound, rate, WIDE) for sound in (original, decoded))
-    try:
-        return float(pesq(WIDE, *pair, "wb"))
-    except PesqError:  # no speech in it
-        return None
+    first, second = (soxr.resample(sound, rate, WIDE) for sound in (original, decoded))
+    scores = []
+    # in pieces: beyond 50 utterances the library writes over its own memory
+    for start in range(0, len(first), PIECE * WIDE):
+        piece = slice(start, start + PIECE * WIDE)
+        with suppress(PesqError, ValueError):  # no speech in it, or no numbers
+            scores.append(float(pesq(WIDE, first[piece], second[piece], "wb")))
+    return sum(scores) / len(scores) if scores else None
 
 
 def usage_of(counted: np.ndarray) -> list[Usage]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from .data import Batch, Windows, batches, source_of
 from .step import Steps
 
 KEPT = 2  # checkpoints, the newest ones
+MOST_SKIPPED = 100  # steps in a row whose gradient fp16 could not hold
 
 
 class Stopped(SystemExit):
@@ -59,6 +60,8 @@ def train(config: TrainConfig) -> Path:
                 stop = run.accelerator.check_trigger()
                 save = stop or run.done % config.save_every == 0 or run.done == config.steps
                 progress.update(task, completed=run.done)
+                if run.done % config.listen_every == 0:
+                    run.listen()
                 if save or run.done % config.log_every == 0:
                     told = _told(run.write(losses))
                     progress.update(task, losses=told)
@@ -73,6 +76,20 @@ def train(config: TrainConfig) -> Path:
     return run.out / "model"
 
 
+@dataclass
+class _Counts:
+    """What a run that goes on must not begin anew."""
+
+    unread: int = 0  # files
+    skipped: int = 0  # steps, the last ones in a row
+
+    def state_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.__dict__.update(state)
+
+
 class _Run:
     def __init__(self, config: TrainConfig):
         self.config, self.out = config, Path(config.out)
@@ -85,14 +102,14 @@ class _Run:
             heard=config.distillation.teacher is not None,
         )  # fmt: skip
         self.average = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(optimizer.ema))
+        self.counts = _Counts()
         self.rates = [
             get_scheduler(optimizer.schedule, each.optimizer, optimizer.warmup_steps, config.steps)
             for each in (self.learns.optimizer, self.learns.critic)
             if each is not None
         ]
-        self.accelerator.register_for_checkpointing(self.learns.balancer, self.average, *self.rates)
-        self.done = self.unread = 0
-        self.began = time.monotonic()
+        self.accelerator.register_for_checkpointing(self.learns.balancer, self.average, self.counts, *self.rates)
+        self.done = 0
         self.writer: SummaryWriter | None = None
         self.batch: Batch | None = None
 
@@ -118,51 +135,71 @@ class _Run:
                 reason = str(error).splitlines()[0]
                 raise InputError(f"{found[-1]} is of another configuration, `out` is taken: {reason}") from None
             self.done = _step_of(found[-1])
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        self.batches = batches(self.windows, self.config.data, self.done, self.config.steps, place)
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             self.config.write(self.out / "config.yaml")
+            for left in (self.out / "checkpoints").glob(".step_*.part"):  # of a run that was killed
+                shutil.rmtree(left)
             self.writer = SummaryWriter(str(self.out / "log"), purge_step=self.done + 1)
 
     def remaining(self) -> Iterator[Batch]:
-        place = self.accelerator.process_index, self.accelerator.num_processes
-        for batch in batches(self.windows, self.config.data, self.done, self.config.steps, place):
+        for batch in self.batches:
             yield batch.to(self.accelerator.device)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         # what a step draws depends on its number alone, so that it is the same after a stop
-        set_seed(self.config.seed + self.done, device_specific=True)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        set_seed(self.config.seed + self.done * processes + rank)
         losses = self.learns(batch, self.done)
         finite = torch.stack([loss.isfinite() for loss in losses.values()]).all()
-        if self.accelerator.reduce(finite.float(), "sum") != self.accelerator.num_processes:
+        # of all processes: which are well, and how many files they could not read
+        both = torch.stack([finite.float(), torch.tensor(float(len(batch.unread)), device=finite.device)])
+        well, unread = self.accelerator.reduce(both, "sum").tolist()
+        if well != processes:
             wrong = ", ".join(f"{name} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite())
             last = checkpoints(self.out)
             raise InputError(
                 f"training stopped at step {self.done + 1}: {wrong or 'a loss of another process is not finite'}; "
                 f"the batch was {', '.join(batch.names)}; the last good checkpoint is {last[-1] if last else 'none'}"
             )
+        self.counts.skipped = 0 if "gradient" in losses else self.counts.skipped + 1
+        if self.counts.skipped > MOST_SKIPPED:
+            raise InputError(f"training stopped at step {self.done + 1}: fp16 held none of {MOST_SKIPPED} gradients")
         for rate in self.rates:
             rate.step()
-        self.average.update_parameters(self.learns.codec)
-        self.unread += len(batch.unread)
+        self._average()
+        self.counts.unread += int(unread)
         self.done += 1
         self.batch = batch
         return losses
 
+    @torch.no_grad()
+    def _average(self) -> None:
+        self.average.update_parameters(self.learns.codec)
+        # entries are running means already, and those that were dead must not come back slowly
+        pairs = zip(self.averaged.parameters(), self.learns.codec.parameters(), strict=True)
+        for mean, parameter in pairs:
+            if not parameter.requires_grad:
+                mean.copy_(parameter)
+
     def write(self, losses: dict[str, Tensor]) -> dict[str, float]:
         """Into the log; what was written."""
-        told = {name: loss.item() for name, loss in losses.items()}
-        told |= {"rate": self.rates[0].get_last_lr()[0], "unread files": float(self.unread)}
+        of_all = self.accelerator.reduce(torch.stack([loss.float() for loss in losses.values()]), "mean")
+        told = dict(zip(losses, of_all.tolist(), strict=True))
+        told |= {"rate": self.rates[0].get_last_lr()[0], "unread files": float(self.counts.unread)}
         if self.writer is not None:
             for name, value in told.items():
                 self.writer.add_scalar(name, value, self.done)
-            if self.done % self.config.listen_every == 0 and self.batch is not None:
-                self._write_audio(self.batch.audio[:1])
         return told
 
     @torch.no_grad()
-    def _write_audio(self, audio: Tensor) -> None:
-        assert self.writer is not None
-        codec = self.averaged.eval()
+    def listen(self) -> None:
+        """To a window of the last batch, before and after, in the log."""
+        if self.writer is None or self.batch is None:
+            return
+        audio, codec = self.batch.audio[:1], self.averaged.eval()
         decoded = codec.decode(codec.encode(audio))
         for name, sound in (("original", audio), ("decoded", decoded)):
             self.writer.add_audio(name, sound[0].mean(dim=0).clamp(-1, 1), self.done, codec.sample_rate)
@@ -177,10 +214,10 @@ class _Run:
         self.accelerator.save_state(str(part))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            shutil.rmtree(target, ignore_errors=True)
-            part.rename(target)
             (self.out / "model").mkdir(exist_ok=True)
             save_pretrained(self.averaged, self.out / "model")
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
             for old in checkpoints(self.out)[:-KEPT]:
                 shutil.rmtree(old)
 

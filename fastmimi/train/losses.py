@@ -47,9 +47,10 @@ def log_mel(audio: Tensor, window: int, rate: int) -> Tensor:
     """Audio [B, C, N] -> decimal logarithms of mel bands [B * C, bands, frames]."""
     shape, filters = _bands(window, rate, audio.device)
     flat = audio.flatten(0, 1).float()
-    spectrum = torch.stft(flat, window, window // 4, window=shape, normalized=True, return_complex=True)
-    power = torch.view_as_real(spectrum).square().sum(dim=-1)
-    return (filters.T @ (power + 1e-12).sqrt()).clamp(min=FLOOR).log10()
+    with torch.autocast(audio.device.type, enabled=False):
+        spectrum = torch.stft(flat, window, window // 4, window=shape, normalized=True, return_complex=True)
+        power = torch.view_as_real(spectrum).square().sum(dim=-1)
+        return (filters.T @ (power + 1e-12).sqrt()).clamp(min=FLOOR).log10()
 
 
 def mel_distance(real: Tensor, fake: Tensor, rate: int) -> Tensor:

@@ -6,13 +6,15 @@ the latents that take the place of entries which nothing falls to (SoundStream, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codec import Codec
+from ..errors import InputError
 from ..ops import Call
 from ..quantizer import ResidualQuantizer
 from .config import QuantizerConfig
@@ -25,7 +27,7 @@ class Quantized(NamedTuple):
     latents: Tensor  # [B, hidden, T], for the decoder: decoded, or raw
     semantic: Tensor  # [B, hidden, T], of the first levels, decoded
     commitment: Tensor  # mean square of what each level leaves, in its space
-    explained: Tensor  # share of the latents' variance that the codes of all levels give back
+    explained: Tensor  # share of the latents' variance that all levels of the acoustic part give back
     codes: Tensor  # [B, K, T]
 
 
@@ -45,13 +47,16 @@ class RunningMeans(nn.Module):
     gathered: Tensor  # [N, D] latents, until there are entries
     count: Tensor
 
-    def __init__(self, part: ResidualQuantizer, config: QuantizerConfig):
+    def __init__(self, part: ResidualQuantizer, config: QuantizerConfig, frozen: bool):
         super().__init__()
-        self.config = config
+        self.config, self.frozen = config, frozen
         entries, usage = part.codebooks().clone(), part.usage()
         self.register_buffer("usage", usage)
         self.register_buffer("sums", entries * usage[..., None])
-        self.register_buffer("gathered", rows_like(entries, 0 if self.begun else config.kmeans_latents))
+        if frozen and not self.begun:
+            raise InputError("model.freeze names a quantizer that has no entries yet")
+        missing = 0 if self.begun else config.kmeans_latents
+        self.register_buffer("gathered", entries.new_zeros(missing, entries.shape[-1]))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @property
@@ -79,6 +84,10 @@ class RunningMeans(nn.Module):
     def update(self, seen: _Statistics, replace: bool) -> None:
         """Move towards what a batch of all processes showed."""
         decay = self.config.decay
+        if self._counts_nothing():
+            scale = seen.counts.mean()
+            self.usage.mul_(scale)
+            self.sums.mul_(scale)
         self.usage.lerp_(seen.counts, 1 - decay)
         self.sums.lerp_(seen.sums, 1 - decay)
         if replace:
@@ -87,47 +96,52 @@ class RunningMeans(nn.Module):
             self.usage.copy_(torch.where(dead, self.usage.mean(dim=1, keepdim=True), self.usage))
             self.sums.copy_(torch.where(dead[..., None], seen.candidates * self.usage[..., None], self.sums))
 
+    def _counts_nothing(self) -> bool:
+        """Whether each entry still stands for one latent, as k-means and checkpoints without counts leave it."""
+        self._counts = getattr(self, "_counts", False) or not bool((self.usage == 1).all())
+        return not self._counts
+
     @torch.no_grad()
     def write(self, part: ResidualQuantizer) -> None:
         part.learned(self.sums, self.usage)
 
 
-def rows_like(entries: Tensor, count: int) -> Tensor:
-    return entries.new_zeros(count, entries.shape[-1])
-
-
 class TrainedQuantizer(nn.Module):
     """A codec's split quantizer in training: straight-through, levels dropped, some sequences raw."""
 
-    def __init__(self, codec: Codec, config: QuantizerConfig, frozen: bool = False):
+    def __init__(self, codec: Codec, config: QuantizerConfig, frozen: Collection[nn.Module] = ()):
         super().__init__()
-        self.config, self.frozen = config, frozen
+        self.config = config
         self.levels = codec.config.num_quantizers
-        self.means = nn.ModuleList(RunningMeans(part, config) for part, _ in codec.quantizer.parts(self.levels))
+        self.means: Any = nn.ModuleList(
+            RunningMeans(part, config, part in frozen) for part, _ in codec.quantizer.parts(self.levels)
+        )
         self._seen: list[_Statistics] = []
 
     def forward(self, codec: Codec, latents: Tensor, call: Call, step: int) -> Quantized:
         """Latents [B, hidden, T] before the quantizer; `update` follows once for each of these."""
-        batch = len(latents)
+        batch, unprojected = len(latents), 0
         kept = self._levels(batch, latents.device)  # [B]
         total, commitments, codes, decoded, left, self._seen = None, [], [], [], [], []
         first = 0
         for (part, count), means in zip(codec.quantizer.parts(self.levels), self.means, strict=True):
             projected = part.project(latents, call)
-            rows = projected.transpose(1, 2).flatten(0, 1)  # [B * T, D]
-            if not means.begun and step >= self.config.begin:
-                means.gather(rows_of_all(rows.detach()))  # type: ignore[operator]
-                means.write(part)  # type: ignore[operator]
-            books = part.codebooks()
-            found = call.ops.rvq_encode(rows.detach(), books)  # [L, B * T]
-            chosen, seen, residual, commitment = torch.zeros_like(rows), [], rows, rows.new_zeros(())
-            for level in range(count):
-                entry = books[level][found[level]].to(rows.dtype)
-                commitment = commitment + F.mse_loss(residual, entry)
-                seen.append(_statistics(residual.detach(), found[level], len(books[level])))
-                residual = residual - entry
-                alive = (first + level < kept).repeat_interleave(latents.shape[-1])[:, None]
-                chosen = chosen + torch.where(alive, entry, 0)
+            unprojected += part.output_proj is None
+            rows = projected.transpose(1, 2).flatten(0, 1).float()  # [B * T, D]
+            with torch.autocast(latents.device.type, enabled=False):  # the search is fp32, and what it leaves
+                if not means.begun and step >= self.config.begin:
+                    means.gather(rows_of_all(rows.detach()))
+                    means.write(part)
+                books = part.codebooks()
+                found = call.ops.rvq_encode(rows.detach(), books)  # [L, B * T]
+                chosen, seen, residual, commitment = torch.zeros_like(rows), [], rows, rows.new_zeros(())
+                for level in range(count):
+                    entry = books[level][found[level]]
+                    commitment = commitment + F.mse_loss(residual, entry)
+                    seen.append(_statistics(residual.detach(), found[level], len(books[level])))
+                    residual = residual - entry
+                    alive = (first + level < kept).repeat_interleave(latents.shape[-1])[:, None]
+                    chosen = chosen + torch.where(alive, entry, 0)
             self._seen.append(_Statistics(*map(torch.stack, zip(*seen, strict=True))))
             straight = projected + (chosen.unflatten(0, (batch, -1)).transpose(1, 2) - projected).detach()
             quantized = part.unproject(straight, call)
@@ -142,7 +156,8 @@ class TrainedQuantizer(nn.Module):
         assert total is not None
         begun = all(means.begun for means in self.means)
         raw = torch.rand(batch, device=latents.device) < (self.config.raw if begun else 1.0)
-        total = torch.where(raw[:, None, None], latents, total)
+        # where nothing is projected, each part gives the latents back, and the decoder knows them as their sum
+        total = torch.where(raw[:, None, None], latents * max(unprojected, 1), total)
         committed = torch.stack(commitments).mean() * begun
         return Quantized(total, decoded[0], committed, 1 - left[-1], torch.cat(codes, dim=1))
 
@@ -150,21 +165,22 @@ class TrainedQuantizer(nn.Module):
         """How many levels each sequence keeps [B]: the semantic ones at least."""
         if not self.config.dropout:
             return torch.full((batch,), self.levels, device=device)
-        least = len(self.means[0].usage)  # type: ignore[arg-type]
+        least = len(self.means[0].usage)
         return torch.randint(least, self.levels + 1, (batch,), device=device)
 
     @torch.no_grad()
     def update(self, codec: Codec, step: int) -> None:
         """Move the entries by what the last batch showed, of all processes; the same in each."""
         seen, self._seen = self._seen, []
-        if self.frozen or not all(means.begun for means in self.means):
+        if all(means.frozen for means in self.means) or not all(means.begun for means in self.means):
             return
         together = torch.cat([t.flatten() for statistics in seen for t in statistics])
         parts = iter(sum_of_all(together).split([t.numel() for statistics in seen for t in statistics]))
         for (part, _), means, local in zip(codec.quantizer.parts(self.levels), self.means, seen, strict=True):
             statistics = _Statistics(*(next(parts).view_as(t) for t in local))
-            means.update(statistics, replace=step % self.config.replace_every == 0)  # type: ignore[operator]
-            means.write(part)  # type: ignore[operator]
+            if not means.frozen:
+                means.update(statistics, replace=step % self.config.replace_every == 0)
+                means.write(part)
 
 
 def _statistics(rows: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,10 @@ from .config import ModelConfig, OptimizerConfig, TrainConfig
 from .data import Batch
 from .discriminators import Discriminators
 from .distillation import Distillation
+from .processes import place
 from .quantizer import Quantized, TrainedQuantizer
 
-QUANTIZERS = ("quantizer", "semantic_rvq", "acoustic_rvq")
+SILU_GAIN = 1.7  # what SiLU takes from the size of normal noise
 
 
 class Generated(NamedTuple):
@@ -39,7 +41,7 @@ class Generator(nn.Module):
     def __init__(self, config: TrainConfig):
         super().__init__()
         self.codec = codec_of(config.model)
-        frozen = any(name.startswith(QUANTIZERS) for name in config.model.freeze)
+        frozen = {part for name in config.model.freeze for part in _modules(self.codec)[name].modules()}
         self.quantizer = TrainedQuantizer(self.codec, config.quantizer, frozen)
         self.distillation = None
         if config.distillation.teacher is not None:
@@ -61,22 +63,38 @@ def codec_of(config: ModelConfig) -> Codec:
     if config.load is not None:
         codec = load(config.load, impl=config.impl).requires_grad_(True)
     elif config.architecture == "mimi":
-        codec = Mimi(CodecConfig(**config.changes), impl=config.impl)
+        codec = Mimi(_config_of(CodecConfig, config.changes), impl=config.impl)
         keep_the_power(codec)
     else:
-        codec = JodioModel(JodioConfig.from_dict(config.changes), impl=config.impl)
+        codec = JodioModel(JodioConfig.from_dict(_config_of(JodioConfig, config.changes).to_dict()), impl=config.impl)
+        keep_the_power(codec)
         for part, _ in codec.quantizer.parts(codec.total_codebooks):
             part.learned(torch.zeros_like(part.codebooks()), part.usage())  # nothing yet: k-means begins
     for part, _ in codec.quantizer.parts(codec.total_codebooks):
         for entries in part._stored():
             entries.requires_grad_(False)  # running means, not gradients, move them
-    modules = dict(codec.named_modules())
+    modules = _modules(codec)
     for name in config.freeze:
         if name not in modules:
             there = ", ".join(name for name, _ in codec.named_children())
             raise InputError(f"model.freeze must name modules of the codec ({there}...), got {name!r}")
         modules[name].requires_grad_(False)
+    if not any(p.requires_grad for p in codec.parameters()):
+        raise InputError(f"model.freeze leaves nothing to train, got {', '.join(config.freeze)}")
     return codec.train()
+
+
+def _config_of(kind: Any, changes: dict[str, Any]) -> Any:
+    known = [f.name for f in fields(kind)]
+    for name in changes:
+        if name not in known:
+            raise InputError(f"model.changes must name fields of {kind.__name__} ({', '.join(known)}), got {name!r}")
+    return kind(**changes)
+
+
+def _modules(codec: Codec) -> dict[str, nn.Module]:
+    """By name; a JODIO's quantizers together too, which are no module of it."""
+    return {"quantizer": codec.quantizer, **dict(codec.named_modules())}
 
 
 def keep_the_power(codec: Codec) -> None:
@@ -89,9 +107,15 @@ def keep_the_power(codec: Codec) -> None:
             taps = module.weight[0].numel()  # of an output
             if isinstance(module, nn.ConvTranspose1d):
                 taps = module.in_channels * module.kernel_size[0] // (module.stride[0] * module.groups)
-            nn.init.normal_(module.weight, std=max(taps, 1) ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            gain = SILU_GAIN if getattr(module, "post", "none") == "silu" else 1.0
+            weight = torch.randn(module.weight.shape) * gain * max(taps, 1) ** -0.5
+            with torch.no_grad():
+                if hasattr(module, "parametrizations"):  # weight norm, which splits it
+                    module.weight = weight
+                else:
+                    module.weight.copy_(weight)
+                if module.bias is not None:
+                    module.bias.zero_()
 
 
 def parameter_groups(generator: Generator, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -147,9 +171,11 @@ class Steps:
         if self.discriminators is not None:
             seen["discriminator"] = self._criticise(batch.audio, made.audio.detach())
         audio = made.audio.detach().requires_grad_()  # the losses' gradients are balanced here, and go on as one
-        with self.accelerator.autocast():
+        # fp16 would round the gradients of means over a batch to nothing, before any loss is scaled
+        half = self.accelerator.mixed_precision == "bf16"
+        with torch.autocast(audio.device.type, torch.bfloat16, enabled=half):
             charged = self._charged(batch.audio, audio)
-        gradient = self.balancer(charged, audio)
+        gradient = self.balancer(charged, audio) * place()[1]  # whose mean over the processes is taken
         total = (made.audio * gradient).sum() + self.config.quantizer.commitment * made.quantized.commitment
         seen |= {name: loss.detach() for name, loss in charged.items()}
         seen["commitment"] = made.quantized.commitment.detach()

@@ -1,0 +1,65 @@
+"""The configuration of a run: the paper's defaults, and sentences for what does not fit."""
+
+import pytest
+
+from fastmimi.train.config import DiscriminatorConfig, TrainConfig
+from fastmimi.train.step import Generator
+
+
+def test_defaults_are_the_papers():
+    config = TrainConfig.of({"data": {"folder": "x"}})
+    optimizer, data, losses_, quantizer = config.optimizer, config.data, config.losses, config.quantizer
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.ema) == (8e-4, [0.5, 0.9], 0.05, 0.99)
+    assert (data.seconds, data.batch_size) == (12.0, 128)
+    assert (losses_.l1, losses_.mel) == (0, 0) and losses_.adversarial and losses_.features
+    assert config.discriminator == DiscriminatorConfig([2048, 1024, 512, 256, 128], 32)
+    assert (quantizer.decay, quantizer.raw, quantizer.dropout) == (0.99, 0.5, True)
+    assert config.distillation.teacher == "microsoft/wavlm-large"
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ("optimizer.rl=1", "Key 'rl' not in 'OptimizerConfig'"),
+        ("steps=many", "'many' of type 'str' could not be converted to Integer"),
+        ("losses.mel=-1", "losses must be at least 0"),
+        ("quantizer.raw=2", r"quantizer.raw must be a share in \[0, 1\], got 2"),
+        ("data.dataset=x", "data needs either a folder or a dataset"),
+        ("model.architecture=moshi", "model.architecture must be one of mimi, jodio, got 'moshi'"),
+        ("mixed_precision=fp17", "mixed_precision must be one of None, no, bf16, fp16, got 'fp17'"),
+        ("optimizer.schedule=steep", "optimizer.schedule must be one of constant, .*, got 'steep'"),
+        ("optimizer.betas=[0.5]", r"optimizer.betas must be two numbers in \[0, 1\), got \[0.5\]"),
+        ("optimizer.lr=-1", "optimizer.lr must be above 0, got -1.0"),
+        ("losses.mel=nan", "losses must be at least 0"),
+        ("seed=-1", "seed must be at least 0, got -1"),
+        ("save_every=0", "save_every must be at least 1, got 0"),
+        ("data.seconds=0.001", "data.seconds must be at least 0.1, got 0.001"),
+        ("quantizer.replace_every=0", "quantizer.replace_every must be at least 1, got 0"),
+        ("discriminator.n_ffts=[]", "discriminator.n_ffts must be at least 16, got 0"),
+    ],
+)
+def test_bad_configurations(tmp_path, change, sentence):
+    path = tmp_path / "config.yaml"
+    path.write_text("data: {folder: x}")
+    with pytest.raises(ValueError, match=sentence):
+        TrainConfig.read(path, [change])
+
+
+def test_changes_name_fields_of_the_codec(tiny_training):
+    config = tiny_training()
+    config.model.changes = {"filters": 3}
+    with pytest.raises(ValueError, match=r"model\.changes must name fields of CodecConfig \(.*\), got 'filters'"):
+        Generator(config)
+
+
+def test_a_list_is_no_configuration(tmp_path):
+    (tmp_path / "list.yaml").write_text("- data")
+    with pytest.raises(ValueError, match=r"list\.yaml: "):
+        TrainConfig.read(tmp_path / "list.yaml")
+
+
+def test_a_configuration_is_written_as_it_is_read(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {folder: x}\nlosses: {mel: 2}")
+    config = TrainConfig.read(tmp_path / "a.yaml", ["optimizer.lr=0.5"])
+    config.write(tmp_path / "b.yaml")
+    assert TrainConfig.read(tmp_path / "b.yaml") == config and (config.optimizer.lr, config.losses.mel) == (0.5, 2)

@@ -1,0 +1,146 @@
+"""How codebooks learn: what passes the quantizer, running means, dead entries, k-means."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmimi.ops import Call
+from fastmimi.testing import noise, relative_error
+from fastmimi.train.quantizer import TrainedQuantizer, kmeans
+from fastmimi.train.step import Generator
+
+
+def quantizer_of(config, seed=0):
+    torch.manual_seed(seed)
+    generator = Generator(config)
+    codec, latents = generator.codec, noise(4, generator.codec.config.hidden_size, 30, seed=seed)
+    trained = generator.quantizer
+    trained(codec, latents, Call(codec._ops()), 0)
+    trained.update(codec, 0)
+    return codec, trained, latents
+
+
+def test_raw_sequences_pass_as_they_are(tiny_training):
+    codec, trained, latents = quantizer_of(tiny_training(raw=1.0))
+    assert torch.equal(trained(codec, latents, Call(codec._ops()), 1).latents, latents)
+
+
+@pytest.mark.parametrize("architecture", ["mimi", "jodio"])
+def test_quantized_sequences_are_what_the_codes_say(tiny_training, architecture):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.0, dropout=False, architecture=architecture))
+    made = trained(codec, latents, Call(codec._ops()), 1)
+    assert torch.equal(made.codes, codec.quantize(latents))
+    assert relative_error(made.latents, codec.dequantize(made.codes)) < 1e-5
+    assert relative_error(made.semantic, codec.dequantize(made.codes[:, : codec.config.num_semantic_quantizers])) < 1e-5
+
+
+def test_levels_are_dropped_for_each_sequence(tiny_training):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.0))
+    kept = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        made = trained(codec, latents, Call(codec._ops()), 1)
+        for row, codes in zip(made.latents, made.codes, strict=True):
+            fits = [n for n in range(1, 5) if relative_error(row, codec.dequantize(codes[None, :n])[0]) < 1e-5]
+            assert fits
+            kept.add(fits[0])
+    assert kept == {1, 2, 3, 4}
+
+
+def test_half_of_the_sequences_are_raw(tiny_training):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.5))
+    torch.manual_seed(0)
+    raw = 0
+    for _ in range(50):
+        made = trained(codec, latents, Call(codec._ops()), 1)
+        raw += sum(torch.equal(row, latent) for row, latent in zip(made.latents, latents, strict=True))
+    assert 70 < raw < 130
+
+
+def test_raw_sequences_are_as_loud_as_quantized_ones(tiny_training):
+    """Where nothing is projected, and what both quantizers give back is added up."""
+    config = tiny_training(raw=0.0, dropout=False, architecture="jodio", kmeans_latents=120)
+    codec, trained, latents = quantizer_of(config)
+    quantized = trained(codec, latents, Call(codec._ops()), 1).latents
+    trained.config.raw = 1.0
+    raw = trained(codec, latents, Call(codec._ops()), 1).latents
+    assert 0.7 < quantized.norm() / raw.norm() < 1.1
+
+
+def test_gradients_pass_the_quantizer_straight(tiny_training):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.0, dropout=False))
+    latents.requires_grad_()
+    made = trained(codec, latents, Call(codec._ops()), 1)
+    made.latents.sum().backward()
+    parts = [part for part, _ in codec.quantizer.parts(4)]
+    again = latents.detach().requires_grad_()
+    sum(part.unproject(part.project(again, Call(codec._ops())), Call(codec._ops())) for part in parts).sum().backward()
+    assert relative_error(latents.grad, again.grad) < 1e-5
+
+
+def test_the_first_counts_are_those_of_a_batch(tiny_training):
+    """So that an entry that k-means made stands for as many latents as one that was counted."""
+    _, trained, _ = quantizer_of(tiny_training(raw=0.0, replace_every=1000))
+    for means in trained.means:
+        assert means.usage.mean().item() == pytest.approx(120 / 32, rel=1e-3)
+
+
+def test_entries_are_running_means(tiny_training):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.0, replace_every=1000))
+    part, means = codec.quantizer.semantic_residual_vector_quantizer, trained.means[0]
+    usage, sums = means.usage.clone(), means.sums.clone()
+    made = trained(codec, latents, Call(codec._ops()), 1)
+    trained.update(codec, 1)
+    rows = part.project(latents, Call(codec._ops())).transpose(1, 2).flatten(0, 1)
+    chosen = F.one_hot(made.codes[:, 0].flatten(), usage.shape[1]).float()
+    usage = 0.99 * usage + 0.01 * chosen.sum(dim=0)
+    sums = 0.99 * sums + 0.01 * (chosen.T @ rows)
+    assert relative_error(means.usage, usage) < 1e-5 and relative_error(means.sums, sums) < 1e-5
+    assert relative_error(part.codebooks(), sums / usage[..., None]) < 1e-5, "the codec has them"
+
+
+def test_dead_entries_become_latents_of_the_batch(tiny_training):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.0, replace_every=1))
+    part, means = codec.quantizer.semantic_residual_vector_quantizer, trained.means[0]
+    means.usage[0, :5], means.sums[0, :5] = 1e-3, 1.0  # far from everything
+    means.write(part)
+    trained(codec, latents, Call(codec._ops()), 1)
+    trained.update(codec, 1)
+    rows = part.project(latents, Call(codec._ops())).transpose(1, 2).flatten(0, 1)
+    distance = (part.codebooks()[0, :5, None] - rows).norm(dim=-1).amin(dim=1)
+    assert (distance < 1e-5).all()
+
+
+def test_latents_are_gathered_before_there_are_entries(tiny_training):
+    config = tiny_training(raw=0.0, begin=2, kmeans_latents=150)
+    generator = Generator(config)
+    codec, latents = generator.codec, noise(2, generator.codec.config.hidden_size, 60)
+    begun = []
+    for step in range(5):
+        made = generator.quantizer(codec, latents, Call(codec._ops()), step)
+        begun.append(not torch.equal(made.latents, latents))
+        generator.quantizer.update(codec, step)
+    assert begun == [False, False, False, True, True], "from step 2 on, 120 latents a step"
+
+
+def test_one_reduction_for_all_levels(tiny_training, monkeypatch):
+    from fastmimi.train import quantizer
+
+    calls = []
+    monkeypatch.setattr(quantizer, "sum_of_all", lambda x: calls.append(x.numel()) or x)
+    quantizer_of(tiny_training())
+    assert len(calls) == 1
+
+
+def test_kmeans_finds_clusters():
+    centres = noise(6, 8, seed=1, scale=3.0)
+    rows = (centres[torch.arange(600) % 6] + noise(600, 8, seed=2, scale=0.01))[torch.randperm(600)]
+    found = kmeans(rows, 24, 20)
+    assert torch.cdist(centres, found).amin(dim=1).max() < 0.1
+    assert kmeans(rows[:5], 24, 3).shape == (24, 8), "fewer rows than centres"
+
+
+def test_what_does_not_learn_is_no_part(tiny_training):
+    generator = Generator(tiny_training())
+    assert isinstance(generator.quantizer, TrainedQuantizer)
+    assert not any("teacher" in name for name in generator.state_dict())
