@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import fastmimi
 from fastmimi.testing import noise, relative_error
 from fastmimi.train.loop import train
-from fastmimi.train.publish import publish
+from fastmimi.train.publish import one_after_another, publish
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def speech(tmp_path):
 def test_half_precision_keeps_what_the_codec_does(tiny_training, speech, tmp_path):
     config = tiny_training(folder=speech, steps=3)
     model = train(config)
-    publish(tmp_path / "run", tmp_path / "published")
+    publish([tmp_path / "run"], tmp_path / "published")
     whole, half = fastmimi.load(model), fastmimi.load(tmp_path / "published")
     latents, codes = noise(1, 32, 9), torch.randint(32, (1, 4, 9), generator=torch.Generator().manual_seed(0))
     assert relative_error(half.dequantize(codes), whole.dequantize(codes)) < 1e-3
@@ -31,16 +32,24 @@ def test_half_precision_keeps_what_the_codec_does(tiny_training, speech, tmp_pat
     files = {path.name: path.stat().st_size for path in (tmp_path / "published").iterdir()}
     assert files.keys() == {"config.json", "model.safetensors", "training.json", "training.png"}
     assert files["model.safetensors"] < 0.6 * (model / "model.safetensors").stat().st_size
-    told = json.loads((tmp_path / "published" / "training.json").read_text())
+    [told] = json.loads((tmp_path / "published" / "training.json").read_text())
     assert told["steps"] == 3 and told["configuration"]["losses"]["mel"] == 1.0
     assert told["at the end"].keys() >= {"mel", "discriminator", "explained"}
     assert fastmimi.MimiModel.from_pretrained(tmp_path / "published").config.codebook_size == 32
 
 
+def test_runs_are_drawn_one_after_another():
+    first, second = (
+        {"mel": tuple(np.array(t) for t in (steps, [1.0] * len(steps), steps))} for steps in ([1, 2], [1, 3])
+    )
+    joined = one_after_another([first, second | {"l1": second["mel"]}])
+    assert joined["mel"][0].tolist() == [1, 2, 3, 5] and joined["l1"][0].tolist() == [3, 5]
+
+
 def test_what_cannot_be_published(tiny_training, speech, tmp_path):
     with pytest.raises(ValueError, match="is no training run that has come to a checkpoint"):
-        publish(tmp_path, tmp_path / "published")
+        publish([tmp_path], tmp_path / "published")
     train(tiny_training(folder=speech, steps=1, architecture="jodio"))
     with pytest.raises(ValueError, match=r"only a Mimi is published in half precision, and .* trained a JodioModel"):
-        publish(tmp_path / "run", tmp_path / "published")
+        publish([tmp_path / "run"], tmp_path / "published")
     assert not (tmp_path / "published").exists()

@@ -1,14 +1,15 @@
-"""A finished run as files to hand on: half-precision weights, and what made them.
+"""Finished runs, one after another, as files to hand on: half-precision weights of the last, and what made them.
 
-    python -m fastmimi.train.publish out/demo fastmimi/assets/demo
+    python -m fastmimi.train.publish out/demo out/demo_finish fastmimi/assets/demo
 
-config.json and model.safetensors (fp16; `fastmimi.load` computes with them in fp32), training.json (the run's
-configuration and what became of it) and training.png (its curves).
+config.json and model.safetensors (fp16; `fastmimi.load` computes with them in fp32), training.json (the runs'
+configurations and what became of them) and training.png (their curves).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,23 +30,25 @@ CURVES = ("mel", "l1", "features", "adversarial", "discriminator", "cosine", "co
 SMOOTHED = 50  # points that a drawn curve has
 
 
-def publish(run: Path, target: Path) -> None:
-    """Write the averaged codec of a run, and what is known of the run, to a folder."""
-    if not (run / "model").is_dir():
-        raise InputError(f"{run} is no training run that has come to a checkpoint: it has no folder `model`")
-    codec, config = load(run / "model"), TrainConfig.read(run / "config.yaml")
+def publish(runs: Sequence[Path], target: Path) -> None:
+    """Write the averaged codec of the last of some runs, and what is known of all, to a folder."""
+    for run in runs:
+        if not (run / "model").is_dir():
+            raise InputError(f"{run} is no training run that has come to a checkpoint: it has no folder `model`")
+    codec, configs = load(runs[-1] / "model"), [TrainConfig.read(run / "config.yaml") for run in runs]
     if not isinstance(codec.config, CodecConfig):
-        raise InputError(f"only a Mimi is published in half precision, and {run} trained a {type(codec).__name__}")
+        raise InputError(f"only a Mimi is published in half precision, and {runs[-1]} trained a {type(codec).__name__}")
     target.mkdir(parents=True, exist_ok=True)
     with replacing(target / "config.json") as part:
         part.write_text(json.dumps(codec.config.to_dict(), indent=2) + "\n")
     with replacing(target / "model.safetensors") as part:
         save_file(in_half_precision(codec), part, {"format": "pt"})
-    curves = curves_of(run)
+    curves = [curves_of(run) for run in runs]
     with replacing(target / "training.json") as part:
-        part.write_text(json.dumps(summary(config, curves), indent=1) + "\n")
+        told = [summary(config, found) for config, found in zip(configs, curves, strict=True)]
+        part.write_text(json.dumps(told, indent=1) + "\n")
     with replacing(target / "training.png") as part:
-        draw(part, curves, f"{config.out}: {int(max(steps[-1] for steps, _, _ in curves.values()))} steps")
+        draw(part, one_after_another(curves))
 
 
 def in_half_precision(codec: Codec) -> dict[str, torch.Tensor]:
@@ -79,6 +82,18 @@ def curves_of(run: Path) -> dict[str, Curve]:
     return curves
 
 
+def one_after_another(runs: Sequence[dict[str, Curve]]) -> dict[str, Curve]:
+    """The curves of several runs as if they had been one."""
+    joined: dict[str, Curve] = {}
+    before = 0
+    for curves in runs:
+        for name, (steps, *rest) in curves.items():
+            pieces = zip(joined.get(name, (np.zeros(0),) * 3), (steps + before, *rest), strict=True)
+            joined[name] = tuple(np.concatenate(pair) for pair in pieces)  # type: ignore[assignment]
+        before += max(int(steps[-1]) for steps, _, _ in curves.values())
+    return joined
+
+
 def summary(config: TrainConfig, curves: dict[str, Curve]) -> dict[str, Any]:
     """The configuration, how much was heard, and the means of the last tenth of each curve."""
     from omegaconf import OmegaConf
@@ -98,7 +113,7 @@ def summary(config: TrainConfig, curves: dict[str, Curve]) -> dict[str, Any]:
     }
 
 
-def draw(path: Path, curves: dict[str, Curve], title: str) -> None:
+def draw(path: Path, curves: dict[str, Curve]) -> None:
     """Write a PNG of the curves, each smoothed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -107,7 +122,6 @@ def draw(path: Path, curves: dict[str, Curve], title: str) -> None:
     rows = -(-len(shown) // 3)
     figure = Figure(figsize=(12, 2.6 * rows + 0.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
     grid = list(figure.subplots(rows, 3, squeeze=False).flat)
     for axes in grid[len(shown) :]:
         axes.axis("off")
@@ -124,10 +138,10 @@ def draw(path: Path, curves: dict[str, Curve], title: str) -> None:
 
 
 def _main(
-    run: Annotated[Path, typer.Argument(help="The folder of a training run.")],
+    runs: Annotated[list[Path], typer.Argument(help="The folders of training runs, in order.")],
     target: Annotated[Path, typer.Argument(help="Where the files go.")],
 ) -> None:
-    publish(run, target)
+    publish(runs, target)
 
 
 if __name__ == "__main__":
