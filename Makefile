@@ -18,7 +18,7 @@ help:  ## print this list
 
 demo: $(VENV)/stamp-demo  ## install, then encode and decode a bundled speech clip; results in out/
 	mkdir -p out
-	$(VENV)/bin/fastmimi roundtrip $(CLIP) out/demo.wav --model random:0 --tokens out/demo.safetensors --plot out/demo.png
+	$(VENV)/bin/fastmimi roundtrip $(CLIP) out/demo.wav --model demo --tokens out/demo.safetensors --plot out/demo.png
 
 test: $(VENV)/stamp-test  ## install the test extras and the peers, run the tests and the kernels' parity tests
 	$(PY) -m pytest tests/ --kernels -n auto

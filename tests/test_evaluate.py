@@ -54,7 +54,7 @@ def test_silence_and_snippets_have_no_answer_where_there_is_none():
 def test_speech_of_many_phrases_has_a_pesq():
     """The library holds 50 utterances, and dies of more."""
     draw = np.random.default_rng(0)
-    phrase = np.concatenate([draw.standard_normal(8_000) * 0.1, np.zeros(8_000)])
+    phrase = np.concatenate([draw.standard_normal(12_000) * 0.1, np.zeros(16_000)])
     audio = torch.from_numpy(np.tile(phrase, 70).astype(np.float32))[None, None]
     assert 1 <= measures(audio, audio + 0.001, 16_000)["pesq"] <= 4.65
 

@@ -112,14 +112,16 @@ def test_what_cannot_be_frozen(tiny_training):
 
 @pytest.mark.parametrize("architecture", ["mimi", "jodio"])
 def test_new_codecs_hear(tiny_training, architecture):
-    """What varies with the audio is a good part of the latents, and of the decoded audio."""
+    """What varies with the audio is a good part of the latents, and of the decoded audio, and about as large."""
     torch.manual_seed(0)
     codec = Generator(tiny_training(architecture=architecture)).codec.eval()
+    audio = noise(8, 1, 9600)
     with torch.no_grad():
-        latents = codec.encode_to_latent(noise(8, 1, 9600))
-        audio = codec.decode_latent(latents)
-    for found in (latents, audio):
+        latents = codec.encode_to_latent(audio)
+        decoded = codec.decode_latent(latents)
+    for found in (latents, decoded):
         assert found.var(dim=0).mean() > 0.2 * found.square().mean()
+        assert 0.03 < found.norm() / found.numel() ** 0.5 / audio.std() < 30
 
 
 def test_a_frozen_name_must_be_there(tiny_training):

@@ -254,13 +254,15 @@ def test_two_processes_train_as_one(tiny_training, speech, tmp_path):
     alone = {name: scalars(config.out, name) for name in names}
     config.out = str(tmp_path / "together")
     config.write(tmp_path / "together.yaml")
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "fastmimi", "train"]  # fmt: skip
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fastmimi", "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     arguments = [sys.executable, *launch, str(tmp_path / "together.yaml")]
-    subprocess.run(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    subprocess.run(arguments, env=environment, check=True, timeout=300)
+    states = [path.name for path in checkpoints(Path(config.out))[-1].glob("random_states_*")]
+    assert sorted(states) == ["random_states_0.pkl", "random_states_1.pkl"], "there were two"
     for name, values in alone.items():
         # the norm of the gradient too: what each loss weighs does not depend on how many share the work
-        assert scalars(config.out, name) == pytest.approx(values, rel=0.02), name
+        assert scalars(config.out, name) == pytest.approx(values, rel=0.05), name
 
 
 def test_windows_that_could_not_be_read_are_counted(tiny_training, speech):

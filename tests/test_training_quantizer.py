@@ -86,17 +86,35 @@ def test_the_first_counts_are_those_of_a_batch(tiny_training):
 
 
 def test_entries_are_running_means(tiny_training):
+    """Of what the levels before leave."""
     codec, trained, latents = quantizer_of(tiny_training(raw=0.0, replace_every=1000))
-    part, means = codec.quantizer.semantic_residual_vector_quantizer, trained.means[0]
-    usage, sums = means.usage.clone(), means.sums.clone()
+    before = [(means.usage.clone(), means.sums.clone()) for means in trained.means]
     made = trained(codec, latents, Call(codec._ops()), 1)
+    books = [part.codebooks().clone() for part, _ in codec.quantizer.parts(4)]
     trained.update(codec, 1)
-    rows = part.project(latents, Call(codec._ops())).transpose(1, 2).flatten(0, 1)
-    chosen = F.one_hot(made.codes[:, 0].flatten(), usage.shape[1]).float()
-    usage = 0.99 * usage + 0.01 * chosen.sum(dim=0)
-    sums = 0.99 * sums + 0.01 * (chosen.T @ rows)
-    assert relative_error(means.usage, usage) < 1e-5 and relative_error(means.sums, sums) < 1e-5
-    assert relative_error(part.codebooks(), sums / usage[..., None]) < 1e-5, "the codec has them"
+    codes = iter(made.codes.unbind(1))
+    for (part, _), means, (usage, sums), entries in zip(
+        codec.quantizer.parts(4), trained.means, before, books, strict=True
+    ):
+        rows = part.project(latents, Call(codec._ops())).transpose(1, 2).flatten(0, 1)
+        for level in range(len(usage)):
+            chosen = F.one_hot(next(codes).flatten(), usage.shape[1]).float()
+            usage[level] = 0.99 * usage[level] + 0.01 * chosen.sum(dim=0)
+            sums[level] = 0.99 * sums[level] + 0.01 * (chosen.T @ rows)
+            rows = rows - chosen @ entries[level]
+        assert relative_error(means.usage, usage) < 1e-5 and relative_error(means.sums, sums) < 1e-4
+        assert relative_error(part.codebooks(), sums / usage[..., None]) < 1e-4, "the codec has them"
+
+
+def test_each_level_begins_with_what_the_last_one_leaves(tiny_training):
+    codec, _, latents = quantizer_of(tiny_training(raw=0.0, architecture="jodio", kmeans_latents=120))
+    part, count = codec.quantizer.parts(4)[1]
+    rows = latents.transpose(1, 2).flatten(0, 1)
+    left = [rows.norm()]
+    for levels in range(1, count + 1):
+        codes = part.encode(latents, levels, Call(codec._ops()))
+        left.append((latents - part.decode(codes, latents.dtype, Call(codec._ops()))).norm())
+    assert left[1] < 0.8 * left[0] and left[2] < 0.75 * left[1]
 
 
 def test_dead_entries_become_latents_of_the_batch(tiny_training):

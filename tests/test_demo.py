@@ -1,0 +1,90 @@
+"""The demonstration model that comes with the package: it is small, it speaks, and it is a Mimi like any other."""
+
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+import soxr
+import torch
+from typer.testing import CliRunner
+
+import fastmimi
+from fastmimi.cli import app
+from fastmimi.train.evaluate import measures
+from fastmimi.weights import DEMO
+
+CLIPS = [
+    *(Path(__file__).parent / "data" / "audio").glob("*.ogg"),
+    DEMO.parent / "198-209-0000.ogg",
+]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return fastmimi.load("demo")
+
+
+def clip(path, seconds=None):
+    audio, rate = soundfile.read(path, dtype="float32")
+    audio = soxr.resample(audio, rate, 24_000)
+    return torch.from_numpy(audio[: None if seconds is None else int(seconds * 24_000)])[None, None]
+
+
+@pytest.mark.slow
+def test_real_speech_comes_back(demo):
+    """Of readers that it never heard: STOI of the published numbers, beside the picture in README.md."""
+    assert len(CLIPS) == 3
+    stoi = {}
+    for count in (8, demo.total_codebooks):
+        found = []
+        for path in CLIPS:
+            audio = clip(path)
+            decoded = demo.decode(demo.encode(audio, num_codebooks=count))[..., : audio.shape[-1]]
+            found.append(measures(audio, decoded, 24_000)["stoi"])
+        stoi[count] = sum(found) / len(found)
+    assert stoi[8] >= 0.65 and stoi[demo.total_codebooks] >= 0.7, stoi
+
+
+def test_it_is_small_and_has_mimis_shape(demo):
+    assert sum(path.stat().st_size for path in DEMO.glob("*.safetensors")) <= 12e6
+    assert (demo.sample_rate, demo.frame_rate, demo.frame_size) == (24_000, 12.5, 1920)
+    assert demo.total_codebooks == 16 and demo.config.codebook_size == 2048
+    assert demo.config.num_semantic_quantizers == 1
+
+
+def test_what_made_it_stands_beside_it():
+    stages = json.loads((DEMO / "training.json").read_text())
+    assert [stage["configuration"]["out"] for stage in stages] == ["out/demo", "out/demo_finish"]
+    assert all(stage["steps"] == stage["configuration"]["steps"] for stage in stages)
+    assert (DEMO / "training.png").stat().st_size > 10_000
+
+
+def test_a_stream_of_it_equals_the_whole(demo):
+    audio = clip(CLIPS[0], 2.0)
+    state = demo.new_state()
+    codes = torch.cat([demo.encode(chunk, state=state) for chunk in audio.split(5000, dim=-1)], dim=-1)
+    assert torch.equal(codes, demo.encode(audio))
+    whole = demo.decode(codes)
+    parts = torch.cat([demo.decode(part, state=state) for part in codes.split(3, dim=-1)], dim=-1)
+    assert (parts - whole).abs().max() < 1e-5
+
+
+def test_transformers_reads_it_and_hears_the_same(demo):
+    """Trained weights, on which ties are nowhere near: every code equal."""
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.MimiModel.from_pretrained(DEMO, dtype=torch.float32).eval()
+    audio = clip(CLIPS[0], 4.0)
+    with torch.no_grad():
+        codes = peer.encode(audio, num_quantizers=16).audio_codes
+        sound = peer.decode(codes).audio_values
+    assert torch.equal(demo.encode(audio), codes)
+    assert (demo.decode(codes)[..., : sound.shape[-1]] - sound).abs().max() < 1e-5
+
+
+def test_the_command_line_says_what_it_is(tmp_path):
+    soundfile.write(tmp_path / "a.wav", clip(CLIPS[0], 0.5)[0, 0].numpy(), 24_000)
+    arguments = ["roundtrip", str(tmp_path / "a.wav"), str(tmp_path / "b.wav"), "--model", "demo"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and "demo is a small demonstration model" in result.stderr
+    assert "--model kyutai/mimi" in result.stderr
