@@ -44,7 +44,7 @@ class RunningMeans(nn.Module):
 
     usage: Tensor  # [L, S]
     sums: Tensor  # [L, S, D]
-    gathered: Tensor  # [N, D] latents, until there are entries
+    gathered: Tensor  # [N, D] latents, until there are entries; None where there were to begin with
     count: Tensor
 
     def __init__(self, part: ResidualQuantizer, config: QuantizerConfig, frozen: bool):
@@ -55,8 +55,8 @@ class RunningMeans(nn.Module):
         self.register_buffer("sums", entries * usage[..., None])
         if frozen and not self.begun:
             raise InputError("model.freeze names a quantizer that has no entries yet")
-        missing = 0 if self.begun else config.kmeans_latents
-        self.register_buffer("gathered", entries.new_zeros(missing, entries.shape[-1]))
+        empty = None if self.begun else entries.new_zeros(config.kmeans_latents, entries.shape[-1])
+        self.register_buffer("gathered", empty)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @property
