@@ -134,9 +134,12 @@ def test_the_wheel_holds_every_module(wheel: Path) -> None:
 
 def test_the_wheel_holds_assets_types_and_licence(wheel: Path) -> None:
     files = wheel_files(wheel)
-    assets = {f"fastmimi/assets/{path.name}" for path in (ROOT / "fastmimi/assets").iterdir()}
-    assert any(name.endswith(".ogg") for name in assets)
-    assert assets | {"fastmimi/py.typed"} <= files
+    data = [path for path in (ROOT / "fastmimi" / "assets").rglob("*") if path.is_file()]
+    data += (ROOT / "fastmimi" / "train").glob("*.yaml")
+    names = {path.relative_to(ROOT).as_posix() for path in data}
+    assert {"fastmimi/assets/demo/model.safetensors", "fastmimi/train/demo.yaml"} <= names
+    assert any(name.endswith(".ogg") for name in names)
+    assert names | {"fastmimi/py.typed"} <= files
     assert any(name.endswith("licenses/LICENSE") for name in files)
 
 
