@@ -224,6 +224,14 @@ def test_discriminators_look_at_several_scales():
     assert [layers[0].shape for layers in features[:2]] == [(2, 32, 10, 1025), (2, 32, 19, 513)]
 
 
+def test_discriminators_learn_to_tell(steps):
+    """Their hinge is 2 where they cannot, 0 where they always can."""
+    learns = steps(lr=2e-3)
+    real = noise(3, 1, 9600, seed=1, scale=0.1)
+    told = [learns._criticise(real, real.cumsum(dim=-1) * 0.05).item() for _ in range(60)]
+    assert told[0] == pytest.approx(2, abs=0.1) and told[-1] < 1
+
+
 # The teacher
 
 

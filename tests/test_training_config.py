@@ -45,10 +45,18 @@ def test_bad_configurations(tmp_path, change, sentence):
         TrainConfig.read(path, [change])
 
 
-def test_changes_name_fields_of_the_codec(tiny_training):
-    config = tiny_training()
-    config.model.changes = {"filters": 3}
-    with pytest.raises(ValueError, match=r"model\.changes must name fields of CodecConfig \(.*\), got 'filters'"):
+@pytest.mark.parametrize(
+    "architecture, changes, kind, name",
+    [
+        ("mimi", {"filters": 3}, "CodecConfig", "filters"),
+        ("jodio", {"hidden_size": 3}, "JodioConfig", "hidden_size"),
+        ("jodio", {"encoder_transformer": {"heads": 3}}, "JodioTransformerConfig", "heads"),
+    ],
+)
+def test_changes_name_fields_of_the_codec(tiny_training, architecture, changes, kind, name):
+    config = tiny_training(architecture=architecture)
+    config.model.changes = changes
+    with pytest.raises(ValueError, match=rf"model\.changes must name fields of {kind} \(.*\), got '{name}'"):
         Generator(config)
 
 

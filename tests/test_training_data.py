@@ -115,7 +115,8 @@ def test_processes_share_the_windows_of_a_step(folder, workers):
 
 
 def test_data_sets(folder, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = datasets.Dataset.from_dict({"speech": [str(folder / "a.wav"), str(folder / "deep" / "b.flac")]})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration, split: rows)
     source = source_of(DataConfig(dataset="someone/speech", split="test", column="speech"))

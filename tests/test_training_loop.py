@@ -179,6 +179,20 @@ def test_gradients_that_are_no_numbers_stop_it_too(tiny_training, speech, monkey
         train(config)
 
 
+def test_gradients_that_fp16_never_holds_stop_it(tiny_training, speech, monkeypatch):
+    config = tiny_training(folder=str(speech), steps=9, save_every=2)
+    whole, held = loop.Steps.__call__, (0, 2, 3)
+
+    def skipped(self, batch, step):
+        told = whole(self, batch, step)
+        return {name: loss for name, loss in told.items() if name != "gradient" or step in held}
+
+    monkeypatch.setattr(loop.Steps, "__call__", skipped)
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
+    with pytest.raises(ValueError, match=r"stopped at step 7: fp16 held none of 3 gradients"):
+        train(config)
+
+
 def test_a_checkpoint_of_another_codec_is_refused(tiny_training, speech):
     config = tiny_training(folder=str(speech), steps=1)
     train(config)

@@ -165,7 +165,7 @@ class _Run:
                 f"the batch was {', '.join(batch.names)}; the last good checkpoint is {last[-1] if last else 'none'}"
             )
         self.counts.skipped = 0 if "gradient" in losses else self.counts.skipped + 1
-        if self.counts.skipped > MOST_SKIPPED:
+        if self.counts.skipped == MOST_SKIPPED:
             raise InputError(f"training stopped at step {self.done + 1}: fp16 held none of {MOST_SKIPPED} gradients")
         for rate in self.rates:
             rate.step()

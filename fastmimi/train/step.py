@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from ..codec import Codec
-from ..config import CodecConfig, JodioConfig
+from ..config import AnyConfig, CodecConfig, JodioConfig
 from ..errors import InputError
 from ..jodio import JodioModel
 from ..model import Mimi
@@ -66,7 +67,7 @@ def codec_of(config: ModelConfig) -> Codec:
         codec = Mimi(_config_of(CodecConfig, config.changes), impl=config.impl)
         keep_the_power(codec)
     else:
-        codec = JodioModel(JodioConfig.from_dict(_config_of(JodioConfig, config.changes).to_dict()), impl=config.impl)
+        codec = JodioModel(_config_of(JodioConfig, config.changes), impl=config.impl)
         keep_the_power(codec)
         for part, _ in codec.quantizer.parts(codec.total_codebooks):
             part.learned(torch.zeros_like(part.codebooks()), part.usage())  # nothing yet: k-means begins
@@ -84,12 +85,21 @@ def codec_of(config: ModelConfig) -> Codec:
     return codec.train()
 
 
-def _config_of(kind: Any, changes: dict[str, Any]) -> Any:
+def _config_of(kind: type[AnyConfig], changes: dict[str, Any]) -> Any:
+    _check_fields(kind, changes)
+    config = kind.from_dict(changes)
+    for name, inner in changes.items():
+        part = getattr(config, name)
+        if is_dataclass(part):
+            _check_fields(type(part), inner)
+    return config
+
+
+def _check_fields(kind: Any, names: Iterable[str]) -> None:
     known = [f.name for f in fields(kind)]
-    for name in changes:
+    for name in names:
         if name not in known:
             raise InputError(f"model.changes must name fields of {kind.__name__} ({', '.join(known)}), got {name!r}")
-    return kind(**changes)
 
 
 def _modules(codec: Codec) -> dict[str, nn.Module]:
