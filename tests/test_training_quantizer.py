@@ -57,6 +57,16 @@ def test_half_of_the_sequences_are_raw(tiny_training):
     assert 70 < raw < 130
 
 
+def test_distillation_hears_the_latents_until_there_are_entries(tiny_training):
+    """Of zeros, its gradient would never fade, and the latents would grow without end."""
+    torch.manual_seed(0)
+    generator = Generator(tiny_training(begin=5))
+    codec, latents, call = generator.codec, noise(4, 32, 30), Call(generator.codec._ops())
+    semantic = generator.quantizer(codec, latents, call, 0).semantic
+    part = codec.quantizer.parts(4)[0][0]
+    assert relative_error(semantic, part.unproject(part.project(latents, call), call)) < 1e-6
+
+
 def test_raw_sequences_are_as_loud_as_quantized_ones(tiny_training):
     """Where nothing is projected, and what both quantizers give back is added up."""
     config = tiny_training(raw=0.0, dropout=False, architecture="jodio", kmeans_latents=120)

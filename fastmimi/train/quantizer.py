@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..ops import Call
 from ..quantizer import ResidualQuantizer
 from .config import QuantizerConfig
-from .processes import place, rows_of_all, sum_of_all
+from .processes import of_first, place, rows_of_all, sum_of_all
 
 
 class Quantized(NamedTuple):
@@ -76,7 +76,7 @@ class RunningMeans(nn.Module):
             return
         rows = self.gathered
         for level in range(len(self.usage)):
-            entries = kmeans(rows, self.usage.shape[1], self.config.kmeans_iterations)
+            entries = of_first(kmeans(rows, self.usage.shape[1], self.config.kmeans_iterations))
             self.usage[level], self.sums[level] = 1, entries
             rows = rows - entries[_nearest(rows, entries)]
 
@@ -143,7 +143,9 @@ class TrainedQuantizer(nn.Module):
                     alive = (first + level < kept).repeat_interleave(latents.shape[-1])[:, None]
                     chosen = chosen + torch.where(alive, entry, 0)
             self._seen.append(_Statistics(*map(torch.stack, zip(*seen, strict=True))))
-            straight = projected + (chosen.unflatten(0, (batch, -1)).transpose(1, 2) - projected).detach()
+            straight = projected  # until there are entries: of zeros, distillation's gradient would never fade
+            if means.begun:
+                straight = projected + (chosen.unflatten(0, (batch, -1)).transpose(1, 2) - projected).detach()
             quantized = part.unproject(straight, call)
             # a quantizer all of whose levels are dropped adds nothing
             total = quantized if total is None else total + torch.where((kept > first)[:, None, None], quantized, 0)
