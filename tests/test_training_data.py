@@ -7,7 +7,9 @@ import pytest
 import soundfile
 import torch
 
-from fastmimi.train import synthesis
+from fastmimi.audio import Forward
+from fastmimi.testing import noise
+from fastmimi.train import data, synthesis
 from fastmimi.train.config import DataConfig
 from fastmimi.train.data import HEARD, Folder, Table, Windows, batches, source_of
 from fastmimi.train.synthesis import Synthesiser, passages, recorded, synthesise
@@ -76,20 +78,44 @@ def test_what_cannot_be_read_is_passed_over(folder):
         windows(folder)[0]
 
 
+def _without_length(flac):
+    header = bytearray(flac)
+    at = header.index(b"fLaC") + 8 + 13  # the 36 bits of STREAMINFO's total samples
+    header[at] &= 0xF0
+    header[at + 1 : at + 5] = bytes(4)
+    return header
+
+
 def test_flac_from_a_pipe_is_read_from_anywhere(tmp_path):
     """Its header does not say how long it is."""
     written = io.BytesIO()
     ramp = np.linspace(0, 0.9, 10 * 16_000, dtype=np.float32)
     soundfile.write(written, ramp, 16_000, format="FLAC")
-    header = bytearray(written.getvalue())
-    at = header.index(b"fLaC") + 8 + 13  # the 36 bits of STREAMINFO's total samples
-    header[at] &= 0xF0
-    header[at + 1 : at + 5] = bytes(4)
-    (tmp_path / "pipe.flac").write_bytes(header)
+    (tmp_path / "pipe.flac").write_bytes(_without_length(written.getvalue()))
     starts = [windows(tmp_path, heard=False)[number][0][0, 100] for number in range(12)]
     assert max(starts) - min(starts) > 0.3
     short = Windows(Folder(tmp_path), 12.0, RATE, 1, 0, False)[0]
     assert not short[3] and not short[0][0, 10 * RATE + 100 :].any()
+
+
+def test_data_sets_hold_flac_from_a_pipe(tmp_path):
+    """Their files are bytes, which are opened twice."""
+    written = io.BytesIO()
+    soundfile.write(written, np.linspace(0.1, 0.9, 16_000), 16_000, format="FLAC")
+    audio, rate = data._piece(io.BytesIO(_without_length(written.getvalue())), np.random.default_rng(0), 0.5)
+    assert len(audio) == 8001 and rate == 16_000 and audio.min() >= 0.09
+
+
+def test_windows_of_mp3_begin_with_what_is_there(tmp_path):
+    """Whose frames lean on earlier ones: after a seek, the first few are silent or wrong."""
+    audio = noise(40 * 24_000, scale=0.1).numpy()
+    soundfile.write(tmp_path / "a.mp3", audio, 24_000, bitrate_mode="CONSTANT", compression_level=0.95)
+    with Forward(tmp_path / "a.mp3") as file:
+        whole = file.read(file.frames, dtype="float32", always_2d=True)
+    for seed in range(5):
+        piece, _ = data._piece(tmp_path / "a.mp3", np.random.default_rng(seed), 0.5)
+        start = int(np.random.default_rng(seed).integers(len(whole) - 12_001 + 1))
+        assert np.abs(piece - whole[start : start + 12_001]).max() < 1e-6
 
 
 def test_folders_that_hold_nothing(tmp_path):
@@ -173,6 +199,9 @@ def test_the_same_seed_makes_the_same_set(tmp_path, monkeypatch):
     assert one[0].stat().st_mtime_ns == kept and one[1].exists(), "what is there is not made again"
     rates = {soundfile.info(path).samplerate for path in one}
     assert len(rates) > 3, "vocal tracts of several lengths"
+    monkeypatch.setattr(synthesis, "SYNTHESISERS", [silent, absent])
+    with pytest.raises(ValueError, match="32 texts in a row came to nothing: try true by hand"):
+        synthesise(tmp_path / "three", 0.01, 3, read)
     monkeypatch.setattr(synthesis, "SYNTHESISERS", [absent])
     with pytest.raises(ValueError, match="no speech synthesiser is installed: apt-get install"):
         synthesise(tmp_path / "three", 0.01, 3, read)

@@ -25,6 +25,7 @@ from ..errors import InputError
 from .config import DataConfig
 
 TRIES = 100  # files in a row that cannot be read
+LEAD = 20  # seconds of MP3 before a window: its frames lean on earlier ones, and the first after a seek are silent
 HEARD = 16_000  # Hz, what the teacher of the distillation hears
 
 
@@ -113,8 +114,12 @@ def _piece(where: Any, draw: np.random.Generator, seconds: float) -> tuple[np.nd
     with soundfile.SoundFile(where) as file:
         wanted = int(np.ceil(seconds * file.samplerate)) + 1
         if file.frames < UNKNOWN:
-            file.seek(int(draw.integers(max(0, file.frames - wanted) + 1)))
-            return file.read(wanted, dtype="float32", always_2d=True), file.samplerate
+            start = int(draw.integers(max(0, file.frames - wanted) + 1))
+            lead = min(start, LEAD * file.samplerate) if file.format == "MP3" else 0
+            file.seek(start - lead)
+            return file.read(lead + wanted, dtype="float32", always_2d=True)[lead:], file.samplerate
+    if isinstance(where, io.BytesIO):
+        where.seek(0)
     with Forward(where) as file:  # as what was written to a pipe: how long it is shows at its end
         blocks = []
         while len(block := file.read(1 << 20, dtype="float32", always_2d=True)):
@@ -181,8 +186,11 @@ def _together(items: list[Any]) -> Batch:
 
 
 def _outlive_sigterm(_: int) -> None:
-    """In a process that reads: SIGTERM to a whole group is for the run to answer, which ends its readers itself."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """In a process that reads: SIGTERM to a whole group is for the run to answer, which goes on for a step.
+
+    The second one is meant: processes that are left when Python exits would be waited for.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def source_of(config: DataConfig) -> Source:

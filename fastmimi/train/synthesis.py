@@ -50,21 +50,8 @@ class Synthesiser:
 def _espeak(draw: np.random.Generator, text: Path, wave: Path) -> list[str]:
     voice = f"{draw.choice(ACCENTS)}+{draw.choice(VARIANTS)}"
     rate, pitch, gap = draw.integers(120, 210), draw.integers(20, 80), draw.integers(0, 4)
-    return [
-        "espeak-ng",
-        "-v",
-        voice,
-        "-s",
-        f"{rate}",
-        "-p",
-        f"{pitch}",
-        "-g",
-        f"{gap}",
-        "-f",
-        f"{text}",
-        "-w",
-        f"{wave}",
-    ]
+    return ["espeak-ng", "-v", voice, "-s", f"{rate}", "-p", f"{pitch}", "-g", f"{gap}", "-f", f"{text}",
+            "-w", f"{wave}"]  # fmt: skip
 
 
 def _flite(draw: np.random.Generator, text: Path, wave: Path) -> list[str]:
@@ -75,6 +62,8 @@ def _flite(draw: np.random.Generator, text: Path, wave: Path) -> list[str]:
 
 def _festival(draw: np.random.Generator, text: Path, wave: Path) -> list[str]:
     voices = sorted(path.name for path in Path("/usr/share/festival/voices").glob("*/*") if path.is_dir())
+    if not voices:
+        raise InputError("festival has no voices: apt-get install festvox-kallpc16k festvox-us-slt-hts")
     voice, stretch = draw.choice(voices), draw.uniform(0.8, 1.3)
     return ["text2wave", "-eval", f"(voice_{voice})", "-eval", f"(Parameter.set 'Duration_Stretch {stretch:.3f})",
             "-o", f"{wave}", f"{text}"]  # fmt: skip
@@ -173,7 +162,11 @@ def synthesise(folder: Path, hours: float, seed: int = 0, texts: Path = TEXTS) -
     for percent in track(range(1, 101), description="Synthesising"):
         while seconds < 36 * hours * percent:
             with ThreadPoolExecutor() as pool:
-                seconds += sum(pool.map(lambda n: _made(folder, n, seed, read, there), range(number, number + step)))
+                made = sum(pool.map(lambda n: _made(folder, n, seed, read, there), range(number, number + step)))
+            if not made:
+                programs = ", ".join(synthesiser.program for synthesiser in there)
+                raise InputError(f"{step} texts in a row came to nothing: try {programs} by hand, and their voices")
+            seconds += made
             number += step
     return seconds / 3600
 
