@@ -102,6 +102,19 @@ def test_what_is_frozen_stays(steps, tmp_path, architecture, frozen, stays, move
     assert all(any(name.startswith(part) for name in moved) for part in moves)
 
 
+def test_what_is_frozen_has_no_dropout(tiny_training, tmp_path):
+    generator = Generator(tiny_training(architecture="jodio", freeze=["encoder_transformer"])).train()
+    assert not any(module.training for module in generator.codec.encoder_transformer.modules())
+    assert generator.codec.decoder_transformer.training
+
+
+@pytest.mark.parametrize("inside", ["layers", "layers.0.codebook"])
+def test_entries_are_frozen_together(tiny_training, inside):
+    part = "quantizer.acoustic_residual_vector_quantizer"
+    with pytest.raises(ValueError, match=rf"model\.freeze takes a quantizer whole: {part}, got '{part}\.{inside}'"):
+        Generator(tiny_training(freeze=[f"{part}.{inside}"]))
+
+
 def test_what_cannot_be_frozen(tiny_training):
     with pytest.raises(ValueError, match=r"model\.freeze names a quantizer that has no entries yet"):
         Generator(tiny_training(freeze=["quantizer"]))
@@ -159,20 +172,45 @@ def test_fused_ops_train_as_the_reference(steps, kind, request, monkeypatch):
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])
 @pytest.mark.parametrize("architecture", ["mimi", "jodio"])
-def test_mixed_precision(tiny_training, impl, architecture):
+def test_mixed_precision(tiny_training, impl, architecture, monkeypatch):
     """In bf16 where PyTorch multiplies; the search, the losses and what is kept stay fp32."""
     from accelerate.state import AcceleratorState
 
+    charged = []
+    whole = losses.adversarial
+    monkeypatch.setattr(losses, "adversarial", lambda logits: charged.append(logits[0].dtype) or whole(logits))
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         torch.manual_seed(0)
         config = tiny_training(impl=impl, architecture=architecture)
         learns = Steps(config, accelerate.Accelerator(cpu=True, mixed_precision="bf16"))
+        teacher = learns.trained.distillation.teacher.encoder.layers[0].feed_forward.output_dense
+        seen = [_dtypes(module) for module in (learns.discriminators.scales[0].last, teacher)]
         told = [learns(batch(seed=i), i) for i in range(3)]
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert all(loss.isfinite() for losses in told for loss in losses.values())
     assert all(tensor.dtype != torch.bfloat16 for tensor in learns.trained.state_dict().values())
+    assert [set(dtypes) for dtypes in seen] == [{torch.bfloat16}] * 2 and set(charged) == {torch.float32}
+
+
+def _dtypes(module):
+    """Of what it gives from now on."""
+    seen = []
+    module.register_forward_hook(lambda _, __, made: seen.append(made.dtype))
+    return seen
+
+
+def test_what_fp16_would_round_to_nothing_is_fp32(steps, monkeypatch):
+    """The gradients of means over a batch, which nothing has scaled: accelerate's own autocast does not reach them."""
+    learns = steps()
+    monkeypatch.setattr(learns.accelerator.state, "_mixed_precision", "fp16")
+    critics = learns.discriminators
+    half = torch.autocast("cpu", torch.float16)(critics.forward)
+    monkeypatch.setattr(critics, "forward", half)  # as `Accelerator.prepare` wraps it
+    seen = _dtypes(critics.scales[0].last)
+    learns._charged(batch().audio, noise(3, 1, 9600).requires_grad_())
+    assert set(seen) == {torch.float32}
 
 
 # The losses

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -43,10 +44,19 @@ class Generator(nn.Module):
         super().__init__()
         self.codec = codec_of(config.model)
         frozen = {part for name in config.model.freeze for part in _modules(self.codec)[name].modules()}
+        self.frozen = frozen
         self.quantizer = TrainedQuantizer(self.codec, config.quantizer, frozen)
         self.distillation = None
         if config.distillation.teacher is not None:
             self.distillation = Distillation(config.distillation, self.codec.config.hidden_size)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """What is frozen stays as it is used: without dropout."""
+        super().train(mode)
+        for module in self.frozen:
+            module.training = False
+        return self
 
     def forward(self, audio: Tensor, step: int, targets: Tensor | None = None) -> Generated:
         codec = self.codec
@@ -80,9 +90,19 @@ def codec_of(config: ModelConfig) -> Codec:
             there = ", ".join(name for name, _ in codec.named_children())
             raise InputError(f"model.freeze must name modules of the codec ({there}...), got {name!r}")
         modules[name].requires_grad_(False)
+        _check_whole(codec, name, modules[name])
     if not any(p.requires_grad for p in codec.parameters()):
         raise InputError(f"model.freeze leaves nothing to train, got {', '.join(config.freeze)}")
-    return codec.train()
+    return codec
+
+
+def _check_whole(codec: Codec, name: str, frozen: nn.Module) -> None:
+    """Entries of a quantizer stay or move together."""
+    tensors = {id(tensor) for tensor in (*frozen.parameters(), *frozen.buffers())}
+    for part, _ in codec.quantizer.parts(codec.total_codebooks):
+        if part not in frozen.modules() and any(id(entries) in tensors for entries in part._stored()):
+            whole = next(key for key, module in codec.named_modules() if module is part)
+            raise InputError(f"model.freeze takes a quantizer whole: {whole}, got {name!r}")
 
 
 def _config_of(kind: type[AnyConfig], changes: dict[str, Any]) -> Any:
@@ -176,7 +196,8 @@ class Steps:
         distillation = self.trained.distillation
         targets = None
         if distillation is not None and batch.heard is not None:
-            targets = distillation.targets(batch.heard)
+            with self.accelerator.autocast():
+                targets = distillation.targets(batch.heard)
         made: Generated = self.generator(batch.audio, step, targets)
         if self.discriminators is not None:
             seen["discriminator"] = self._criticise(batch.audio, made.audio.detach())
@@ -219,13 +240,14 @@ class Steps:
         """The losses of decoded audio [B, C, N], those whose weight is not 0."""
         weights, found = self.balancer.weights, {}
         if self.discriminators is not None:
-            critics = self.accelerator.unwrap_model(self.discriminators)  # whose gradients nobody waits for here
-            logits, features = critics(fake)
+            # past DDP, as nobody waits for their gradients here, and past accelerate's own autocast, which may be fp16
+            critics = self.accelerator.unwrap_model(self.discriminators)
+            logits, features = convert_to_fp32(Discriminators.forward(critics, fake))
             if "adversarial" in weights:
                 found["adversarial"] = losses.adversarial(logits)
             if "features" in weights:
                 with torch.no_grad():
-                    _, wanted = critics(real)
+                    _, wanted = convert_to_fp32(Discriminators.forward(critics, real))
                 found["features"] = losses.feature_matching(wanted, features)
         if "l1" in weights:
             found["l1"] = F.l1_loss(fake, real)
