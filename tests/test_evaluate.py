@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import fastmimi
 from fastmimi.cli import app
-from fastmimi.testing import small_model
+from fastmimi.testing import noise, small_model
 from fastmimi.train.evaluate import audio_files, evaluate, measures, si_sdr, usage_of
 
 CLIP = "fastmimi/assets/198-209-0000.ogg"
@@ -28,6 +28,11 @@ def test_si_sdr_is_invariant_to_scale():
     signal, noise = draw.standard_normal((2, 100_000))
     assert si_sdr(signal, 7 * (signal + 0.1 * noise)) == pytest.approx(20, abs=0.1)
     assert si_sdr(signal, signal) > 100 and si_sdr(np.zeros(9), signal[:9]) is None
+
+
+def test_si_sdr_of_silence_is_no_number():
+    sound = noise(1000).numpy()
+    assert si_sdr(sound, sound * 0) is None and si_sdr(sound * 0, sound) is None
 
 
 def test_measures_of_a_copy_are_perfect_and_of_noise_are_not(clip):

@@ -113,10 +113,10 @@ def measures(real: torch.Tensor, fake: torch.Tensor, rate: int) -> dict[str, flo
 
 
 def si_sdr(original: np.ndarray, decoded: np.ndarray) -> float | None:
-    """Scale-invariant signal-to-distortion ratio in dB of signals [N]; None of silence."""
+    """Scale-invariant signal-to-distortion ratio in dB of signals [N]; None where one is silence."""
     original, decoded = original - original.mean(), decoded - decoded.mean()
     power = np.dot(original, original)
-    if power == 0:
+    if power == 0 or not decoded.any():
         return None
     target = np.dot(decoded, original) / power * original
     left = np.sum((decoded - target) ** 2)
