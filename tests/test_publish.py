@@ -33,6 +33,7 @@ def test_half_precision_keeps_what_the_codec_does(tiny_training, speech, tmp_pat
     assert files.keys() == {"config.json", "model.safetensors", "training.json", "training.png"}
     assert files["model.safetensors"] < 0.6 * (model / "model.safetensors").stat().st_size
     [told] = json.loads((tmp_path / "published" / "training.json").read_text())
+    assert told["machine"].keys() == {"versions", "device", "processes", "threads"}
     assert told["steps"] == 3 and told["configuration"]["losses"]["mel"] == 1.0
     assert told["at the end"].keys() >= {"mel", "discriminator", "explained"}
     assert fastmimi.MimiModel.from_pretrained(tmp_path / "published").config.codebook_size == 32

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastmimi
 from fastmimi.config import CodecConfig
+from fastmimi.testing import noise
 from fastmimi.weights import random
 
 README = Path(__file__).parent.parent / "README.md"
@@ -41,17 +43,22 @@ def test_the_training_example(tmp_path, monkeypatch, tiny_training):
         (tmp_path / name).mkdir()
         shutil.copy(Path(__file__).parent / "data" / "synthetic.ogg", tmp_path / name)
     fastmimi.save_pretrained(random(CodecConfig(**tiny.model.changes)), tmp_path / "tiny")
-    [config] = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
-    config = config.replace("kyutai/mimi", "tiny").replace("microsoft/wavlm-large", "wavlm.json")
-    (tmp_path / "speech.yaml").write_text(config)
+    configs = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+    for name, config in zip(("speech.yaml", "decoder.yaml"), configs, strict=True):
+        config = config.replace("kyutai/mimi", "tiny").replace("microsoft/wavlm-large", "wavlm.json")
+        (tmp_path / name).write_text(config)
     commands = re.findall(r"^fastmimi ((?:train|evaluate).*?) *(?:#.*)?$", README.read_text(), re.MULTILINE)
-    small = ["steps=2", "data.seconds=0.5", "data.batch_size=2", "data.workers=0", "discriminator.filters=2"]
-    assert len(commands) == 2
+    small = ["steps=2", "data.seconds=0.5", "data.batch_size=2", "data.workers=0", "discriminator.filters=2",
+             "model.load=tiny"]  # fmt: skip
+    assert len(commands) == 3
     for command in commands:
         arguments = command.split() + (small if command.startswith("train") else [])
         result = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert result.exit_code == 0, result.output
     assert (tmp_path / "pictures" / "synthetic.ogg.png").exists()
+    audio = noise(1, 1, 24_000)
+    before, after = (fastmimi.load(name).encode(audio) for name in ("tiny", "runs/decoder/model"))
+    assert torch.equal(before, after), "a better decoder for the same codes"
 
 
 def test_links_lead_somewhere():

@@ -10,7 +10,7 @@ def test_defaults_are_the_papers():
     config = TrainConfig.of({"data": {"folder": "x"}})
     optimizer, data, losses_, quantizer = config.optimizer, config.data, config.losses, config.quantizer
     assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.ema) == (8e-4, [0.5, 0.9], 0.05, 0.99)
-    assert (data.seconds, data.batch_size) == (12.0, 128)
+    assert (config.steps, data.seconds, data.batch_size) == (4_000_000, 12.0, 128)
     assert (losses_.l1, losses_.mel) == (0, 0) and losses_.adversarial and losses_.features
     assert config.discriminator == DiscriminatorConfig([2048, 1024, 512, 256, 128], 32)
     assert (quantizer.decay, quantizer.raw, quantizer.dropout) == (0.99, 0.5, True)
@@ -27,7 +27,7 @@ def test_defaults_are_the_papers():
         ("data.dataset=x", "data needs either a folder or a dataset"),
         ("model.architecture=moshi", "model.architecture must be one of mimi, jodio, got 'moshi'"),
         ("mixed_precision=fp17", "mixed_precision must be one of None, no, bf16, fp16, got 'fp17'"),
-        ("optimizer.schedule=steep", "optimizer.schedule must be one of constant, .*, got 'steep'"),
+        ("optimizer.schedule=steep", "optimizer.schedule must be one of constant_with_warmup, .*, got 'steep'"),
         ("optimizer.betas=[0.5]", r"optimizer.betas must be two numbers in \[0, 1\), got \[0.5\]"),
         ("optimizer.lr=-1", "optimizer.lr must be above 0, got -1.0"),
         ("losses.mel=nan", "losses must be at least 0"),
@@ -36,6 +36,12 @@ def test_defaults_are_the_papers():
         ("data.seconds=0.001", "data.seconds must be at least 0.1, got 0.001"),
         ("quantizer.replace_every=0", "quantizer.replace_every must be at least 1, got 0"),
         ("discriminator.n_ffts=[]", "discriminator.n_ffts must be at least 16, got 0"),
+        ("optimizer.clip=0", "optimizer.clip must be above 0, got 0"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay must be a number of at least 0, got -1.0"),
+        ("quantizer.commitment=nan", "quantizer.commitment must be a number of at least 0, got nan"),
+        ("quantizer.replace_below=inf", "quantizer.replace_below must be a number of at least 0, got inf"),
+        ("distillation.weight=-1", "distillation.weight must be a number of at least 0, got -1.0"),
+        ("losses.norm=0", "losses.norm must be above 0, got 0"),
     ],
 )
 def test_bad_configurations(tmp_path, change, sentence):

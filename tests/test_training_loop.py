@@ -1,5 +1,6 @@
 """Whole runs: a tiny codec learns a sentence by heart; runs that are killed, stopped or go wrong, and go on."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 import fastmimi
 from fastmimi.testing import noise
 from fastmimi.train import loop
-from fastmimi.train.data import HEARD, Batch
+from fastmimi.train.data import HEARD, Batch, Folder
 from fastmimi.train.loop import checkpoints, train
 from fastmimi.train.step import Steps, used
 
@@ -197,8 +198,71 @@ def test_a_checkpoint_of_another_codec_is_refused(tiny_training, speech):
     config = tiny_training(folder=str(speech), steps=1)
     train(config)
     config.steps, config.model.changes = 2, config.model.changes | {"num_filters": 8}
-    with pytest.raises(ValueError, match="step_00000001 is of another configuration"):
+    with pytest.raises(ValueError, match=r"run holds a run with model\.changes .*'num_filters': 4.*: choose another"):
         train(config)
+
+
+def test_a_run_stays_the_run_it_was(tiny_training, speech):
+    """But for what it does not depend on."""
+    config = tiny_training(folder=str(speech), steps=1)
+    train(config)
+    with pytest.raises(
+        ValueError, match=r"run holds a run with optimizer\.lr 0\.0008, got 1e-06: choose another `out`"
+    ):
+        train(tiny_training(folder=str(speech), steps=2, lr=1e-6))
+    assert loop.TrainConfig.read(Path(config.out) / "config.yaml").optimizer.lr == 8e-4
+    train(tiny_training(folder=str(speech), steps=2, workers=1, impl="auto"))
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny_training, speech, capfd):
+    config = tiny_training(folder=str(speech), steps=2, save_every=1)
+    train(config)
+    older, newer = checkpoints(Path(config.out))
+    (newer / "model.safetensors").write_bytes(b"cut")
+    (older.parent / "step_1 copy").mkdir()
+    config.steps = 3
+    train(config)
+    assert "step_00000002 cannot be read: SafetensorError" in capfd.readouterr().err
+    assert list(scalars(config.out, "mel")) == [1, 2, 3]
+    for checkpoint in checkpoints(Path(config.out)):
+        (checkpoint / "random_states_0.pkl").write_bytes(b"")
+        (checkpoint / "optimizer.bin").unlink()
+    with pytest.raises(ValueError, match="run holds no checkpoint that can be read"):
+        train(config)
+
+
+def test_what_a_reader_finds_is_a_sentence(tiny_training, tmp_path):
+    """Though another process found it, and PyTorch hands on the whole traceback."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.wav").write_bytes(b"RIFF nothing")
+    config = tiny_training(folder=str(tmp_path / "broken"), steps=1, workers=1)
+    with pytest.raises(fastmimi.InputError, match=r"^100 files in a row could not be read, the last one .*a\.wav$"):
+        train(config)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("where", [(loop.Steps, "__call__"), (Folder, "read")], ids=["here", "there"])
+def test_readers_end_with_the_run(tiny_training, speech, monkeypatch, where):
+    """Wherever it fails: Python would wait for those that are left, for ever."""
+
+    def broken(*_):
+        raise KeyError
+
+    monkeypatch.setattr(*where, broken)
+    with pytest.raises(KeyError):
+        train(tiny_training(folder=str(speech), steps=5, workers=2))
+    assert not multiprocessing.active_children()
+
+
+def test_readers_outlive_the_first_sigterm_only():
+    code = "import time; from fastmimi.train.data import _outlive_sigterm; _outlive_sigterm(0); print(flush=True)"
+    reader = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(60)"], stdout=subprocess.PIPE)
+    reader.stdout.readline()
+    reader.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        reader.wait(0.5)
+    reader.terminate()
+    assert reader.wait(30) == -signal.SIGTERM
 
 
 def test_only_the_newest_checkpoints_stay(tiny_training, speech):

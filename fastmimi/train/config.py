@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from ..errors import InputError
 from ..files import check_input
 
 # transformers' `get_scheduler`; those that need no more than a number of steps
-SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
+SCHEDULES = ["constant_with_warmup", "linear", "cosine", "polynomial"]
+# what may be another after a stop; the rest is what makes it the same run
+FREE = {"out", "steps", "save_every", "log_every", "listen_every", "data.folder", "data.dataset", "data.workers",
+        "model.impl"}  # fmt: skip
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -62,7 +65,7 @@ class OptimizerConfig:
     weight_decay: float = 5e-2  # of the transformers' parameters only
     ema: float = 0.99  # of the weights that are kept in the end
     clip: float = math.inf  # largest norm of the codec's gradient
-    schedule: str = "constant"  # or another of SCHEDULES
+    schedule: str = "constant_with_warmup"  # or another of SCHEDULES
     warmup_steps: int = 0
 
 
@@ -115,7 +118,7 @@ class TrainConfig:
     """A run. `steps` are of the codec's optimizer; files go to `out`."""
 
     out: str = "run"
-    steps: int = 1_000_000
+    steps: int = 4_000_000
     seed: int = 0
     mixed_precision: str | None = None  # no, bf16 or fp16; None: as `accelerate launch` says
     save_every: int = 1000
@@ -163,6 +166,18 @@ class TrainConfig:
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise InputError(f"{name} must be a share in [0, 1], got {share}")
+        for name, weight in (
+            ("quantizer.commitment", quantizer.commitment),
+            ("quantizer.replace_below", quantizer.replace_below),
+            ("optimizer.weight_decay", optimizer.weight_decay),
+            ("distillation.weight", self.distillation.weight),
+        ):
+            if not 0 <= weight < math.inf:
+                raise InputError(f"{name} must be a number of at least 0, got {weight}")
+        if not optimizer.clip > 0:
+            raise InputError(f"optimizer.clip must be above 0, got {optimizer.clip}")
+        if not 0 < losses.norm < math.inf:
+            raise InputError(f"losses.norm must be above 0, got {losses.norm}")
         if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
             raise InputError(f"optimizer.betas must be two numbers in [0, 1), got {optimizer.betas}")
         if not 0 < optimizer.lr < math.inf:
@@ -183,6 +198,20 @@ class TrainConfig:
         made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
         assert isinstance(made, cls)
         return made
+
+    def check_same_run(self, before: TrainConfig) -> None:
+        """Raise InputError where this is another run than the one that began as `before`."""
+        was, now = before._flat(), self._flat()
+        for name, value in now.items():
+            if name not in FREE and was[name] != value:
+                raise InputError(f"{self.out} holds a run with {name} {was[name]}, got {value}: choose another `out`")
+
+    def _flat(self) -> dict[str, Any]:
+        """Fields by name, those of parts as "part.field"."""
+        flat: dict[str, Any] = {}
+        for name, value in self.__dict__.items():
+            flat |= {f"{name}.{key}": v for key, v in vars(value).items()} if is_dataclass(value) else {name: value}
+        return flat
 
     def write(self, path: Path) -> None:
         """To YAML, whole."""

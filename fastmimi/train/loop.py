@@ -1,6 +1,7 @@
 """A training run: batches, steps, what is written down, checkpoints, and how it stops and goes on.
 
     out/config.yaml               the run's configuration, whole
+    out/machine.json              where it runs, and with what
     out/checkpoints/step_N/       everything that going on needs; complete, or not there under that name
     out/model/                    the averaged codec, as `fastmimi.load` takes it
     out/log/                      TensorBoard: losses, rates, audio
@@ -10,20 +11,26 @@ A run that finds a checkpoint in `out` goes on from it, and then equals the one 
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import typer
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
@@ -32,12 +39,17 @@ from transformers import get_scheduler
 from ..codec import Codec
 from ..errors import InputError
 from ..weights import save_pretrained
+from . import data
 from .config import TrainConfig
-from .data import Batch, Windows, batches, source_of
+from .data import Batch, Windows, source_of
 from .step import Steps
 
 KEPT = 2  # checkpoints, the newest ones
 MOST_SKIPPED = 100  # steps in a row whose gradient fp16 could not hold
+
+
+# what reading a file raises that was cut, is missing or was changed
+DAMAGED = (OSError, EOFError, RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError)
 
 
 class Stopped(SystemExit):
@@ -53,9 +65,10 @@ def train(config: TrainConfig) -> Path:
     run = _Run(config)
     try:
         run.go_on()
-        with run.progress as progress, _on_sigterm(run.accelerator.set_trigger):
+        watched = _on_sigterm(run.accelerator.set_trigger)
+        with run.progress as progress, watched, closing(run.remaining()) as batches:  # closed: its processes end
             task = progress.add_task("Training", total=config.steps, completed=run.done, losses="")
-            for batch in run.remaining():
+            for batch in batches:
                 losses = run.step(batch)
                 stop = run.accelerator.check_trigger()
                 save = stop or run.done % config.save_every == 0 or run.done == config.steps
@@ -93,7 +106,11 @@ class _Counts:
 class _Run:
     def __init__(self, config: TrainConfig):
         self.config, self.out = config, Path(config.out)
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        if checkpoints(self.out):
+            config.check_same_run(TrainConfig.read(self.out / "config.yaml"))
+        # the codebooks, which are buffers, move by the same numbers everywhere
+        alike = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[alike])
         set_seed(config.seed)
         self.learns = Steps(config, self.accelerator)
         codec, optimizer = self.learns.codec, config.optimizer
@@ -126,27 +143,52 @@ class _Run:
         return Progress(*columns, TextColumn("{task.fields[losses]}"), console=console, disable=hidden)
 
     def go_on(self) -> None:
-        """From the newest checkpoint, if there is one."""
+        """From the newest checkpoint that can be read, if there is one."""
         found = checkpoints(self.out)
-        if found:
-            try:
-                self.accelerator.load_state(str(found[-1]))
-            except (RuntimeError, KeyError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise InputError(f"{found[-1]} is of another configuration, `out` is taken: {reason}") from None
-            self.done = _step_of(found[-1])
+        read = next((checkpoint for checkpoint in reversed(found) if self._load(checkpoint)), None)
+        if read is not None:
+            self.done = _step_of(read)
+        elif found:
+            raise InputError(f"{self.out} holds no checkpoint that can be read: choose another `out`")
         place = self.accelerator.process_index, self.accelerator.num_processes
-        self.batches = batches(self.windows, self.config.data, self.done, self.config.steps, place)
+        self.batches = data.batches(self.windows, self.config.data, self.done, self.config.steps, place)
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             self.config.write(self.out / "config.yaml")
+            (self.out / "machine.json").write_text(json.dumps(self._machine(), indent=1) + "\n")
             for left in (self.out / "checkpoints").glob(".step_*.part"):  # of a run that was killed
                 shutil.rmtree(left)
             self.writer = SummaryWriter(str(self.out / "log"), purge_step=self.done + 1)
 
-    def remaining(self) -> Iterator[Batch]:
-        for batch in self.batches:
-            yield batch.to(self.accelerator.device)
+    def _machine(self) -> dict[str, Any]:
+        device = self.accelerator.device
+        return {
+            "versions": {name: version(name) for name in ("fastmimi", "torch", "accelerate")},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _load(self, checkpoint: Path) -> bool:
+        try:
+            self.accelerator.load_state(str(checkpoint))
+        except DAMAGED as error:
+            typer.echo(f"{checkpoint} cannot be read: {type(error).__name__} {error}".splitlines()[0], err=True)
+            return False
+        return True
+
+    def remaining(self) -> Generator[Batch]:
+        try:
+            for batch in self.batches:
+                yield batch.to(self.accelerator.device)
+            return
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # a cycle, which holds on to the processes that read: they end
+            if not isinstance(error, InputError):
+                raise
+            # it comes with the whole traceback of such a process
+            sentence = str(error).strip().splitlines()[-1].removeprefix(f"{_full_name(InputError)}: ")
+        raise InputError(sentence)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         # what a step draws depends on its number alone, so that it is the same after a stop
@@ -229,11 +271,16 @@ class _Run:
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete ones of a run's folder, the newest last."""
-    return sorted((out / "checkpoints").glob("step_*"), key=_step_of)
+    found = (path for path in (out / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name))
+    return sorted(found, key=_step_of)
 
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _told(values: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
+from .. import plot
 from ..codec import Codec
 from ..config import CodecConfig
 from ..errors import InputError
@@ -32,6 +32,7 @@ SMOOTHED = 50  # points that a drawn curve has
 
 def publish(runs: Sequence[Path], target: Path) -> None:
     """Write the averaged codec of the last of some runs, and what is known of all, to a folder."""
+    plot.check(target / "training.png")
     for run in runs:
         if not (run / "model").is_dir():
             raise InputError(f"{run} is no training run that has come to a checkpoint: it has no folder `model`")
@@ -45,7 +46,8 @@ def publish(runs: Sequence[Path], target: Path) -> None:
         save_file(in_half_precision(codec), part, {"format": "pt"})
     curves = [curves_of(run) for run in runs]
     with replacing(target / "training.json") as part:
-        told = [summary(config, found) for config, found in zip(configs, curves, strict=True)]
+        machines = [json.loads((run / "machine.json").read_text()) for run in runs]
+        told = [summary(*of_run) for of_run in zip(configs, curves, machines, strict=True)]
         part.write_text(json.dumps(told, indent=1) + "\n")
     with replacing(target / "training.png") as part:
         draw(part, one_after_another(curves))
@@ -94,8 +96,8 @@ def one_after_another(runs: Sequence[dict[str, Curve]]) -> dict[str, Curve]:
     return joined
 
 
-def summary(config: TrainConfig, curves: dict[str, Curve]) -> dict[str, Any]:
-    """The configuration, how much was heard, and the means of the last tenth of each curve."""
+def summary(config: TrainConfig, curves: dict[str, Curve], machine: dict[str, Any]) -> dict[str, Any]:
+    """The configuration, how much was heard, the means of the last tenth of each curve, and what it ran on."""
     from omegaconf import OmegaConf
 
     steps, _, times = next(iter(curves.values()))
@@ -108,8 +110,7 @@ def summary(config: TrainConfig, curves: dict[str, Curve]) -> dict[str, Any]:
         "hours of audio heard": round(int(steps[-1]) * config.data.batch_size * config.data.seconds / 3600, 2),
         "hours of training": round(working / 3600, 2),
         "at the end": last,
-        "versions": {name: version(name) for name in ("fastmimi", "torch", "accelerate")},
-        "threads": torch.get_num_threads(),
+        "machine": machine,
     }
 
 
