@@ -249,9 +249,9 @@ def test_readers_end_with_the_run(tiny_training, speech, monkeypatch, where):
         raise KeyError
 
     monkeypatch.setattr(*where, broken)
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError) as held:  # its traceback too
         train(tiny_training(folder=str(speech), steps=5, workers=2))
-    assert not multiprocessing.active_children()
+    assert not multiprocessing.active_children(), held
 
 
 def test_readers_outlive_the_first_sigterm_only():
