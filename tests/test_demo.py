@@ -35,15 +35,12 @@ def clip(path, seconds=None):
 def test_real_speech_comes_back(demo):
     """Of readers that it never heard: STOI of the published numbers, beside the picture in README.md."""
     assert len(CLIPS) == 3
-    stoi = {}
-    for count in (8, demo.total_codebooks):
-        found = []
-        for path in CLIPS:
-            audio = clip(path)
+    for path in CLIPS:
+        audio, stoi = clip(path), {}
+        for count in (8, demo.total_codebooks):
             decoded = demo.decode(demo.encode(audio, num_codebooks=count))[..., : audio.shape[-1]]
-            found.append(measures(audio, decoded, 24_000)["stoi"])
-        stoi[count] = sum(found) / len(found)
-    assert stoi[8] >= 0.65 and stoi[demo.total_codebooks] >= 0.75, stoi
+            stoi[count] = measures(audio, decoded, 24_000)["stoi"]
+        assert stoi[8] >= 0.74 and stoi[demo.total_codebooks] >= 0.75, (path.name, stoi)
 
 
 def test_it_is_small_and_has_mimis_shape(demo):
@@ -55,7 +52,7 @@ def test_it_is_small_and_has_mimis_shape(demo):
 
 def test_what_made_it_stands_beside_it():
     stages = json.loads((DEMO / "training.json").read_text())
-    assert [stage["configuration"]["out"] for stage in stages] == ["out/demo", "out/demo_finish"]
+    assert [stage["configuration"]["out"] for stage in stages] == ["out/demo", "out/demo_finish", "out/demo_further"]
     assert all(stage["steps"] == stage["configuration"]["steps"] for stage in stages)
     assert (DEMO / "training.png").stat().st_size > 10_000
 
