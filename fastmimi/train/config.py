@@ -25,6 +25,35 @@ SCHEDULES = ["constant_with_warmup", "linear", "cosine", "polynomial"]
 FREE = {"out", "steps", "save_every", "log_every", "listen_every", "data.folder", "data.dataset", "data.workers",
         "model.impl"}  # fmt: skip
 
+MANY, TINY, SHARE = 1e9, 1e-12, (0, 1)
+LIMITS = {  # least, most
+    "steps": (1, MANY),
+    "seed": (0, MANY),  # numpy's end at 2**32, and each step of each process has its own
+    "save_every": (1, MANY),
+    "log_every": (1, MANY),
+    "listen_every": (1, MANY),
+    "data.seconds": (0.1, MANY),
+    "data.batch_size": (1, MANY),
+    "data.workers": (0, MANY),
+    "optimizer.lr": (TINY, MANY),
+    "optimizer.weight_decay": (0, MANY),
+    "optimizer.ema": SHARE,
+    "optimizer.clip": (TINY, math.inf),
+    "optimizer.warmup_steps": (0, MANY),
+    "quantizer.decay": SHARE,
+    "quantizer.commitment": (0, MANY),
+    "quantizer.begin": (0, MANY),
+    "quantizer.kmeans_latents": (1, MANY),
+    "quantizer.kmeans_iterations": (0, MANY),
+    "quantizer.replace_below": SHARE,
+    "quantizer.replace_every": (1, MANY),
+    "quantizer.raw": SHARE,
+    "losses.norm": (TINY, MANY),
+    "losses.balancer_decay": SHARE,
+    "discriminator.filters": (1, MANY),
+    "distillation.weight": (0, MANY),
+}
+
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
@@ -133,7 +162,7 @@ class TrainConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
-        losses, data, quantizer, optimizer = self.losses, self.data, self.quantizer, self.optimizer
+        losses, data, optimizer = self.losses, self.data, self.optimizer
         weights = {name: getattr(losses, name) for name in ("adversarial", "features", "l1", "mel")}
         if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
             raise InputError(f"losses must be at least 0 and not all of them, got {weights}")
@@ -142,46 +171,13 @@ class TrainConfig:
         _check_choice("model.architecture", self.model.architecture, ["mimi", "jodio"])
         _check_choice("mixed_precision", self.mixed_precision, [None, "no", "bf16", "fp16"])
         _check_choice("optimizer.schedule", optimizer.schedule, SCHEDULES)
-        for name, value, least in (
-            ("steps", self.steps, 1),
-            ("seed", self.seed, 0),
-            ("save_every", self.save_every, 1),
-            ("log_every", self.log_every, 1),
-            ("listen_every", self.listen_every, 1),
-            ("data.seconds", data.seconds, 0.1),
-            ("data.batch_size", data.batch_size, 1),
-            ("data.workers", data.workers, 0),
-            ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
-            ("quantizer.begin", quantizer.begin, 0),
-            ("quantizer.kmeans_latents", quantizer.kmeans_latents, 1),
-            ("quantizer.kmeans_iterations", quantizer.kmeans_iterations, 0),
-            ("quantizer.replace_every", quantizer.replace_every, 1),
-            ("discriminator.n_ffts", min(self.discriminator.n_ffts, default=0), 16),
-            ("discriminator.filters", self.discriminator.filters, 1),
-        ):
-            if not least <= value < math.inf:
-                raise InputError(f"{name} must be at least {least}, got {value}")
-        shares = {"quantizer.raw": quantizer.raw, "quantizer.decay": quantizer.decay, "optimizer.ema": optimizer.ema,
-                  "losses.balancer_decay": losses.balancer_decay}  # fmt: skip
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise InputError(f"{name} must be a share in [0, 1], got {share}")
-        for name, weight in (
-            ("quantizer.commitment", quantizer.commitment),
-            ("quantizer.replace_below", quantizer.replace_below),
-            ("optimizer.weight_decay", optimizer.weight_decay),
-            ("distillation.weight", self.distillation.weight),
-        ):
-            if not 0 <= weight < math.inf:
-                raise InputError(f"{name} must be a number of at least 0, got {weight}")
-        if not optimizer.clip > 0:
-            raise InputError(f"optimizer.clip must be above 0, got {optimizer.clip}")
-        if not 0 < losses.norm < math.inf:
-            raise InputError(f"losses.norm must be above 0, got {losses.norm}")
+        for name, value in self._flat().items():
+            if name in LIMITS and not LIMITS[name][0] <= value <= LIMITS[name][1]:
+                raise InputError("{} must lie in [{:g}, {:g}], got {}".format(name, *LIMITS[name], value))
+        if not self.discriminator.n_ffts or min(self.discriminator.n_ffts) < 16:
+            raise InputError(f"discriminator.n_ffts must be numbers of at least 16, got {self.discriminator.n_ffts}")
         if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
             raise InputError(f"optimizer.betas must be two numbers in [0, 1), got {optimizer.betas}")
-        if not 0 < optimizer.lr < math.inf:
-            raise InputError(f"optimizer.lr must be above 0, got {optimizer.lr}")
 
     @classmethod
     def read(cls, path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
