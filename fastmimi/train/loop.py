@@ -19,11 +19,11 @@ import traceback
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import accelerate
 import torch
 import typer
 from accelerate import Accelerator
@@ -36,6 +36,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import get_scheduler
 
+from .. import __version__
 from ..codec import Codec
 from ..errors import InputError
 from ..weights import save_pretrained
@@ -163,7 +164,7 @@ class _Run:
     def _machine(self) -> dict[str, Any]:
         device = self.accelerator.device
         return {
-            "versions": {name: version(name) for name in ("fastmimi", "torch", "accelerate")},
+            "versions": {"fastmimi": __version__, "torch": torch.__version__, "accelerate": accelerate.__version__},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
