@@ -262,6 +262,19 @@ def test_discriminators_look_at_several_scales():
     assert [layers[0].shape for layers in features[:2]] == [(2, 32, 10, 1025), (2, 32, 19, 513)]
 
 
+def test_new_discriminators_hear_quiet_sound():
+    """As they hear loud sound: what they say of it is as much smaller, and no less of what they take."""
+    torch.manual_seed(0)
+    critics, audio = Discriminators(DiscriminatorConfig()), noise(4, 1, 9600)
+    with torch.no_grad():
+        loud, features = critics(audio)
+        quiet, _ = critics(audio * 1e-4)
+    for more, less in zip(loud, quiet, strict=True):
+        assert relative_error(less * 1e4, more) < 1e-4
+    for scale in features:
+        assert 0.2 < scale[-1].norm() / scale[-1].numel() ** 0.5 / audio.std() < 5
+
+
 def test_discriminators_learn_to_tell(steps):
     """Their hinge is 2 where they cannot, 0 where they always can."""
     learns = steps(lr=2e-3)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from .config import DiscriminatorConfig
+from .initial import keep_the_power
 
 SLOPE = 0.2  # of LeakyReLU below 0
 
@@ -60,6 +61,9 @@ class Discriminators(nn.Module):
     def __init__(self, config: DiscriminatorConfig, channels: int = 1):
         super().__init__()
         self.scales = nn.ModuleList(StftDiscriminator(n_fft, config.filters, channels) for n_fft in config.n_ffts)
+        # PyTorch's biases are larger than what comes of a spectrum: each LeakyReLU stays on one side of 0, the whole is
+        # linear, and what is linear does not tell sounds of any phase apart
+        keep_the_power(self, gain=(2 / (1 + SLOPE**2)) ** 0.5)
 
     def forward(self, audio: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         logits, features = zip(*(scale(audio) for scale in self.scales), strict=True)

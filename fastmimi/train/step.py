@@ -25,10 +25,9 @@ from .config import ModelConfig, OptimizerConfig, TrainConfig
 from .data import Batch
 from .discriminators import Discriminators
 from .distillation import Distillation
+from .initial import keep_the_power
 from .processes import place
 from .quantizer import Quantized, TrainedQuantizer
-
-SILU_GAIN = 1.7  # what SiLU takes from the size of normal noise
 
 
 class Generated(NamedTuple):
@@ -125,27 +124,6 @@ def _check_fields(kind: Any, names: Iterable[str]) -> None:
 def _modules(codec: Codec) -> dict[str, nn.Module]:
     """By name; a JODIO's quantizers together too, which are no module of it."""
     return {"quantizer": codec.quantizer, **dict(codec.named_modules())}
-
-
-def keep_the_power(codec: Codec) -> None:
-    """Random weights that give back the power of what they take, and no biases.
-
-    PyTorch's own lose two thirds of it in each layer: after a dozen of these nothing tells of the audio.
-    """
-    for module in codec.modules():
-        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Linear):
-            taps = module.weight[0].numel()  # of an output
-            if isinstance(module, nn.ConvTranspose1d):
-                taps = module.in_channels * module.kernel_size[0] // (module.stride[0] * module.groups)
-            gain = SILU_GAIN if getattr(module, "post", "none") == "silu" else 1.0
-            weight = torch.randn(module.weight.shape) * gain * max(taps, 1) ** -0.5
-            with torch.no_grad():
-                if hasattr(module, "parametrizations"):  # weight norm, which splits it
-                    module.weight = weight
-                else:
-                    module.weight.copy_(weight)
-                if module.bias is not None:
-                    module.bias.zero_()
 
 
 def parameter_groups(generator: Generator, config: OptimizerConfig) -> list[dict[str, Any]]:
