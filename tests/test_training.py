@@ -227,6 +227,11 @@ def test_features_are_matched_as_a_share():
     assert losses.feature_matching(real, fake).item() == pytest.approx(0.125)
 
 
+def test_features_of_silence_are_matched_too():
+    """Of which there is no share."""
+    assert losses.feature_matching([[torch.zeros(2, 3)]], [[torch.full((2, 3), 1e-3)]]).item() == pytest.approx(1)
+
+
 def test_mel_distance_is_a_logarithm():
     audio = noise(2, 1, 9600)
     assert losses.mel_distance(audio, audio, RATE).item() == 0

@@ -13,6 +13,7 @@ from .processes import place, sum_of_all
 
 MEL_SCALES = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}  # window: bands (arXiv 2306.06546, 3.5)
 FLOOR = 1e-5  # of a band, before the logarithm
+SILENT = 1e-3  # features of less are of silence: some hundredths are those of speech
 
 Features = list[list[Tensor]]  # of each scale, of each layer
 
@@ -29,9 +30,11 @@ def adversarial(fake: list[Tensor]) -> Tensor:
 
 
 def feature_matching(real: Features, fake: Features) -> Tensor:
-    """L1 between features, as a share of what the real ones are; the mean over layers and scales."""
-    pairs = [pair for scales in zip(real, fake, strict=True) for pair in zip(*scales, strict=True)]
-    return torch.stack([(r.detach() - f).abs().mean() / r.detach().abs().mean() for r, f in pairs]).mean()
+    """L1 between features, as a share of what the real ones are in all processes; the mean over layers and scales."""
+    pairs = [(r.detach(), f) for scales in zip(real, fake, strict=True) for r, f in zip(*scales, strict=True)]
+    sizes = sum_of_all(torch.stack([r.abs().mean() for r, _ in pairs])) / place()[1]
+    distances = torch.stack([(r - f).abs().mean() for r, f in pairs])
+    return (distances / sizes.clamp(min=SILENT)).mean()
 
 
 @cache
