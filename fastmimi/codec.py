@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import checks, dispatch, tiles
 from .config import AnyConfig
 from .errors import InputError
+from .memory import Packable
 from .ops import Call, Ops
 from .programs import MOST_FRAMES, Programs, Step
 from .quantizer import SplitQuantizer
@@ -25,7 +26,7 @@ from .state import Lane, StreamState
 Transform = Callable[[Tensor, Call], Tensor]  # latents [B, hidden, T] -> the same
 
 
-class Codec(nn.Module):
+class Codec(Packable):
     """Audio [B, channels, N] float at `sample_rate` Hz <-> codes [B, K, T] int64 at `frame_rate` Hz.
 
     Args:

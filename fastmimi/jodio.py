@@ -264,6 +264,7 @@ class JodioModel(Codec):
     encoder: SeaNetEncoder
     decoder: SeaNetDecoder
 
+    @torch.inference_mode(False)  # inference tensors could not be packed once (memory.py)
     def __init__(
         self, config: JodioConfig | None = None, *, impl: dispatch.Impl = "auto", num_codebooks: int | None = None
     ):

@@ -6,6 +6,7 @@ audio codec.py's, and the faces of other libraries (compat/) are thin over it.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from . import dispatch
@@ -25,6 +26,7 @@ class Mimi(Codec):
     decoder. A half that the configuration drops is None. Arguments as for `Codec`.
     """
 
+    @torch.inference_mode(False)  # inference tensors could not be packed once (memory.py)
     def __init__(
         self, config: CodecConfig | None = None, *, impl: dispatch.Impl = "auto", num_codebooks: int | None = None
     ):

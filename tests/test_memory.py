@@ -1,12 +1,18 @@
 """memory: packed forms are made once, follow every edit that PyTorch counts, and die with their weights."""
 
 import gc
+import warnings
 
+import pytest
 import torch
+import transformers
 
 import fastmimi
 from fastmimi import memory
-from fastmimi.testing import noise
+from fastmimi.compat.moshi import get_mimi
+from fastmimi.config import CodecConfig
+from fastmimi.dispatch import Target, implementation, why_not
+from fastmimi.testing import SMALL, noise, small_model
 
 
 def test_weights_are_packed_once():
@@ -46,10 +52,99 @@ def test_tensors_of_inference_mode_are_packed_each_time():
         assert torch.equal(memory.packed(fresh, "form", torch.clone), fresh)
 
 
-def test_a_model_loaded_in_inference_mode_is_packed_once():
+def loaded(folder):
+    return fastmimi.load(folder)
+
+
+def constructed(folder):
+    return fastmimi.Mimi(CodecConfig.from_dict(SMALL)).eval()
+
+
+def cast(folder):
+    return small_model().bfloat16()
+
+
+def moved(folder):
+    return small_model().to("cpu", torch.float64).float()
+
+
+def filled(folder):
+    model = small_model()
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    return model
+
+
+def assigned(folder):
+    model = small_model()
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    return model
+
+
+def jodio(folder):
+    return fastmimi.JodioModel(fastmimi.JodioConfig.small()).eval()
+
+
+def as_transformers(folder):
+    return fastmimi.MimiModel.from_pretrained(folder)
+
+
+def as_transformers_constructed(folder):
+    return fastmimi.MimiModel(fastmimi.MimiConfig(**SMALL)).double().float()
+
+
+def replaced(folder):
+    model = torch.nn.ModuleList([transformers.MimiModel(fastmimi.MimiConfig(**SMALL))])
+    return fastmimi.replace_mimi(model).double().float()[0]
+
+
+def as_moshi(folder):
+    return get_mimi(None).double().float()
+
+
+WAYS = [
+    loaded, constructed, cast, moved, filled, assigned, jodio, as_transformers, as_transformers_constructed, replaced,
+    as_moshi,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["auto", "onednn"])
+@pytest.mark.parametrize("make", WAYS)
+def test_models_made_or_moved_in_inference_mode_pack_once(make, impl, tmp_path):
+    fastmimi.save_pretrained(small_model(), tmp_path)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = make(tmp_path)
+        assert not any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
+        getattr(model, "core", model).impl = impl
+        frame = noise(1, 1, 1920)
+        for _ in range(2):
+            before = memory.preparations()
+            codes = model.encode(frame)
+            model.decode(codes if isinstance(codes, torch.Tensor) else codes.audio_codes)
+        assert memory.preparations() == before
+
+
+@pytest.mark.parametrize("candidate", ["cpu", "onednn"])
+@pytest.mark.parametrize("op", ["causal_conv1d", "causal_conv_transpose1d"])
+def test_grouped_convolutions_pack_once(op, candidate):
+    if (why := why_not(candidate, op, Target("cpu", torch.float32))) is not None:
+        pytest.skip(why)
+    x, weight, bias = noise(1, 6, 9), noise(6, 2, 3, seed=1), noise(6, seed=2)
+    for _ in range(2):
+        before = memory.preparations()
+        implementation(op, candidate)(x, weight, bias, groups=3)
+    assert memory.preparations() == before
+
+
+def test_what_cannot_be_packed_once_is_said_once():
+    memory._warn_of_inference_tensors.cache_clear()
     with torch.inference_mode():
-        model = fastmimi.load("random:0")
-    assert not any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
+        weight = noise(3, 3)
+        with pytest.warns(UserWarning, match="made inside torch.inference_mode"):
+            memory.packed(weight, "form", torch.clone)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            memory.packed(weight, "form", torch.clone)
 
 
 def test_any_of_several_tensors_counts():
@@ -61,6 +156,7 @@ def test_any_of_several_tensors_counts():
 
 
 def test_a_form_dies_with_its_first_tensor():
+    gc.collect()
     before = len(memory._forms)
     weight = noise(3)
     memory.packed(weight, "form", torch.clone)

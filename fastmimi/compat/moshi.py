@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks, kyutai, weights
 from ..config import CodecConfig
 from ..errors import InputError
+from ..memory import Packable
 from ..model import Mimi
 from ..state import StreamState
 
@@ -81,6 +82,7 @@ class QuantizedResult:
     metrics: dict = field(default_factory=dict)
 
 
+@torch.inference_mode(False)  # inference tensors could not be packed once (memory.py)
 def get_mimi(
     filename: str | Path | None,
     mimi_config: dict | None = None,
@@ -174,7 +176,7 @@ def _require(part: str, values: dict[str, Any], **wanted: Any) -> None:
             raise InputError(f"mimi_config{where} must be {value!r}, got {got!r}")
 
 
-class MimiModel(nn.Module):
+class MimiModel(Packable):
     """The codec behind moshi's methods; `core` is the `fastmimi.Mimi`.
 
     Audio is [B, channels, N] float at `sample_rate` Hz; codes [B, K, T] int64 and latents [B, dimension, T] are at

@@ -32,6 +32,7 @@ from transformers.models.mimi import modeling_mimi as peer
 from .. import checks
 from ..dispatch import Impl
 from ..errors import InputError
+from ..memory import Packable, leave_inference_mode
 from ..model import Mimi
 from ..ops import Call
 from ..quantizer import apply_in_full_precision, centroids
@@ -61,13 +62,19 @@ class Codebook(peer.MimiEuclideanCodebook):
         return centroids(self.embed_sum, self.cluster_usage)
 
 
-class Bound(nn.Module):
+class Bound(Packable):
     """What the three models share: the core, bound on first use to whatever modules the model has by then."""
 
     config: Any
     impl: Impl = (
         "auto"  # which implementation runs each op: "auto", "reference", "triton", "cpu", "onednn", or a dict per op
     )
+
+    @classmethod
+    @torch.inference_mode(False)  # inference tensors could not be packed once (memory.py)
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """As transformers' `PreTrainedModel.from_pretrained`."""
+        return super().from_pretrained(*args, **options)  # type: ignore[misc]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -384,6 +391,7 @@ def ours(cls: type) -> type:
 
 def adopt(model: nn.Module, choose: Callable[[type], type] = ours) -> None:
     """Give the parts of a model their fastmimi classes: codebooks and, where they are models, its halves."""
+    leave_inference_mode(model)
     for module in model.modules():
         if type(module) is peer.MimiEuclideanCodebook:
             module.__class__ = Codebook

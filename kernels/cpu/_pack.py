@@ -61,14 +61,16 @@ def kind_of(dtype: torch.dtype) -> str:
 
 def panels(
     weight: Tensor, bias: Tensor | None, form: str, arrange: Callable[[Tensor], Tensor], *,
-    repeats: int = 1, channel: int = 0, rounded: bool = True,
+    repeats: int = 1, channel: int = 0, rounded: bool = True, group: int = 0, groups: int = 1,
 ) -> Panels:  # fmt: skip
     """arrange(weight) [outputs, taps, channels] in panels, with the bias `repeats` times; kept with the weight.
 
-    Weights on a grid along `channel`, the outputs, become int8 unless `rounded` is False.
+    Weights on a grid along `channel`, the outputs, become int8 unless `rounded` is False. Of a grouped convolution,
+    whose groups divide the first dimension of the weight and the bias, only the rows of `group` are taken.
     """
 
     def pack(weight: Tensor, bias: Tensor | None = None) -> Panels:
+        weight, bias = weight.chunk(groups)[group], None if bias is None else bias.chunk(groups)[group]
         packed, steps = packed_weight(weight, arrange, channel if rounded else None)
         values = None if bias is None else in_row(bias.repeat(repeats))
         outputs, taps, _ = arrange(weight).shape
@@ -76,7 +78,7 @@ def panels(
         return Panels((packed, values, steps), Weights(*pointers), KINDS[kind_of(packed.dtype)])
 
     tensors = (weight,) if bias is None else (weight, bias)
-    return memory.packed(tensors, f"{form} {native().name} {rounded}", pack)
+    return memory.packed(tensors, f"{form} {native().name} {rounded} {group}/{groups}", pack)
 
 
 def packed_weight(

@@ -46,10 +46,7 @@ def causal_conv1d(
     state = (history, first, active)
     for group in range(groups):
         inputs, outputs = (slice(group * n, (group + 1) * n) for n in (per_group, out // groups))
-        if groups == 1:
-            packed = panels(weight, bias, "by taps", by_taps)
-        else:
-            packed = panels(weight[outputs], None if bias is None else bias[outputs], "by taps", by_taps)
+        packed = panels(weight, bias, "by taps", by_taps, group=group, groups=groups)
         target = output_of(y[:, outputs], packed, None if residual is None else residual[:, outputs])
         target.post = ACTIVATIONS[post]
         native().keep(x, packed, residual, y)

@@ -76,15 +76,15 @@ def _multiply(
         return
     for group in range(groups):
         inputs = slice(group * channels // groups, (group + 1) * channels // groups)
-        part, outputs = weight, slice(group * per_group, (group + 1) * per_group)
-        mine, my_tail, offset = y, tail, bias
+        outputs = slice(group * per_group, (group + 1) * per_group)
+        mine, my_tail = y, tail
         if groups > 1:
-            part, mine = weight[inputs], x.new_empty(y.shape[0], rows, stride * per_group)
+            mine = x.new_empty(y.shape[0], rows, stride * per_group)
             my_tail = None if tail is None else tail.new_empty(tail.shape[0], beyond, stride * per_group)
-            offset = None if bias is None else bias[outputs]
         packed = panels(
-            part, offset, f"upsampling {stride}", lambda w: _by_outputs(w, stride, taps), repeats=stride, channel=1
-        )
+            weight, bias, f"upsampling {stride}", lambda w: _by_outputs(w, stride, taps),
+            repeats=stride, channel=1, group=group, groups=groups,
+        )  # fmt: skip
         native().keep(x, packed, mine, my_tail)
         target = output_of(mine.transpose(1, 2), packed)
         if my_tail is not None:

@@ -48,9 +48,10 @@ def unsupported(target: Any) -> str | None:
 @cache
 def refusal(dtype: torch.dtype) -> str | None:
     """Try the operations: each may be missing from a build of PyTorch, or refuse a dtype on a processor."""
-    x, weight, short = torch.ones(1, 4, 16, dtype=dtype), torch.ones(16, 16, 2, dtype=dtype), torch.ones(16, 16, 1)
     try:
         with torch.inference_mode(False), torch.no_grad():
+            x, weight = torch.ones(1, 4, 16, dtype=dtype), torch.ones(16, 16, 2, dtype=dtype)
+            short = torch.ones(16, 16, 1)
             wide = conv(x.transpose(1, 2), weight, None)  # [1, 16, 3] of 32
             same = conv(wide, short.to(dtype), None, residual=wide)  # of 32 * 16 + 32
             fused = linear(x, lay_out(short[..., 0].to(dtype), whole=True), post="gelu")  # [1, 4, 16] of 16
