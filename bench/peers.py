@@ -55,6 +55,7 @@ def _ours(folder: Path, dtype: torch.dtype = torch.float32, weights: str | None 
     @contextmanager
     def stream(batch: int) -> Iterator[Any]:
         state = mimi.new_state(batch)
+        mimi.warm_up(state)
         yield lambda x: mimi.encode(x.to(dtype), state=state), lambda codes: mimi.decode(codes, state=state)
 
     return Codec(lambda x: mimi.encode(x.to(dtype)), mimi.decode, stream)

@@ -86,12 +86,12 @@ def streamable(config: AnyConfig) -> None:
         raise InputError(config.not_streamable_because)
 
 
-def state(state: StreamState, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
-    """The state must be of this model's shape, device and dtype."""
+def state(state: StreamState, shape: tuple[int | None, ...], device: torch.device, dtype: torch.dtype) -> None:
+    """The state must be of this model's shape (None: of any batch size), device and dtype."""
     if not isinstance(state, StreamState):
         raise InputError(f"state must come from new_state(), got {type(state).__name__}")
     pending = state.pending
-    if tuple(pending.shape) != shape:
+    if tuple(pending.shape) != (shape[0] or pending.shape[0], *shape[1:]):
         raise InputError(
             f"the state is for {pending.shape[0]} streams of frames {tuple(pending.shape[1:])}, got {shape}"
         )

@@ -18,7 +18,7 @@ from .config import AnyConfig
 from .errors import InputError
 from .memory import Packable
 from .ops import Call, Ops
-from .programs import MOST_FRAMES, Programs, Step
+from .programs import MOST_FRAMES, Programs, warm_up
 from .quantizer import SplitQuantizer
 from .ragged import Ragged
 from .state import Lane, StreamState
@@ -131,17 +131,24 @@ class Codec(Packable):
             return StreamState(self._lane(batch_size, "encode"), self._lane(batch_size, "decode"), pending)
 
     def _lane(self, batch: int, direction: str) -> Lane:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for part in self.parts(direction):
-            for module in part.modules() if part is not None else ():
-                if hasattr(module, "state_shapes"):
-                    layer: Any = module
-                    shapes |= layer.state_shapes(batch)
-        return Lane(
-            {name: torch.zeros(shape, device=self.device, dtype=self.dtype) for name, shape in shapes.items()},
-            offset=torch.zeros(batch, dtype=torch.int64, device=self.device),
-            active=torch.ones(batch, dtype=torch.bool, device=self.device),
-        )
+        return Lane.of(self.parts(direction), batch, self.device, self.dtype)
+
+    @torch.no_grad()
+    def warm_up(
+        self, state: StreamState, *, frames: int = 1, num_codebooks: int | None = None, latents: bool = False,
+        threads: int = 1,
+    ) -> None:  # fmt: skip
+        """Pack weights and build kernels now for streams of this state's batch size, so that no frame waits for it.
+
+        On a CPU, steps of `frames` frames (1 to 4) are also recorded (programs.py), which makes every frame faster;
+        without this call nothing is recorded. A recording is for one batch size, number of frames, number of codebooks
+        (or `latents`, for `encode_to_latent` and `decode_latent`) and `torch.set_num_threads`, and is dropped when
+        weights change. `threads` is how many threads will step such streams at the same time. The state stays as it is.
+        """
+        self._check_state(state, None, None)
+        if frames not in range(1, MOST_FRAMES + 1) or threads < 1:
+            raise InputError(f"frames must be from 1 to {MOST_FRAMES} and threads positive, got {frames} and {threads}")
+        warm_up(self, state, frames, None if latents else self._count(num_codebooks), threads)
 
     # Audio to codes
 
@@ -176,7 +183,7 @@ class Codec(Packable):
         Ends the utterance of the active streams for encoding; `state.reset` begins the next.
         """
         checks.has_part(self.encoder, "encoder", "flush")
-        self._check_state(state, state.batch_size, None)
+        self._check_state(state, None, None)
         codes, valid = self._encode_stream(*state.pop_partial(), state, self._count(num_codebooks))
         return torch.where(valid[:, None], codes, -1)
 
@@ -218,10 +225,8 @@ class Codec(Packable):
 
     def _coded(self, latents: Tensor, count: int | None) -> list[Tensor]:
         """Latents [B, hidden, T], or with `count` their codes: parts [B, K, T] that add up to [B, count, T]."""
-        if count is None:
-            return [latents]
-        if latents.shape[-1] == 0:
-            return [latents.new_empty((latents.shape[0], count, 0), dtype=torch.int64)]
+        if count is None or latents.shape[-1] == 0:
+            return [latents if count is None else latents.new_empty((len(latents), count, 0), dtype=torch.int64)]
         return self.quantizer.encode(latents, count, Call(self._ops()))
 
     def _encode(
@@ -277,27 +282,20 @@ class Codec(Packable):
                     results.append(self._encode_tiles(run, state.encode, None, count))
         return tiles.joined(results, dim=-1), valid
 
-    def _step(self, direction: str, step: Step, x: Tensor, lane: Lane, *options: Any) -> list[Tensor]:
-        """step(x, lane); on a CPU a short one may be a recorded program, for each of the options."""
-        short = x.shape[-1] <= MOST_FRAMES * (self.frame_size if direction == "encode" else 1)
-        if not short or x.device.type != "cpu":
-            return step(x, lane)
-        return self._programs[direction].step(self, self._ops(), step, x, lane, *options)
+    def _encode_tile(self, audio: Tensor, lane: Lane, count: int | None, inside: Tensor | None = None) -> list[Tensor]:
+        return self._coded(self._encode_step(audio, lane, inside), count)
 
     def _encode_tiles(
         self, audio: Tensor, lane: Lane, lengths: Tensor | None, count: int | None, whole: bool = True
     ) -> Tensor:
-        def step(part: Tensor, lane: Lane, inside: Tensor | None = None) -> list[Tensor]:
-            return self._coded(self._encode_step(part, lane, inside), count)
-
         done, tile = [], self._tile(audio.shape[0]) * self.frame_size
         for start in range(0, audio.shape[-1], tile):
             part = audio[..., start : start + tile]
             part = tiles.filled(part, self.frame_size) if whole else part
             if lengths is None:
-                parts = self._step("encode", step, part, lane, count)
+                parts = self._programs["encode"].step(self._ops(), self._encode_tile, part, lane, count)
             else:
-                parts = step(part, lane, (lengths - start).clamp(0, part.shape[-1]))
+                parts = self._encode_tile(part, lane, count, (lengths - start).clamp(0, part.shape[-1]))
             done.append(tiles.joined(parts))
         return tiles.joined(done, dim=-1)
 
@@ -358,16 +356,16 @@ class Codec(Packable):
             return self._decode_step(self._decoded(x), None)
         return self._decode_tiles(x, self._lane(len(x), "decode"))
 
-    def _decode_tiles(self, x: Tensor, lane: Lane) -> Tensor:
-        def step(x: Tensor, lane: Lane) -> list[Tensor]:
-            return [self._decode_step(self._decoded(x), lane)]
+    def _decode_tile(self, x: Tensor, lane: Lane) -> list[Tensor]:
+        return [self._decode_step(self._decoded(x), lane)]
 
+    def _decode_tiles(self, x: Tensor, lane: Lane) -> Tensor:
         batch, _, frames = x.shape
         audio = x.new_empty(batch, self.config.audio_channels, frames * self.frame_size, dtype=self.dtype)
         tile = self._tile(batch)
         for start in range(0, frames, tile):
             stop = min(start + tile, frames)
-            [part] = self._step("decode", step, x[..., start:stop], lane)
+            [part] = self._programs["decode"].step(self._ops(), self._decode_tile, x[..., start:stop], lane)
             audio[..., start * self.frame_size : stop * self.frame_size] = part
         return audio
 
@@ -388,7 +386,7 @@ class Codec(Packable):
         trains = x.requires_grad or any(p.requires_grad for p in self.parameters())
         return not (torch.is_grad_enabled() and trains)
 
-    def _check_state(self, state: StreamState, batch: int, padding_mask: Tensor | None) -> None:
+    def _check_state(self, state: StreamState, batch: int | None, padding_mask: Tensor | None) -> None:
         checks.state(state, (batch, self.config.audio_channels, self.frame_size), self.device, self.dtype)
         if padding_mask is not None:
             raise InputError("padding_mask is for whole utterances; a stream masks rows with state.exec_mask")

@@ -1,9 +1,9 @@
-"""Steps of streams as recorded programs: on a CPU, a frame is otherwise a third Python.
+"""Steps of streams as recorded programs: on a CPU, a third of a frame's time is otherwise spent in Python.
 
-A program is recorded once a shape has been stepped a few times, and used only if its first run gives, bit for bit, what
-the model gives, output and state. It is thrown away when a weight, a module or the choice of kernels changes. The
-streams' state is put in at each run: one program serves all streams of a batch size; threads that step at once have
-one each.
+`Codec.warm_up` records a step of a shape, which is then run instead of the model's. A program is kept only if it gives,
+bit for bit, what the model gives, output and state, for two steps in a row. It is thrown away when a weight, a module
+or the choice of kernels changes. The stream's state is put in at each run: one program serves all streams of a batch
+size; threads that step at the same time need one each.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ from torch import Tensor
 
 from . import dispatch, memory
 from .ops import Ops
-from .state import Lane
+from .state import Lane, StreamState
 
-AFTER = 4  # steps of a shape before it is recorded
-MOST_FRAMES = 4  # longer steps do not notice what is between their layers
-MOST_SHAPES = 64  # then all programs are dropped
-PAUSE = 1000  # steps until a shape that could not be recorded is tried again
+MOST_FRAMES = 4  # of a step that is worth recording: in longer ones, the time between layers is small
 
-Step = Callable[[Tensor, Lane], list[Tensor]]
+Step = Callable[..., list[Tensor]]  # of an input, a lane and options
 Key = tuple[Any, ...]
 
 
@@ -33,9 +30,8 @@ class _Scratch(Lane):
     """A lane to record with: its `first` has an address, and it tells by how much it was advanced."""
 
     def __init__(self, lane: Lane):
-        super().__init__(
-            {name: buffer.clone() for name, buffer in lane.buffers.items()}, lane.offset.clone(), lane.active.clone()
-        )
+        copy = lane.clone()
+        super().__init__(copy.buffers, copy.offset, copy.active)
         self.start = lane.first.clone()
         self.positions = 0
 
@@ -51,13 +47,6 @@ def _tensors(lane: Lane) -> list[Tensor]:
     return [*lane.buffers.values(), lane.offset, lane.active, lane.first]
 
 
-def _another(x: Tensor) -> Tensor:
-    """An input of the shape, valid where x is: noise, or codes that all differ. Codes that are all 0 stay."""
-    if x.is_floating_point():
-        return torch.empty_like(x).uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(0))
-    return torch.where(x > 0, x - 1, x.max())
-
-
 class Programs:
     """The programs of one direction of a model. Copies and pickles of it begin empty."""
 
@@ -67,9 +56,8 @@ class Programs:
 
     def forget(self) -> None:
         """Drop all programs, and what they hold."""
-        self._seen: dict[Key, int] = {}
+        self._count: dict[Key, int] = {}  # programs of a step, idle or running
         self._idle: dict[Key, list[tuple[Any, int]]] = {}  # programs that no thread is running, and their positions
-        self._not_before: dict[Key, int] = {}  # steps of shapes that could not be recorded
         self._modules: list[Any] = []
         self._hooks: list[dict[Any, Any]] = []
         self._owners: list[dict[str, Any]] = []  # of modules, parameters and buffers
@@ -82,58 +70,49 @@ class Programs:
     def __reduce__(self) -> tuple[Any, ...]:
         return Programs, (self.direction,)
 
-    def step(self, model: Any, ops: Ops, step: Step, x: Tensor, lane: Lane, *options: Any) -> list[Tensor]:
-        """step(x, lane), of a codec that calls `ops`, by a program where there is one.
-
-        `options` tells apart steps that the shapes do not.
-        """
-        if torch.compiler.is_compiling():
-            return step(x, lane)
-        state = [(tensor.shape, tensor.dtype, tensor.is_contiguous()) for tensor in lane.buffers.values()]
-        key = (*options, ops, x.shape, x.dtype, *state, torch.get_num_threads())
-        count = self._seen[key] = self._seen.get(key, 0) + 1
-        if count <= max(AFTER, self._not_before.get(key, 0)):
-            return step(x, lane)
-        if len(self._seen) > MOST_SHAPES or not self._current():
+    def step(self, ops: Ops, step: Step, x: Tensor, lane: Lane, *options: Any) -> list[Tensor]:
+        """step(x, lane, *options), of a codec that calls `ops`, by a recorded program where there is one."""
+        if not self._idle or torch.compiler.is_compiling():
+            return step(x, lane, *options)
+        idle = self._idle.get(_key(ops, x, lane, options))
+        if not idle:
+            return step(x, lane, *options)
+        if not self._current():
             self.forget()
-            self._remember(model)
-            return step(x, lane)
+            return step(x, lane, *options)
         if any(self._hooks):  # which a program would not call
-            return step(x, lane)
-        idle = self._idle.setdefault(key, [])
+            return step(x, lane, *options)
         try:
             program, positions = idle.pop()
-        except IndexError:  # none yet, or all are running in other threads
-            other = _another(x)
-            if torch.equal(other, x):
-                return step(x, lane)
-            recorded = self._record(dispatch.recorder(ops), step, x, other, lane)
-            if recorded is None:
-                self._not_before[key] = count + PAUSE
-                return step(x, lane)
-            program, positions = recorded
+        except IndexError:  # another thread has just taken it
+            return step(x, lane, *options)
         y = program.run(x, _tensors(lane))
         idle.append((program, positions))
         lane.advance(positions)
         return y
 
-    def _record(self, recorder: Any, step: Step, x: Tensor, other: Tensor, lane: Lane) -> tuple[Any, int] | None:
-        """A program that gives what the model gives, with its positions; None where there is none.
+    def record(
+        self, model: Any, ops: Ops, step: Step, examples: list[Tensor], lane: Lane, threads: int, *options: Any
+    ) -> None:
+        """Have `threads` programs of step(x, lane, *options); without a recorder for `ops`, the step is run once.
 
-        Recorded on another input than x, so that what is not in the program is noticed on x.
+        examples: three different inputs of the step; one is recorded, two are compared with the model's own step.
         """
-        if recorder is None or any(t.is_inference() for t in self._tensors):  # whose edits nobody counts
-            return None
-        with torch.inference_mode(False), torch.no_grad():
-            scratch, mine, theirs = _Scratch(lane), _Scratch(lane), _Scratch(lane)
-            try:
-                program = recorder.Program(lambda x: step(x, scratch), other, _tensors(scratch))
-            except recorder.NotRecordable:
-                return None
-            y, truth = program.run(x, _tensors(mine)), step(x, theirs)
-            pairs = zip((*y, *_tensors(mine)), (*truth, *_tensors(theirs)), strict=True)
-            same = all(torch.equal(*pair) for pair in pairs)
-        return (program, scratch.positions) if same else None
+        if not self._current():
+            self.forget()
+            self._remember(model)
+        key = _key(ops, examples[0], lane, options)
+        recorder = dispatch.recorder(ops)
+        while self._count.get(key, 0) < threads:
+            memory.count_preparation()
+            if recorder is None or any(t.is_inference() for t in self._tensors):  # whose edits are not counted
+                step(examples[0], lane.clone(), *options)
+                return
+            recorded = _record(recorder, lambda x, lane: step(x, lane, *options), examples, lane)
+            if recorded is None:
+                return
+            self._idle.setdefault(key, []).append(recorded)
+            self._count[key] = self._count.get(key, 0) + 1
 
     def _remember(self, model: Any) -> None:
         parts = [part for part in (*model.parts(self.direction), model.quantizer) if part is not None]
@@ -162,3 +141,47 @@ class Programs:
 
     def _states_now(self) -> list[tuple[int, int]]:
         return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self._tensors]
+
+
+def _key(ops: Ops, x: Tensor, lane: Lane, options: tuple[Any, ...]) -> Key:
+    state = [(tensor.shape, tensor.dtype, tensor.is_contiguous()) for tensor in lane.buffers.values()]
+    return (*options, ops, x.shape, x.dtype, *state, torch.get_num_threads())
+
+
+def _record(recorder: Any, step: Step, examples: list[Tensor], lane: Lane) -> tuple[Any, int] | None:
+    """A program that gives what the model gives, with its positions; None where there is none."""
+    with torch.inference_mode(False), torch.no_grad():
+        scratch, mine, theirs = _Scratch(lane), lane.clone(), lane.clone()
+        recorded, *others = examples
+        try:
+            program = recorder.Program(lambda x: step(x, scratch), recorded, _tensors(scratch))
+        except recorder.NotRecordable:
+            return None
+        for x in others:
+            y, truth = program.run(x, _tensors(mine)), step(x, theirs)
+            mine.advance(scratch.positions)
+            pairs = zip((*y, *_tensors(mine)), (*truth, *_tensors(theirs)), strict=True)
+            if not all(torch.equal(*pair) for pair in pairs):
+                return None
+    return program, scratch.positions
+
+
+def warm_up(codec: Any, state: StreamState, frames: int, codebooks: int | None, threads: int) -> None:
+    """`Codec.warm_up`: record both directions for steps of so many frames of codes, or of latents without codebooks."""
+    draw = torch.Generator(codec.device).manual_seed(0)
+    batch, channels, size = state.pending.shape
+
+    def noise(*shape: int) -> Tensor:
+        return state.pending.new_empty(shape).normal_(std=0.1, generator=draw)
+
+    audio = [noise(batch, channels, frames * size) for _ in range(3)]
+    if codebooks is None:
+        coded = [noise(batch, codec.config.hidden_size, frames) for _ in range(3)]
+    else:
+        entries, shape = codec.config.codebook_size, (batch, codebooks, frames)
+        coded = [torch.randint(entries, shape, generator=draw, device=codec.device) for _ in range(3)]
+    ops, programs = codec._ops(), codec._programs
+    if codec.encoder is not None:
+        programs["encode"].record(codec, ops, codec._encode_tile, audio, state.encode, threads, codebooks)
+    if codec.decoder is not None:
+        programs["decode"].record(codec, ops, codec._decode_tile, coded, state.decode, threads)

@@ -7,10 +7,12 @@ has seen. Audio that does not fill a frame yet waits in `pending`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import InputError
 
@@ -26,6 +28,26 @@ class Lane:
     buffers: dict[str, Tensor]
     offset: Tensor
     active: Tensor
+
+    @classmethod
+    def of(cls, parts: Iterable[nn.Module | None], batch: int, device: torch.device, dtype: torch.dtype) -> Lane:
+        """The state of `batch` fresh streams, for all layers in `parts` that carry any."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in parts:
+            for module in part.modules() if part is not None else ():
+                if hasattr(module, "state_shapes"):
+                    layer: Any = module
+                    shapes |= layer.state_shapes(batch)
+        return cls(
+            {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()},
+            offset=torch.zeros(batch, dtype=torch.int64, device=device),
+            active=torch.ones(batch, dtype=torch.bool, device=device),
+        )
+
+    def clone(self) -> Lane:
+        """An independent copy."""
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return Lane(buffers, self.offset.clone(), self.active.clone())
 
     @property
     def first(self) -> Tensor:
@@ -121,11 +143,7 @@ class StreamState:
 
     def clone(self) -> StreamState:
         """An independent copy: both go on from here without seeing one another."""
-        lanes = [
-            Lane({k: v.clone() for k, v in lane.buffers.items()}, lane.offset.clone(), lane.active.clone())
-            for lane in (self.encode, self.decode)
-        ]
-        copy = StreamState(lanes[0], lanes[1], self.pending.clone())
+        copy = StreamState(self.encode.clone(), self.decode.clone(), self.pending.clone())
         copy.pending_length.copy_(self.pending_length)
         copy.exec_mask.copy_(self.exec_mask)
         return copy

@@ -46,6 +46,8 @@ def encode(codec: Codec, blocks: Iterable[np.ndarray], clock: Clock, *, frame_by
     if not (codec.config.streamable or frame_by_frame):
         return clock.time(codec.encode, _tensor(np.concatenate([*blocks])))
     state = codec.new_state()
+    if frame_by_frame:
+        codec.warm_up(state)
     size = codec.frame_size * (1 if frame_by_frame else STEP_FRAMES)
     parts = [clock.time(codec.encode, _tensor(block), state=state) for block in rechunk(blocks, size)]
     if state.pending_length.any():
@@ -61,6 +63,8 @@ def decode(
         state, size = None, codes.shape[1]
     else:
         state, size = codec.new_state(), 1 if frame_by_frame else STEP_FRAMES
+        if frame_by_frame:
+            codec.warm_up(state, num_codebooks=len(codes))
     for start in range(0, codes.shape[1], size):
         part = torch.from_numpy(codes[None, :, start : start + size].astype(np.int64))
         audio = clock.time(codec.decode, part, state=state)

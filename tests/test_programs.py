@@ -1,4 +1,4 @@
-"""Recorded programs of streams: the same bits as the model's own steps, and none where anything has changed."""
+"""Recorded programs of streams: the same bits as the model's own steps, none unless asked for or after a change."""
 
 import copy
 import pickle
@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 
+from fastmimi import InputError, memory
 from fastmimi.kernels.cpu import _native
-from fastmimi.programs import AFTER
 from fastmimi.testing import noise, small_model
 
 pytestmark = pytest.mark.skipif(not _native.variants(), reason="the native library is not built here")
-FRAMES = 3 * AFTER + 5
+FRAMES = 7
 CHANGES = [
     {}, {"pad_mode": "replicate"}, {"frame_rate": None}, {"attention_bias": True}, {"use_conv_shortcut": True},
 ]  # fmt: skip
@@ -20,8 +20,11 @@ CHANGES = [
 class Plain:
     """In the place of Programs: steps of the model itself."""
 
-    def step(self, model, ops, step, x, lane, *options):
-        return step(x, lane)
+    def step(self, ops, step, x, lane, *options):
+        return step(x, lane, *options)
+
+    def record(self, *arguments):
+        pass
 
     def forget(self):
         pass
@@ -51,6 +54,8 @@ def stream(models, frames=FRAMES, batch=1, before=None):
     """Codes and audio of each model, frame by frame in turn; `before(i, model, state)` comes before a frame."""
     audio = noise(batch, 1, frames * models[0].frame_size, seed=1, scale=1.0)
     states, results = [model.new_state(batch) for model in models], [[] for _ in models]
+    for model, state in zip(models, states, strict=True):
+        model.warm_up(state)
     for i, frame in enumerate(audio.split(models[0].frame_size, dim=-1)):
         for model, state, result in zip(models, states, results, strict=True):
             if before is not None:
@@ -71,7 +76,7 @@ def assert_equal(results):
 def test_programs_give_the_models_bits(batch, changes):
     models = pair(**changes)
     assert_equal(stream(models, batch=batch))
-    assert programs(models[0]) == 2 and not any(found._not_before for found in models[0]._programs.values())
+    assert programs(models[0]) == 2
 
 
 def test_in_bf16():
@@ -150,10 +155,11 @@ def test_training_mode_counts():
     """Dropout draws: nothing to compare with, but it must not be the recorded step without it."""
     model = small_model(attention_dropout=0.5)
     state, audio = model.new_state(1), noise(1, 1, model.frame_size, scale=1.0)
-    latents = [model.encode_to_latent(audio, state=state.clone()) for _ in range(3 * AFTER)]
-    assert programs(model) == 1 and torch.equal(latents[0], latents[-1])
+    model.warm_up(state, latents=True)
+    latents = [model.encode_to_latent(audio, state=state.clone()) for _ in range(3)]
+    assert programs(model) == 2 and torch.equal(latents[0], latents[-1])
     model.train()
-    drawn = [model.encode_to_latent(audio, state=state.clone()) for _ in range(3 * AFTER)]
+    drawn = [model.encode_to_latent(audio, state=state.clone()) for _ in range(3)]
     assert not torch.equal(drawn[-1], latents[0]) and not torch.equal(drawn[-1], drawn[-2])
 
 
@@ -164,15 +170,76 @@ def test_recording_draws_nothing_from_the_global_generator():
     assert programs(models[0]) == 2 and torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_codes_that_are_all_the_same():
-    """A program is tried on other codes than those at hand: where none are known to be valid, it is not made yet."""
+def test_a_stream_records_nothing_by_itself():
+    model = small_model(num_hidden_layers=1)
+    state, audio = model.new_state(1), noise(1, 1, model.frame_size)
+    model.decode(model.encode(audio, state=state), state=state)
+    before = memory.preparations()
+    for _ in range(20):
+        model.decode(model.encode(audio, state=state), state=state)
+    assert memory.preparations() == before and programs(model) == 0
+
+
+@pytest.mark.parametrize("impl", ["auto", "onednn", "reference"])
+def test_after_a_warm_up_no_frame_waits(impl):
+    model = small_model(num_hidden_layers=1)
+    model.impl = impl
+    state, audio = model.new_state(2), noise(2, 1, model.frame_size)
+    model.warm_up(state, num_codebooks=4)
+    before = memory.preparations()
+    for _ in range(20):
+        model.decode(model.encode(audio, state=state, num_codebooks=4), state=state)
+    assert memory.preparations() == before and programs(model) == (2 if impl == "auto" else 0)
+
+
+def test_a_warm_up_leaves_the_state_alone():
+    model = small_model(num_hidden_layers=1)
+    state = model.new_state(1)
+    model.encode(noise(1, 1, 3 * model.frame_size + 7), state=state)
+    before = {name: tensor.clone() for name, tensor in state.state_dict().items()}
+    model.warm_up(state)
+    assert programs(model) == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.state_dict().items())
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_steps_of_several_frames(frames):
     models = pair()
     states = [model.new_state(1) for model in models]
-    for i in range(4 * AFTER):
-        codes = torch.full((1, 6, 1), 0 if i < 4 * AFTER - 2 else i)
-        mine, plain = (model.decode(codes, state=state) for model, state in zip(models, states, strict=True))
-        assert torch.equal(mine, plain)
-        assert programs(models[0]) == (i >= 4 * AFTER - 2)
+    models[0].warm_up(states[0], frames=frames)
+    taken = []
+    for recorded in models[0]._programs.values():
+        [[(program, _)]] = recorded._idle.values()
+        run = program.run
+        program.run = lambda *arguments, run=run: taken.append(1) or run(*arguments)
+    for i in range(3):
+        audio = noise(1, 1, frames * models[0].frame_size, seed=i, scale=1.0)
+        codes = [model.encode(audio, state=state) for model, state in zip(models, states, strict=True)]
+        sound = [model.decode(codes[0], state=state) for model, state in zip(models, states, strict=True)]
+        assert_equal([[codes[0], sound[0]], [codes[1], sound[1]]])
+    assert len(taken) == 6
+
+
+def test_as_many_programs_as_threads():
+    model = small_model(num_hidden_layers=1)
+    model.warm_up(model.new_state(1), threads=3)
+    assert programs(model) == 6
+    model.warm_up(model.new_state(1), threads=2)
+    assert programs(model) == 6
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"frames": 0}, "frames must be from 1 to 4 and threads positive, got 0 and 1"),
+    ({"frames": 5}, "frames must be from 1 to 4 and threads positive, got 5 and 1"),
+    ({"threads": 0}, "frames must be from 1 to 4 and threads positive, got 1 and 0"),
+    ({"num_codebooks": 7}, "the number of codebooks must be from 1 to 6, got 7"),
+])  # fmt: skip
+def test_a_wrong_warm_up(options, sentence):
+    model = small_model(num_hidden_layers=1)
+    with pytest.raises(InputError, match=sentence):
+        model.warm_up(model.new_state(1), **options)
+    with pytest.raises(InputError, match="state must come from"):
+        model.warm_up(None)
 
 
 def test_another_choice_of_kernels_is_not_a_program():
@@ -197,7 +264,7 @@ def test_what_pytorch_computes_between_the_layers_is_noticed():
     for model in models:
         model.encoder.layers["1"] = Louder(model.encoder.layers["1"])
     assert_equal(stream(models))
-    assert programs(models[0]) == 1 and len(models[0]._programs["encode"]._not_before) == 1
+    assert programs(models[0]) == 1, "only decoding is recorded"
 
 
 def test_hooks_are_called():
@@ -222,17 +289,17 @@ def test_moved_models_hold_no_programs():
 def test_chunks_that_leave_views_share_a_program():
     model = small_model(num_hidden_layers=1)
     state = model.new_state(1)
+    model.warm_up(state)
     audio = noise(1, 1, 30 * model.frame_size, scale=1.0)
     parts = [model.encode(part, state=state) for part in audio.split(model.frame_size * 7 // 10, dim=-1)]
-    assert programs(model) == 1
+    assert programs(model) == 2
     assert torch.equal(torch.cat([*parts, model.flush(state)], dim=-1)[..., :30], model.encode(audio))
 
 
 def test_states_of_another_model_are_refused():
     model, other = small_model(num_hidden_layers=1), small_model(num_hidden_layers=1, sliding_window=7)
     frame, state = noise(1, 1, model.frame_size), model.new_state(1)
-    for _ in range(2 * AFTER + 3):
-        model.encode(frame, state=state)
+    model.warm_up(state)
     with pytest.raises(ValueError, match="cache_k must be contiguous and"):
         model.encode(frame, state=other.new_state(1))
 

@@ -288,6 +288,7 @@ class MimiModel(Packable):
         if self._state is not None:
             raise RuntimeError("this model is already streaming: leave the context of streaming() first")
         self._state = self.core.new_state(batch_size)
+        self.core.warm_up(self._state)
         stack = ExitStack()
         stack.callback(self._stop_streaming)
         return stack

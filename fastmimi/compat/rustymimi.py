@@ -84,6 +84,7 @@ class Tokenizer:
         _check("pcm_data", pcm_data, np.float32, 3, "[batch, 1, samples]")
         if self._encoding is None:
             self._encoding = self._mimi.new_state(len(pcm_data))
+            self._mimi.warm_up(self._encoding)
         codes = self._mimi.encode(_tensor(pcm_data), state=self._encoding)
         return _codes_out(codes) if codes.shape[-1] else None
 
@@ -92,6 +93,7 @@ class Tokenizer:
         frames = _codes_in(codes)
         if self._decoding is None:
             self._decoding = self._mimi.new_state(len(frames))
+            self._mimi.warm_up(self._decoding)
         audio = self._mimi.decode(frames, state=self._decoding)
         return _audio_out(audio) if audio.shape[-1] else None
 
