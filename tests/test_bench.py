@@ -1,0 +1,35 @@
+"""The benchmarks themselves: one that times what is done only once is red."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARK = """
+import torch
+from fastmimi import memory
+
+def bench_packing(benchmark):
+    weight = torch.ones(3)
+    benchmark.pedantic(lambda: memory.packed({weight}, "form", torch.clone), rounds=3, warmup_rounds={warm})
+"""
+
+
+@pytest.mark.parametrize(
+    "weight, warm, red",
+    [("weight", 1, False), ("weight", 0, True), ("weight + 1", 1, True)],
+    ids=["kept", "cold", "new"],
+)
+def test_a_benchmark_that_packs_in_its_timed_rounds_is_red(tmp_path, weight, warm, red):
+    path = tmp_path / "bench_packing.py"
+    path.write_text(BENCHMARK.format(weight=weight, warm=warm))
+    shutil.copy(ROOT / "bench" / "conftest.py", tmp_path)
+    command = [sys.executable, "-m", "pytest", str(path), "-q", "-c", str(ROOT / "pyproject.toml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    said = "timed rounds packed weights or recorded steps" in done.stdout
+    assert (done.returncode, said) == ((1, True) if red else (0, False)), done.stdout + done.stderr
