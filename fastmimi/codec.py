@@ -6,7 +6,7 @@ audio becomes latents and latents audio, in one pass with or without the state o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -288,16 +288,20 @@ class Codec(Packable):
     def _encode_tiles(
         self, audio: Tensor, lane: Lane, lengths: Tensor | None, count: int | None, whole: bool = True
     ) -> Tensor:
-        done, tile = [], self._tile(audio.shape[0]) * self.frame_size
-        for start in range(0, audio.shape[-1], tile):
-            part = audio[..., start : start + tile]
-            part = tiles.filled(part, self.frame_size) if whole else part
-            if lengths is None:
-                parts = self._programs["encode"].step(self._ops(), self._encode_tile, part, lane, count)
-            else:
-                parts = self._encode_tile(part, lane, count, (lengths - start).clamp(0, part.shape[-1]))
-            done.append(tiles.joined(parts))
-        return tiles.joined(done, dim=-1)
+        tile = self._tile(audio.shape[0]) * self.frame_size
+
+        def parts() -> Iterator[Tensor]:
+            for start in range(0, audio.shape[-1], tile):
+                part = audio[..., start : start + tile]
+                part = tiles.filled(part, self.frame_size) if whole else part
+                if lengths is None:
+                    found = self._programs["encode"].step(self._ops(), self._encode_tile, part, lane, count)
+                else:
+                    found = self._encode_tile(part, lane, count, (lengths - start).clamp(0, part.shape[-1]))
+                yield tiles.joined(found)
+
+        frames = -(-audio.shape[-1] // self.frame_size)
+        return tiles.collected(parts(), frames, tile // self.frame_size)
 
     # Codes to audio
 

@@ -7,6 +7,7 @@ before the convolutions and are fused into them, which is why the numbering of `
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from . import memory
 from .config import CodecConfig
 from .ops import Call
+from .tiles import collected
 
 
 class Streaming:
@@ -237,16 +239,20 @@ def _run_in_pieces(layers: list[nn.Module], x: Tensor, call: Call, samples: int)
     """
     if call.piece is None or call.lane is None or x.shape[-1] <= call.piece * samples:
         return _run(layers, x, call)
-    pieces, lengths, size = [], [], call.piece * samples
-    for start in range(0, x.shape[-1], size):
-        part = x[..., start : start + size]
-        inside = None if call.lengths is None else (call.lengths - start).clamp(0, part.shape[-1])
-        piece = replace(call, lengths=inside, continues=call.continues or start > 0)
-        pieces.append(_run(layers, part, piece).transpose(1, 2))
-        lengths.append(piece.lengths)
+    lengths, size = [], call.piece * samples
+
+    def pieces() -> Iterator[Tensor]:
+        for start in range(0, x.shape[-1], size):
+            part = x[..., start : start + size]
+            inside = None if call.lengths is None else (call.lengths - start).clamp(0, part.shape[-1])
+            piece = replace(call, lengths=inside, continues=call.continues or start > 0)
+            yield _run(layers, part, piece).transpose(1, 2)
+            lengths.append(piece.lengths)
+
+    y = collected(pieces(), x.shape[-1], size, dim=1)
     if call.lengths is not None:
         call.lengths = torch.stack([length for length in lengths if length is not None]).sum(dim=0)
-    return torch.cat(pieces, dim=1).transpose(1, 2)  # [B, C, T], time-major as the pieces
+    return y.transpose(1, 2)  # [B, C, T], time-major as the pieces
 
 
 def fill_tail(x: Tensor, lengths: Tensor, pad_mode: str) -> Tensor:

@@ -7,6 +7,8 @@ Lengths are those of 64 channels near the audio: with more channels, tiles and p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -50,3 +52,23 @@ def filled(audio: Tensor, frame_size: int) -> Tensor:
 def joined(parts: list[Tensor], dim: int = 1) -> Tensor:
     """One tensor of the parts; a copy only if there are several."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
+def collected(parts: Iterable[Tensor], length: int, size: int, dim: int = -1) -> Tensor:
+    """Results of an input of `length` that passes in parts of `size`, one behind another along `dim`.
+
+    As `torch.cat`, but each part is copied as it comes, into a result that is allocated with the first. Parts that stay
+    alive until the last one would lie scattered between the large activations of the others and fragment the memory.
+    """
+    result, done = None, 0
+    for part in parts:
+        if length <= size:
+            return part
+        if result is None:
+            shape = list(part.shape)
+            shape[dim] = -(-length * part.shape[dim] // size)
+            result = part.new_empty(shape)
+        result.narrow(dim, done, part.shape[dim]).copy_(part)
+        done += part.shape[dim]
+    assert result is not None and done == result.shape[dim], "the parts are those of the input"
+    return result
