@@ -140,6 +140,19 @@ def test_many_streams_at_once(op, batch, sizes):
     assert relative_error(torch.cat(pieces, dim=-1), torch.cat(expected, dim=-1)) < 1e-6
 
 
+@pytest.mark.parametrize("channels, length", [(8, 1), (8, 2), (8, 3), (1, 1), (1, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_of_any_length(op, channels, length, dtype):
+    """Of one time or one channel the strides tell no layout: channels first or last."""
+    x, weight, residual = noise(2, 8, length, seed=1), noise(channels, 8, 3, seed=2), noise(2, channels, length, seed=3)
+    x, weight, residual = (t.to(dtype) for t in (x, weight, residual))
+    strided = residual.repeat_interleave(2, dim=2)[..., ::2]
+    for r in (residual, residual.transpose(1, 2).contiguous().transpose(1, 2), strided):
+        plain = reference(x, weight, pad=(2, 0), residual=r)
+        truth = reference(x.double(), weight.double(), pad=(2, 0), residual=r.double())
+        assert_as_exact(op(x, weight, pad=(2, 0), residual=r), plain, truth)
+
+
 def test_edited_weights_count(op):
     x, weight = noise(1, 4, 9), noise(5, 4, 3)
     op(x, weight)
