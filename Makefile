@@ -35,9 +35,11 @@ native-sanitize: $(VENV)/stamp-test  ## build the native kernels with sanitizers
 kernels-report: $(VENV)/stamp-test  ## compile every kernel for four GPU generations, without one: bench/results/kernels.md
 	$(PY) bench/kernels_report.py
 
-lint: $(VENV)/stamp-lint  ## ruff: rules and format (seconds; installs ruff alone)
+lint: $(VENV)/stamp-lint  ## ruff: rules and format; vermin: nothing that Python 3.10 lacks (seconds; installs no more)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/vermin --quiet --violations --target=3.10- --eval-annotations --exclude str.decode \
+		fastmimi kernels reference bench tests setup.py
 
 types: $(VENV)/stamp-types  ## mypy over the package
 	$(PY) -m mypy
@@ -60,7 +62,7 @@ $(VENV)/stamp-test: $(VENV)/stamp-venv $(PACKAGE) Makefile
 	touch $@
 
 $(VENV)/stamp-lint: $(VENV)/stamp-venv constraints.txt
-	$(INSTALL) ruff
+	$(INSTALL) ruff vermin
 	touch $@
 
 $(VENV)/stamp-types: $(VENV)/stamp-venv $(PACKAGE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class Generator(nn.Module):
             self.distillation = Distillation(config.distillation, self.codec.config.hidden_size)
         self.train()
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Generator:
         """What is frozen stays as it is used: without dropout."""
         super().train(mode)
         for module in self.frozen:
