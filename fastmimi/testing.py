@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .config import CodecConfig
+from .errors import InputError
 from .model import Mimi
 from .weights import random
 
@@ -118,15 +119,28 @@ def chunks(total: int, seed: int, longest: int) -> list[int]:
     return sizes
 
 
+def check_interpreter(triton: str, numpy: str) -> None:
+    """Raise InputError unless the interpreter of this version of Triton runs with this version of NumPy."""
+    first_two = [tuple(int(part) for part in version.split(".")[:2]) for version in (triton, numpy)]
+    if first_two[0] < (3, 7) and first_two[1] >= (2, 4):
+        raise InputError(
+            f"the interpreter of Triton {triton} fails with NumPy 2.4 and later, and NumPy {numpy} is installed: "
+            "pip install 'numpy<2.4', or 'triton>=3.7'"
+        )
+
+
 def mend_interpreter() -> None:
     """Make Triton's interpreter compute in bfloat16 as GPUs do.
 
-    Triton 3.7's multiplies bit patterns as integers, and rounds to bfloat16 by cutting off.
+    Up to Triton 3.9 it multiplies bit patterns as integers, and rounds to bfloat16 by cutting off. Raises InputError
+    where it cannot run beside the installed NumPy.
     """
     import numpy as np
+    import triton
     import triton.language as tl
     from triton.runtime import interpreter
 
+    check_interpreter(triton.__version__, np.__version__)
     builder = interpreter.InterpreterBuilder
     original_dot, original_cast = builder.create_dot, builder.cast_impl
 

@@ -105,9 +105,13 @@ def _prepare_triton() -> None:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("triton was imported before --kernels could choose its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
+    from fastmimi.errors import InputError
     from fastmimi.testing import mend_interpreter
 
-    mend_interpreter()
+    try:
+        mend_interpreter()
+    except InputError as error:
+        raise pytest.UsageError(f"--kernels: {error}") from None
 
 
 def _has_triton() -> bool:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastmimi.testing import assert_same_codes, chunks, noise, relative_error, small_model
+from fastmimi.errors import InputError
+from fastmimi.testing import assert_same_codes, check_interpreter, chunks, noise, relative_error, small_model
 
 SHORT = {"upsampling_ratios": [4, 3, 2], "frame_rate": 500}  # frames of 48 samples
 
@@ -94,3 +95,10 @@ def test_half_precision(pair, dtype):
     errors = [relative_error(m.decode(codes), truth) for m in (mine, theirs)]
     assert errors[0] < 1.5 * errors[1] + torch.finfo(dtype).eps
     assert mine.encode(audio.to(dtype)).shape == codes.shape
+
+
+def test_an_interpreter_that_this_numpy_breaks_is_named():
+    with pytest.raises(InputError, match=r"Triton 3\.6\.0 fails .* NumPy 2\.4\.6 is installed: pip install 'numpy<2"):
+        check_interpreter("3.6.0", "2.4.6")
+    for versions in (("3.6.0", "2.3.5"), ("3.7.1", "2.4.6"), ("3.9.0+git1", "2.5.5"), ("3.10.0", "2.10.0")):
+        check_interpreter(*versions)

@@ -92,7 +92,7 @@ def causal_conv_transpose1d_depthwise_kernel(
             p_rows = p_x + b * sx_b + (t - i).to(tl.int64) * sx_t
             b_x = tl.load(p_rows[:, None] + c[None, :], mask=m_t[:, None] & m_c[None, :], other=0.0).to(tl.float32)
             b_x = activate(b_x, PRE, dtype == tl.float32)
-            k = i * stride + j
+            k = tl.full([BLOCK_C], i * stride + j, tl.int32)  # Triton 3.9's interpreter refuses `m_c &` a scalar
             acc += b_x * tl.load(p_w + c * K + k, mask=m_c & (k < K), other=0.0).to(tl.float32)[None, :]
         p = (t * stride + j)[:, None]
         if STREAM:
