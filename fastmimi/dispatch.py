@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from . import library
 from .errors import InputError
 from .ops import OPS, Ops
 
-CANDIDATES = {
+CANDIDATES = {  # the fastest first
     "triton": "fastmimi.kernels.triton",
     "cpu": "fastmimi.kernels.cpu",
     "onednn": "fastmimi.kernels.onednn",
@@ -41,12 +41,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Choice:
-    """One row of the table: the implementation of an op, and the sentence of each candidate passed over."""
+    """One row of the table: the implementation of an op, and the sentence of each candidate passed over.
+
+    `inside` names the op that runs within a composed one as a call of its own, and that op's implementation.
+    """
 
     op: str
     chosen: str
     reason: str
     passed_over: tuple[tuple[str, str], ...]
+    inside: tuple[str, str] | None = None
 
 
 def check_impl(impl: Impl) -> None:
@@ -89,7 +93,11 @@ _tabled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def explain(device: str = "cpu", dtype: torch.dtype = torch.float32, impl: Impl = "auto") -> list[Choice]:
     """The dispatch table: for each op what runs, why, and why each earlier candidate does not."""
     check_impl(impl)
-    return [_choose(op, Target(device, dtype), _wanted(op, impl)) for op in OPS]
+    rows = {op: _choose(op, Target(device, dtype), impl) for op in OPS}
+    for outer, inner in COMPOSED.items():
+        if rows[outer].chosen == "reference":
+            rows[outer] = replace(rows[outer], inside=(inner, rows[inner].chosen))
+    return list(rows.values())
 
 
 @cache
@@ -114,36 +122,41 @@ def recorder(ops: Ops) -> Any:
     return _program
 
 
-def _wanted(op: str, impl: Impl) -> str:
-    if isinstance(impl, dict):
-        return impl.get(op, "auto")
-    absent = impl != "auto" and importlib.util.find_spec(f"{CANDIDATES[impl]}.{op}") is None
-    return "reference" if absent and op in COMPOSED else impl
-
-
-def _choose(op: str, target: Target, wanted: str) -> Choice:
-    if wanted != "auto":
-        sentence = why_not(wanted, op, target)
-        if sentence is not None:
-            raise InputError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
+def _choose(op: str, target: Target, impl: Impl) -> Choice:
+    wanted = impl.get(op, "auto") if isinstance(impl, dict) else impl
+    if wanted == "auto":
+        return _fastest(op, target)
+    sentence = why_not(wanted, op, target)
+    if sentence is None:
         return Choice(op, wanted, "asked for by impl=", ())
+    if wanted == impl and op in COMPOSED and _is_absent(op, wanted):  # asked for as a whole, not for this op by name
+        return Choice(op, "reference", f"composed of {COMPOSED[op]} and PyTorch's own ops", ((wanted, sentence),))
+    raise InputError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
+
+
+def _fastest(op: str, target: Target) -> Choice:
+    """The first candidate that can run."""
     passed_over: list[tuple[str, str]] = []
     for name in CANDIDATES:
         sentence = why_not(name, op, target)
         if sentence is None and name == "triton" and target.device == "cpu":
             sentence = "Triton's interpreter is for tests; it runs if asked for by impl="
         if sentence is None:
-            reason = "first candidate that can run here" if not passed_over else "runs everywhere"
+            reason = "no kernel can run here" if name == "reference" else "the fastest that can run here"
             return Choice(op, name, reason, tuple(passed_over))
         passed_over.append((name, sentence))
     raise AssertionError("the reference runs everywhere")
+
+
+def _is_absent(op: str, candidate: str) -> bool:
+    return importlib.util.find_spec(f"{CANDIDATES[candidate]}.{op}") is None
 
 
 def why_not(candidate: str, op: str, target: Target) -> str | None:
     """None if the candidate can run the op on the target, else one sentence."""
     if candidate == "reference":
         return None
-    if importlib.util.find_spec(f"{CANDIDATES[candidate]}.{op}") is None:
+    if _is_absent(op, candidate):
         return f"this version of fastmimi has no {candidate} kernel for {op}"
     if candidate == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"

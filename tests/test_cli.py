@@ -210,6 +210,18 @@ def test_explain(here: Path) -> None:
         assert f"{device}, bfloat16, impl=auto" in printed
 
 
+def test_explain_a_model(here: Path, models: dict[str, str]) -> None:
+    printed = run("explain", "--model", models["small"], "--impl", "reference").stdout
+    assert f"{models['small']}, cpu, float32, impl=reference" in printed
+    assert "window_attention in it: reference" in printed
+
+
+def test_info_takes_what_model_takes(here: Path) -> None:
+    printed = run("info", "demo").stdout
+    assert "demo" in printed and fastmimi.weights.fingerprint(fastmimi.load("demo")) in printed
+    assert "random:7" in run("info", "random:7").stdout
+
+
 def test_pictures_are_drawn(here: Path, models: dict[str, str]) -> None:
     common = "--model", models["small"]
     printed = run("roundtrip", "in.wav", "out/a.wav", "--tokens", "out/a.st", "--plot", "out/r.png", *common).stdout

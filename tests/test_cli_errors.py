@@ -166,6 +166,8 @@ BAD = [
     ("info cut.st", "cut.st is not an audio file"),
     ("info cut.safetensors", "cut.safetensors is not a complete safetensors file"),
     ("info out", "out holds no model.safetensors"),
+    ("info no/such", "cannot fetch 'no/such' from the hub"),
+    ("explain --model no/such/model", "no model at 'no/such/model'"),
     ("explain --impl fast", "impl must be"),
     ("explain --dtype int8", "dtype must be float32, bfloat16 or float16, got 'int8'"),
     ("explode", "'explode'"),

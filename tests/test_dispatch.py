@@ -42,6 +42,34 @@ def test_auto_takes_the_first_that_can_and_records_the_others(monkeypatch):
     assert row.chosen == "cpu" and row.passed_over == (("triton", "not today"),)
 
 
+def test_the_reason_is_speed_or_that_nothing_else_runs(monkeypatch):
+    able = {"cpu", "reference"}
+    monkeypatch.setattr(dispatch, "why_not", lambda candidate, *_: None if candidate in able else "it is Sunday")
+    assert {(row.chosen, row.reason) for row in dispatch.explain()} == {("cpu", "the fastest that can run here")}
+    able.remove("cpu")
+    assert {(row.chosen, row.reason) for row in dispatch.explain()} == {("reference", "no kernel can run here")}
+
+
+def test_a_composed_op_tells_what_runs_in_it(monkeypatch):
+    """Triton has no kernel of the transformer layer: its reference runs, around the kernel of attention."""
+    absent = "this version of fastmimi has no triton kernel for transformer_layer"
+    kernels = set(OPS) - {"transformer_layer"}
+    monkeypatch.setattr(dispatch, "why_not", lambda _, op, __: None if op in kernels else absent)
+    rows = {row.op: row for row in dispatch.explain(impl="triton")}
+    layer = rows["transformer_layer"]
+    assert (layer.chosen, layer.inside) == ("reference", ("window_attention", "triton"))
+    assert "composed of window_attention" in layer.reason and layer.passed_over == (("triton", absent),)
+    assert {row.reason for op, row in rows.items() if op in kernels} == {"asked for by impl="}
+    with pytest.raises(fastmimi.InputError, match="transformer_layer was asked to run as 'triton', which it cannot"):
+        dispatch.explain(impl={"transformer_layer": "triton"})
+
+
+def test_a_kernel_of_a_composed_op_has_nothing_else_inside():
+    rows = {impl: dispatch.explain(impl=impl) for impl in ("onednn", "reference")}
+    inside = {impl: {row.inside for row in rows[impl]} for impl in rows}
+    assert inside == {"onednn": {None}, "reference": {None, ("window_attention", "reference")}}
+
+
 def test_a_pytorch_without_onednn_says_so(monkeypatch):
     from fastmimi.kernels.onednn import _prepacked
 

@@ -21,11 +21,13 @@ HUB = "kyutai/mimi"
 AudioIn = Annotated[Path, typer.Argument(metavar="IN", help="Audio, in any format that libsndfile reads.")]
 TokensIn = Annotated[Path, typer.Argument(metavar="IN", help="A token file.")]
 AnyIn = Annotated[
-    Path, typer.Argument(metavar="WHAT", help="A token file, an audio file, a checkpoint, or `mimi` or `jodio`.")
+    Path,
+    typer.Argument(metavar="WHAT", help="A token file, an audio file, a model as for --model, or `mimi` or `jodio`."),
 ]
 AudioOut = Annotated[Path, typer.Argument(metavar="OUT", help="Audio; its suffix (wav, flac, ogg) is the format.")]
 TokensOut = Annotated[Path, typer.Argument(metavar="OUT", help="The token file (safetensors).")]
 Model = Annotated[str, typer.Option(help="A directory, a .safetensors file, a hub id, demo, or [jodio-]random[:seed].")]
+OneModel = Annotated[str | None, typer.Option("--model", help="Load this model and ask it, instead of for any model.")]
 Codebooks = Annotated[int | None, typer.Option(help="How many codebooks; by default all there are.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; codebooks are searched in float32.")]
@@ -188,31 +190,34 @@ def roundtrip(
 
 @app.command()
 def info(source: AnyIn, device: Device = "cpu") -> None:
-    """What a token file, an audio file, or a checkpoint holds; of `mimi` and `jodio`, what each part costs."""
+    """What a token file, an audio file, or a model holds; of `mimi` and `jodio`, what each part costs."""
     from ..audio import probe
     from ..tokens import Tokens, is_tokens
     from . import report, work
 
     if str(source) in work.ARCHITECTURES and not source.exists():
         report.costs(*work.costs(device))
-    elif source.is_dir():
-        report.checkpoint(source)
+    elif source.is_dir() or work.is_model_name(source):
+        report.checkpoint(str(source))
     elif is_tokens(check_input(source)):
         report.tokens(Tokens.load(source), source)
     elif source.suffix == ".safetensors":
-        report.checkpoint(source)
+        report.checkpoint(str(source))
     else:
         report.audio(probe(source))
 
 
 @app.command()
-def explain(device: Device = "cpu", dtype: Dtype = "float32", impl: Impl = "auto") -> None:
-    """Which implementation runs each op, why, and why the other candidates do not."""
+def explain(model: OneModel = None, device: Device = "cpu", dtype: Dtype = "float32", impl: Impl = "auto") -> None:
+    """Which implementation runs each op, why, and why faster ones do not."""
     from ..dispatch import explain
     from . import report, work
 
-    kind = work.device_type(device)
-    report.dispatch(explain(kind, work.dtype_of(dtype), impl), f"{kind}, {dtype}, impl={impl}")
+    kind, title = work.device_type(device), f"{device}, {dtype}, impl={impl}"
+    if model is None:  # the device need not be there
+        report.dispatch(explain(kind, work.dtype_of(dtype), impl), title)
+    else:
+        report.dispatch(work.load(model, device, dtype, impl).explain(), f"{model}, {title}")
 
 
 @app.command()

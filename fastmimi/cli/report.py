@@ -148,11 +148,11 @@ def audio(file: AudioFile) -> None:
     )
 
 
-def checkpoint(path: Path) -> None:
+def checkpoint(source: str) -> None:
     from ..weights import fingerprint, load
 
-    with busy(f"loading {path}"):
-        codec = load(path)
+    with busy(f"loading {source}"):
+        codec = load(source)
     config = codec.config
     parts = {
         name: sum(p.numel() for module in modules if module is not None for p in module.state_dict().values())
@@ -165,7 +165,7 @@ def checkpoint(path: Path) -> None:
     listed = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items() if count)
     books = f"{codec.total_codebooks}, {config.num_semantic_quantizers} of them semantic"
     rows = {
-        "file": str(path),
+        "model": source,
         "parameters": f"{sum(parts.values()) / 1e6:.2f} M: {listed}",
         "audio": f"{codec.sample_rate} Hz, channels: {config.audio_channels}",
         "frames": f"{codec.frame_rate:g} a second, of {codec.frame_size} samples",
@@ -184,7 +184,8 @@ def dispatch(choices: list[Choice], title: str) -> None:
         table.add_column(column)
     for choice in choices:
         passed_over = "\n".join(f"{name}: {why}" for name, why in choice.passed_over)
-        table.add_row(choice.op, choice.chosen, choice.reason, passed_over)
+        inside = f"\n{choice.inside[0]} in it: {choice.inside[1]}" if choice.inside is not None else ""
+        table.add_row(choice.op, choice.chosen + inside, choice.reason, passed_over)
     print_table(table)
 
 

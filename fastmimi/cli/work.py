@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,16 @@ def device_of(name: str) -> torch.device:
     if (device.index or 0) >= torch.accelerator.device_count():
         raise InputError(f"device {name!r} was asked for, and there are {torch.accelerator.device_count()}")
     return device
+
+
+def is_model_name(source: Path) -> bool:
+    """A name that `load` takes for a model and not for a file: demo, random weights, or a hub id."""
+    name = str(source)
+    if source.exists():
+        return False
+    return re.fullmatch(r"demo|(jodio-)?random(:\d+)?", name) is not None or (
+        not source.suffix and name.count("/") == 1
+    )
 
 
 def check_fit(tokens: Tokens, codec: Codec, source: Path, model: str, *, force: bool) -> None:
