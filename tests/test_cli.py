@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import typer
 from typer.testing import CliRunner, Result
 
 import fastmimi
@@ -232,6 +234,23 @@ def test_pictures_are_drawn(here: Path, models: dict[str, str]) -> None:
     assert b"<svg" in Path("out/e.svg").read_bytes()
     assert Path("out/d.pdf").read_bytes().startswith(b"%PDF")
     assert Path("out/b.wav").read_bytes() == Path("out/a.wav").read_bytes()
+
+
+def test_help_prints_every_text_as_it_is_written() -> None:
+    """Brackets are no markup: `fastmimi[train]`, `[jodio-]random[:seed]`."""
+    group = typer.main.get_command(app)
+    listed = letters(run("--help").stdout)
+    for name, command in group.commands.items():
+        printed = letters(run(name, "--help").stdout)
+        assert letters(command.help) in listed and letters(command.help) in printed
+        for parameter in command.params:
+            assert letters(parameter.help or "") in printed
+    assert "fastmimi[train]" in listed
+
+
+def letters(text: str) -> str:
+    """Without white space, the frame of a table, and Markdown's quotes of code."""
+    return re.sub(r"[\s│|`]", "", text)
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -39,7 +39,7 @@ TokensBeside = Annotated[Path | None, typer.Option(help="Also write the token fi
 Plot = Annotated[Path | None, typer.Option(help="Draw waveforms, spectrograms and codes (png, pdf, svg).")]
 ConfigIn = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML: the fields of fastmimi.train.TrainConfig.")]
 Changes = Annotated[
-    list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Of the configuration: optimizer.lr=1e-4")
+    list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Of the configuration: optimizer.lr=1e-4")
 ]
 Speech = Annotated[Path, typer.Argument(metavar="DIR", help="A folder of audio files, or one file.")]
 Counts = Annotated[list[int] | None, typer.Option(help="How many codebooks, repeatedly; by default 8, and all.")]
@@ -52,6 +52,7 @@ app = typer.Typer(
     help="Mimi, the neural audio codec: speech to codes at 12.5 frames a second, and back.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # as "rich", it would take [train] and [jodio-] for markup, and leave them out
 )
 
 

@@ -86,12 +86,11 @@ def device_of(name: str) -> torch.device:
 
 def is_model_name(source: Path) -> bool:
     """A name that `load` takes for a model and not for a file: demo, random weights, or a hub id."""
-    name = str(source)
+    name = source.as_posix()
     if source.exists():
         return False
-    return re.fullmatch(r"demo|(jodio-)?random(:\d+)?", name) is not None or (
-        not source.suffix and name.count("/") == 1
-    )
+    ours = re.fullmatch(r"demo|(jodio-)?random(:\d+)?", name) is not None
+    return ours or (not source.suffix and name.count("/") == 1)
 
 
 def check_fit(tokens: Tokens, codec: Codec, source: Path, model: str, *, force: bool) -> None:
