@@ -149,6 +149,39 @@ def test_the_wheel_takes_one_top_level_name(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastmimi"}
 
 
+def test_the_wheel_is_for_any_python(wheel: Path) -> None:
+    """Its library is no Python extension: only the platform is tagged, and that only where the library is there."""
+    libraries = [name for name in wheel_files(wheel) if name.endswith(".so")]
+    _, _, python, abi, platform = wheel.stem.split("-")
+    assert (python, abi) == ("py3", "none")
+    assert (platform != "any") == bool(libraries)
+
+
+def test_a_wheel_without_the_library_is_for_any_platform(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not setuptools_can_build():
+        pytest.skip("setuptools >= 77 is not installed here")
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, str(tmp_path / "no_compiler"))
+    command = ("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy)
+    run(sys.executable, "-m", "pip", *command, cwd=tmp_path)
+    (built,) = tmp_path.glob("*.whl")
+    assert built.name.endswith("-py3-none-any.whl")
+    assert not [name for name in wheel_files(built) if name.endswith(".so")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the library is stripped on Linux")
+def test_the_library_is_stripped(wheel: Path) -> None:
+    name = "fastmimi/kernels/cpu/native/libfastmimi.so"
+    if name not in wheel_files(wheel):
+        pytest.skip("there is no C++ compiler here")
+    library = zipfile.ZipFile(wheel).read(name)
+    assert b".symtab" not in library and b".debug_info" not in library  # names of its sections
+
+
 def test_a_source_distribution_builds_the_same_wheel(wheel: Path, source: Path, tmp_path: Path) -> None:
     """The links become folders in an sdist."""
     if not setuptools_can_build():
