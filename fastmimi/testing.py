@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from .config import CodecConfig
 from .errors import InputError
@@ -72,11 +75,104 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     return ((x.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
 
 
-def assert_as_exact(mine: Tensor, plain: Tensor, truth: Tensor) -> None:
-    """`mine` errs against the fp64 truth at most twice as much as `plain` PyTorch in the same dtype, and a rounding."""
-    assert mine.dtype == plain.dtype and mine.shape == truth.shape
-    error, allowed = relative_error(mine, truth), 2 * relative_error(plain, truth) + torch.finfo(mine.dtype).eps
-    assert error <= allowed, f"off by {error:.2e} of the peak, {allowed:.2e} allowed"
+@dataclass(frozen=True)
+class Errors:
+    """Largest errors against fp64, over its peak; `assert_as_exact` says how they are compared."""
+
+    mine: float
+    plain: float  # of plain PyTorch in the same dtype
+    bound: float  # of the reference in fp64 with perturbed operands
+    eps: float
+
+    @property
+    def allowed(self) -> float:
+        return max(2 * self.plain, self.bound) + self.eps
+
+    def check(self) -> None:
+        assert self.mine <= self.allowed, f"off by {self.mine:.2e} of the peak, {self.allowed:.2e} allowed: {self}"
+
+
+def assert_as_exact(op: Callable[..., Tensor], reference: Callable[..., Tensor], operands: Sequence[Any],
+                    *, longest: int, fixed: Collection[int] = (), **options: Any) -> None:  # fmt: skip
+    """AssertionError unless the rounding errors of `op` are of the size that its sums, or plain PyTorch, explain.
+
+    Its error against the reference in fp64 may be one unit in the last place more than the larger of
+
+    - twice the error of plain PyTorch: the reference in the operands' dtype;
+    - the bound: how far the reference in fp64 moves when every element of every operand is off by sqrt(n) + 2 unit
+      roundoffs, up or down at random. n is the number of terms of the longest sum; the largest of three draws counts.
+
+    PyTorch's error depends on the processor, the bound does not. It is a backward error: a sum of n products rounded
+    in any order is, with high probability, the exact sum of products that are each off by at most lambda sqrt(n) unit
+    roundoffs, where lambda is a small constant (Higham and Mary, "A New Approach to Probabilistic Rounding Error
+    Analysis", SIAM J. Sci. Comput. 41(5), 2019). Here lambda is 1, and the signs are independent, which suits
+    products of mean zero, such as those with random weights ("Sharper Probabilistic Backward Error Analysis for Basic
+    Linear Algebra Kernels with Random Data", by the same, 42(5), 2020). The 2 stand for what is no sum: activations,
+    biases, residuals. In half precision sums are still in fp32: sqrt(n) counts fp32's unit roundoff, 2 the dtype's.
+
+    tests/test_testing.py shows what this accepts and refuses, `make numerics` how near to it the implementations are.
+
+    `operands` are positional. None, integers and those at the indices in `fixed` are neither widened nor perturbed.
+    """
+    errors(op, reference, operands, longest=longest, fixed=fixed, **options).check()
+
+
+def errors(op: Callable[..., Tensor], reference: Callable[..., Tensor], operands: Sequence[Any],
+           *, longest: int, fixed: Collection[int] = (), **options: Any) -> Errors:  # fmt: skip
+    """The errors that `assert_as_exact` compares."""
+    rounded = [i for i, t in enumerate(operands) if i not in fixed and t is not None and t.is_floating_point()]
+
+    def in_fp64(factors: Sequence[Tensor | float]) -> Tensor:
+        given = list(operands)
+        for i, factor in zip(rounded, factors, strict=True):
+            given[i] = given[i].double() * factor
+        return reference(*given, **options)
+
+    mine, plain = op(*operands, **options), reference(*operands, **options)
+    assert mine.dtype == plain.dtype
+    truth = in_fp64([1.0] * len(rounded))
+    eps = torch.finfo(mine.dtype).eps
+    size = longest**0.5 * torch.finfo(torch.float32).eps / 2 + eps
+    generator = torch.Generator("cpu").manual_seed(0)
+    bound = 0.0
+    for _ in range(3):
+        factors = [1 + size * _signs(operands[i], generator) for i in rounded]
+        bound = max(bound, relative_error(in_fp64(factors), truth))
+    return Errors(relative_error(mine, truth), relative_error(plain, truth), bound, eps)
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """1 or -1 at random, in fp64."""
+    signs = torch.randint(0, 2, like.shape, generator=generator, device="cpu", dtype=torch.double) * 2 - 1
+    return signs.to(like.device)
+
+
+def as_function(model: Mimi, method: str) -> Callable[..., Tensor]:
+    """A method of the model as a function of its input and all the model's parameters, in their dtype."""
+
+    class Method(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(self.model, method)(x)
+
+    module = Method()
+    names = [name for name, _ in module.named_parameters()]
+    return lambda x, *parameters: functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
+
+
+def longest_sum(model: torch.nn.Module) -> int:
+    """Terms of the longest sum in the model's linear and convolutional layers."""
+    lengths = [0]
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv1d):
+            lengths.append(layer.weight[0].numel())
+        elif isinstance(layer, torch.nn.ConvTranspose1d):
+            taps = -(-layer.kernel_size[0] // layer.stride[0])  # that reach an output
+            lengths.append(layer.in_channels // layer.groups * taps)
+    return max(lengths)
 
 
 def assert_nearest(codes: Tensor, x: Tensor, codebooks: Tensor) -> None:

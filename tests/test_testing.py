@@ -1,0 +1,234 @@
+"""The check of exactness itself: it accepts fp32 sums in any order, and refuses lost terms and fewer digits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from fastmimi.reference.causal_conv1d import causal_conv1d
+from fastmimi.reference.causal_conv_transpose1d import causal_conv_transpose1d
+from fastmimi.reference.resblock import resblock
+from fastmimi.reference.transformer_layer import transformer_layer
+from fastmimi.reference.window_attention import window_attention
+from fastmimi.testing import as_function, assert_as_exact, errors, longest_sum, noise, small_model
+
+
+class Products(TorchFunctionMode):
+    """The matrix products within PyTorch's operations by multiply(number, a [..., M, N], b [..., N, P])."""
+
+    def __init__(self, multiply):
+        super().__init__()
+        self.multiply, self.count = multiply, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return {
+            F.conv1d: self.conv1d,
+            F.conv_transpose1d: self.conv_transpose1d,
+            F.linear: self.linear,
+            F.scaled_dot_product_attention: self.attention,
+        }.get(func, func)(*args, **(kwargs or {}))
+
+    def product(self, a, b):
+        self.count += 1
+        return self.multiply(self.count - 1, a, b)
+
+    def conv1d(self, x, weight, bias, stride, dilation, groups):
+        columns = F.unfold(x[:, :, None], (1, weight.shape[2]), dilation=(1, dilation), stride=(1, stride))
+        assert groups == 1
+        y = self.product(weight.flatten(1), columns)
+        return y if bias is None else y + bias[:, None]
+
+    def conv_transpose1d(self, x, weight, bias, stride, groups, output_padding):
+        if groups != 1:  # depthwise: sums of two terms
+            return F.conv_transpose1d(x, weight, bias, stride, 0, output_padding, groups)
+        assert output_padding == 0
+        columns, kernel = self.product(weight.flatten(1).t(), x), weight.shape[2]
+        full = (1, (x.shape[2] - 1) * stride + kernel)
+        y = F.fold(columns, full, (1, kernel), stride=(1, stride))[:, :, 0]
+        return y if bias is None else y + bias[:, None]
+
+    def linear(self, x, weight, bias=None):
+        y = self.product(x, weight.t())
+        return y if bias is None else y + bias
+
+    def attention(self, q, k, v, visible, dropout):
+        scores = self.product(q, k.mT) / q.shape[-1] ** 0.5
+        return self.product(scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+
+def terms(a, b):
+    return (a[..., i, None] * b[..., i, None, :] for i in range(a.shape[-1]))
+
+
+def sequential(_, a, b):
+    return sum(terms(a, b))
+
+
+def backwards(_, a, b):
+    return sum(terms(a.flip(-1), b.flip(-2)))
+
+
+def blocked(_, a, b):
+    return sum(x @ y for x, y in zip(a.split(16, dim=-1), b.split(16, dim=-2), strict=True))
+
+
+def pairwise(_, a, b):
+    half = a.shape[-1] // 2
+    if half == 0:
+        return a @ b
+    return pairwise(_, a[..., :half], b[..., :half, :]) + pairwise(_, a[..., half:], b[..., half:, :])
+
+
+def in_fp64(_, a, b):
+    return (a.double() @ b.double()).to(a.dtype)
+
+
+def without_a_term(a, b):
+    return a[..., 1:] @ b[..., 1:, :]
+
+
+def bfloat16(a, b):
+    return a.bfloat16().float() @ b
+
+
+def tf32(a, b):
+    """One operand with 10 bits behind the point, rounded to nearest."""
+    return ((a.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) @ b
+
+
+def sums_in_bfloat16(a, b):
+    return sum(terms(a, b))
+
+
+def frequencies(dim):
+    return 1.0 / (10_000.0 ** (torch.arange(0, dim, 2) / dim))
+
+
+def convolution(c_in, c_out, kernel, stride=1, post="none"):
+    operands = [noise(1, c_in, 24, seed=1), noise(c_out, c_in, kernel, seed=2, scale=0.1), noise(c_out, seed=3)]
+    options = {"stride": stride, "pad": (kernel - stride, 0), "pre": "elu", "post": post, "longest": c_in * kernel}
+    return causal_conv1d, operands, options, {"pad": (kernel - stride - 1, 1)}
+
+
+def transposed(c_in, c_out, stride):
+    operands = [noise(1, c_in, 9, seed=1), noise(c_in, c_out, 2 * stride, seed=2, scale=0.1), noise(c_out, seed=3)]
+    options = {"stride": stride, "trim": (0, stride), "pre": "elu", "longest": 2 * c_in}
+    return causal_conv_transpose1d, operands, options, {"trim": (1, stride - 1)}
+
+
+def unit(channels):
+    half = channels // 2
+    shapes = [(1, channels, 20), (half, channels, 3), (half,), (channels, half, 1), (channels,)]
+    operands = [noise(*shape, seed=i, scale=0.3 if i == 0 else 0.1) for i, shape in enumerate(shapes)]
+    return resblock, operands, {"pad": (2, 0), "longest": 3 * channels}, {"pad": (1, 1)}
+
+
+def attention(dim, length, window):
+    operands = [noise(1, 2, length, dim, seed=i, scale=1.0) for i in range(3)] + [frequencies(dim)]
+    options = {"window": window, "longest": max(dim, min(length, window)), "fixed": (3,)}
+    return window_attention, operands, options, {"window": window - 1}
+
+
+def layer(width, hidden, length=12):
+    shapes = [(width,)] * 2 + [(width, width)] * 4 + [(width,)] * 3 + [(hidden, width), (width, hidden), (width,)]
+    weights = [noise(*shape, seed=i, scale=shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
+               for i, shape in enumerate(shapes)]  # fmt: skip
+    options = {"window": 8, "eps": 1e-5, "longest": hidden, "fixed": (13,)}
+    operands = [noise(1, length, width, seed=30, scale=1.0), *weights, frequencies(16)]
+    return transformer_layer, operands, options, {"window": 7}
+
+
+def codec(method, *shape):
+    model = small_model()
+    model.impl = "reference"
+    operands = [noise(*shape, seed=3), *model.parameters()]
+    return as_function(model, method), operands, {"longest": longest_sum(model)}
+
+
+CASES = {
+    "conv of 1 channel": convolution(1, 8, 7),
+    "conv of 64 channels": convolution(64, 32, 3, post="silu"),
+    "conv of 512 channels": convolution(512, 40, 7, 2),
+    "transposed conv of 8 channels": transposed(8, 4, 3),
+    "transposed conv of 512 channels": transposed(512, 20, 4),
+    "unit of 16 channels": unit(16),
+    "unit of 256 channels": unit(256),
+    "attention of 16 dimensions": attention(16, 20, 5),
+    "attention of 64 dimensions": attention(64, 150, 100),
+    "layer of 32 channels": layer(32, 50),
+    "layer of 256 channels": layer(256, 1024),
+}
+CODECS = {
+    "encoder": codec("encode_to_latent", 1, 1, 2 * 1920),
+    "decoder": codec("decode_latent", 1, 32, 2),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+def by(multiply, reference):
+    def op(*operands, **options):
+        with Products(multiply):
+            return reference(*operands, **options)
+
+    return op
+
+
+def number_of_products(reference, operands, options):
+    options = {name: value for name, value in options.items() if name not in ("longest", "fixed")}
+    with Products(in_fp64) as products:
+        reference(*operands, **options)
+    return products.count
+
+
+@pytest.mark.parametrize("multiply", [sequential, backwards, blocked, pairwise, in_fp64])
+@pytest.mark.parametrize("name", [*CASES, *CODECS])
+def test_fp32_sums_in_any_order_lie_within_the_bound(name, multiply):
+    """Whatever the error of this processor's own kernels."""
+    reference, operands, options, *_ = (CASES | CODECS)[name]
+    found = errors(by(multiply, reference), reference, operands, **options)
+    assert found.mine <= found.bound + found.eps, found
+
+
+@pytest.mark.parametrize("fault", [without_a_term, bfloat16, tf32])
+def test_one_faulty_product_is_refused(case, fault):
+    """Each product of the op by itself, with the others as they should be."""
+    reference, operands, options, _ = case
+    for faulty in range(number_of_products(reference, operands, options)):
+
+        def multiply(number, a, b, faulty=faulty):
+            return fault(a, b) if number == faulty else a @ b
+
+        with pytest.raises(AssertionError, match="of the peak"):
+            assert_as_exact(by(multiply, reference), reference, operands, **options)
+
+
+@pytest.mark.parametrize("fault", [without_a_term, bfloat16, tf32])
+@pytest.mark.parametrize("name", CODECS)
+def test_a_codec_of_faulty_products_is_refused(name, fault):
+    """All at once: a layer that LayerScale makes small may round as it likes, and its op's own tests see that."""
+    reference, operands, options = CODECS[name]
+    with pytest.raises(AssertionError, match="of the peak"):
+        assert_as_exact(by(lambda _, a, b: fault(a, b), reference), reference, operands, **options)
+
+
+def test_a_wrong_pad_trim_or_window_is_refused(case):
+    reference, operands, options, wrong = case
+
+    def op(*operands, **options):
+        return reference(*operands, **(options | wrong))
+
+    with pytest.raises(AssertionError, match="of the peak"):
+        assert_as_exact(op, reference, operands, **options)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "512" in name or "256" in name])
+def test_half_precision_with_sums_in_it_is_refused(name):
+    reference, operands, options, _ = CASES[name]
+    operands = [t if i in options.get("fixed", ()) else t.bfloat16() for i, t in enumerate(operands)]
+    assert_as_exact(by(lambda _, a, b: (a.float() @ b.float()).bfloat16(), reference), reference, operands, **options)
+    with pytest.raises(AssertionError, match="of the peak"):
+        assert_as_exact(by(lambda _, a, b: sums_in_bfloat16(a, b), reference), reference, operands, **options)
