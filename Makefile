@@ -11,7 +11,7 @@ MOSHI_NEEDS := einops huggingface_hub safetensors sentencepiece sphn tqdm
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-report native-sanitize kernels-report lint types clean
+.PHONY: help demo test bench bench-report native-sanitize numerics kernels-report lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ bench-report: $(VENV)/stamp-test  ## run the end-to-end benchmarks with two allo
 
 native-sanitize: $(VENV)/stamp-test  ## build the native kernels with sanitizers and run their tests
 	$(PY) tests/native_sanitize.py
+
+numerics: $(VENV)/stamp-test  ## run the ops' tests with PyTorch's other CPU kernels; how near errors come to their bound
+	$(PY) tests/numerics_sweep.py
 
 kernels-report: $(VENV)/stamp-test  ## compile every kernel for four GPU generations, without one: bench/results/kernels.md
 	$(PY) bench/kernels_report.py

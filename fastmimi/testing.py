@@ -120,6 +120,15 @@ def assert_as_exact(op: Callable[..., Tensor], reference: Callable[..., Tensor],
 def errors(op: Callable[..., Tensor], reference: Callable[..., Tensor], operands: Sequence[Any],
            *, longest: int, fixed: Collection[int] = (), **options: Any) -> Errors:  # fmt: skip
     """The errors that `assert_as_exact` compares."""
+    mine, plain = op(*operands, **options), reference(*operands, **options)
+    assert mine.dtype == plain.dtype
+    truth, bound = exact(reference, operands, mine.dtype, longest=longest, fixed=fixed, **options)
+    return Errors(relative_error(mine, truth), relative_error(plain, truth), bound, torch.finfo(mine.dtype).eps)
+
+
+def exact(reference: Callable[..., Tensor], operands: Sequence[Any], dtype: torch.dtype,
+          *, longest: int, fixed: Collection[int] = (), **options: Any) -> tuple[Tensor, float]:  # fmt: skip
+    """The reference in fp64, and the bound of `assert_as_exact` for computing it in `dtype`."""
     rounded = [i for i, t in enumerate(operands) if i not in fixed and t is not None and t.is_floating_point()]
 
     def in_fp64(factors: Sequence[Tensor | float]) -> Tensor:
@@ -128,22 +137,18 @@ def errors(op: Callable[..., Tensor], reference: Callable[..., Tensor], operands
             given[i] = given[i].double() * factor
         return reference(*given, **options)
 
-    mine, plain = op(*operands, **options), reference(*operands, **options)
-    assert mine.dtype == plain.dtype
-    truth = in_fp64([1.0] * len(rounded))
-    eps = torch.finfo(mine.dtype).eps
-    size = longest**0.5 * torch.finfo(torch.float32).eps / 2 + eps
+    truth, bound = in_fp64([1.0] * len(rounded)), 0.0
+    size = longest**0.5 * torch.finfo(torch.float32).eps / 2 + torch.finfo(dtype).eps
     generator = torch.Generator("cpu").manual_seed(0)
-    bound = 0.0
     for _ in range(3):
-        factors = [1 + size * _signs(operands[i], generator) for i in rounded]
+        factors = [1 + size * _signs(operands[i], generator).double() for i in rounded]
         bound = max(bound, relative_error(in_fp64(factors), truth))
-    return Errors(relative_error(mine, truth), relative_error(plain, truth), bound, eps)
+    return truth, bound
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """1 or -1 at random, in fp64."""
-    signs = torch.randint(0, 2, like.shape, generator=generator, device="cpu", dtype=torch.double) * 2 - 1
+    """1 or -1 at random."""
+    signs = torch.randint(0, 2, like.shape, generator=generator, device="cpu", dtype=torch.int8) * 2 - 1
     return signs.to(like.device)
 
 

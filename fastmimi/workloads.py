@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import dispatch
 from .ops import SCHEMAS
-from .testing import Errors, assert_nearest, errors, noise
+from .testing import assert_as_exact, assert_nearest, exact, noise
 
 HEAD = 64  # head dimension of the transformers
 FREQUENCIES = {"window_attention": 3, "transformer_layer": 13}  # where RoPE's frequencies stand among the tensors
@@ -76,18 +76,21 @@ class Workload:
 
     def check(self, candidate: str, dtype: torch.dtype, rows: int | None = None) -> None:
         """AssertionError unless the candidate is as exact as `testing.assert_as_exact` asks."""
+        tensors = self.tensors(dtype, rows)
         if self.op == "rvq_encode":
-            tensors = self.tensors(dtype, rows)
             assert_nearest(self.run(candidate, tensors), *tensors)
         else:
-            self.errors(candidate, dtype, rows).check()
+            op, reference = (dispatch.implementation(self.op, name) for name in (candidate, "reference"))
+            assert_as_exact(op, reference, tensors, **self.sums, **self.options)
 
-    def errors(self, candidate: str, dtype: torch.dtype, rows: int | None = None, seed: int = 0) -> Errors:
-        """The candidate's error, and what is allowed, on inputs of that seed."""
-        op, reference = (dispatch.implementation(self.op, name) for name in (candidate, "reference"))
-        fixed = [FREQUENCIES[self.op]] if self.op in FREQUENCIES else []  # which are fp32 in every precision
-        tensors = self.tensors(dtype, rows, seed)
-        return errors(op, reference, tensors, longest=self.longest, fixed=fixed, **self.options)
+    def exact(self, tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, float]:
+        """The result in fp64, and the bound of `testing.assert_as_exact` for computing it in `dtype`."""
+        return exact(dispatch.implementation(self.op, "reference"), tensors, dtype, **self.sums, **self.options)
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """What `testing.assert_as_exact` has to know; RoPE's frequencies are fp32 in every precision."""
+        return {"longest": self.longest, "fixed": [FREQUENCIES[self.op]] if self.op in FREQUENCIES else []}
 
 
 def _conv(
@@ -204,3 +207,9 @@ WORKLOADS: list[Workload] = [  # 10 s of audio, or as named
 
 def of(op: str) -> list[Workload]:
     return [workload for workload in WORKLOADS if workload.op == op]
+
+
+def distinct() -> list[Workload]:
+    """One workload for each op and shape of weights, without the wide ones."""
+    cases = {(w.op, str(w.shapes(1))): w for w in WORKLOADS if "wide" not in w.name and "1028" not in w.name}
+    return list(cases.values())

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -22,12 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="also run the Triton kernels' parity tests: on the GPU where there is one, else in Triton's interpreter",
     )
 
+    parser.addoption("--threads", type=int, default=1, help="PyTorch's threads in each process (default: 1)")
     parser.addoption("--native-library", help="a build of the native CPU kernels to test in place of the installed one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernels: runs Triton kernels; needs --kernels")
-    torch.set_num_threads(1)  # small tensors gain nothing from more, and threads that wait spin on a busy machine
+    # One by default: small tensors gain nothing from more, and threads that wait spin on a busy machine.
+    torch.set_num_threads(config.getoption("--threads"))
     # No deadline: how long an example takes is the machine's business.
     hypothesis.settings.register_profile("fastmimi", deadline=None, print_blob=True)
     hypothesis.settings.load_profile("fastmimi")
@@ -52,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(params=["reference", "cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)])
-def op(request: pytest.FixtureRequest) -> Iterator[Callable[..., torch.Tensor]]:
+def op(request: pytest.FixtureRequest, where_it_runs: Callable[..., Any]) -> Iterator[Callable[..., torch.Tensor]]:
     """The op that the test's file is named after, by each implementation; tensors are made where that runs.
 
     What is not written in its output is NaN.
@@ -64,21 +67,25 @@ def op(request: pytest.FixtureRequest) -> Iterator[Callable[..., torch.Tensor]]:
     with torch.device("cuda" if on_gpu else "cpu"):
         name = request.module.__name__.rpartition("test_")[2]
         op = implementation(name, request.param)
-        yield _where_it_runs(op, name, request.param) if request.param in ("cpu", "onednn") else op
+        yield where_it_runs(op, name, request.param) if request.param in ("cpu", "onednn") else op
     torch.use_deterministic_algorithms(False)
 
 
-def _where_it_runs(op: Callable[..., torch.Tensor], name: str, candidate: str) -> Callable[..., torch.Tensor]:
-    """A CPU implementation, whose tests in dtypes that it does not compute are skipped with its own sentence."""
+@pytest.fixture
+def where_it_runs() -> Callable[..., Any]:
+    """Wraps a CPU implementation: tests in dtypes that it does not compute are skipped with its own sentence."""
     from fastmimi.dispatch import Target, why_not
 
-    def call(*inputs: torch.Tensor, **options: object) -> torch.Tensor:
-        first = next(t for t in inputs if t.is_floating_point())
-        if (why := why_not(candidate, name, Target("cpu", first.dtype))) is not None:
-            pytest.skip(why)
-        return op(*inputs, **options)
+    def wrap(op: Callable[..., torch.Tensor], name: str, candidate: str) -> Callable[..., torch.Tensor]:
+        def call(*inputs: torch.Tensor, **options: object) -> torch.Tensor:
+            first = next(t for t in inputs if t.is_floating_point())
+            if (why := why_not(candidate, name, Target("cpu", first.dtype))) is not None:
+                pytest.skip(why)
+            return op(*inputs, **options)
 
-    return call
+        return call
+
+    return wrap
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi import dispatch, int8
+from fastmimi import dispatch, int8, workloads
 from fastmimi.kernels.cpu import _native
 from fastmimi.ops import OPS
 from fastmimi.testing import assert_as_exact, assert_nearest, noise, small_model
-from fastmimi.workloads import WORKLOADS
 
 pytestmark = pytest.mark.skipif(not _native.variants(), reason="the native library is not built here")
 ROWS = {"rvq_encode": [1, 37], "rvq_decode": [5]}  # at least, in tests of the models' shapes
@@ -26,8 +25,7 @@ def variant(request):
 
 def small_workloads():
     """The models' shapes, cut to what every variant runs in a moment, once with an odd number of rows and once few."""
-    cases = {(w.op, str(w.shapes(1))): w for w in WORKLOADS if "wide" not in w.name and "1028" not in w.name}
-    return [(w, rows) for w in cases.values() for rows in ROWS.get(w.op, [3, 61])]
+    return [(w, rows) for w in workloads.distinct() for rows in ROWS.get(w.op, [3, 61])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,12 +14,12 @@ FREQUENCIES = 13  # their place among the op's tensors; they are fp32 in every p
 
 
 @pytest.fixture(params=["reference", "cpu", "onednn"])
-def op(request):
+def op(request, where_it_runs):
     """Triton has no kernel of its own: there the reference runs, with Triton's attention in it."""
     from fastmimi.dispatch import implementation
 
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
-    yield implementation("transformer_layer", request.param)
+    yield where_it_runs(implementation("transformer_layer", request.param), "transformer_layer", request.param)
     torch.use_deterministic_algorithms(False)
 
 

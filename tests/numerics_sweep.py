@@ -1,0 +1,106 @@
+"""`make numerics`: the ops' tests with PyTorch's other CPU kernels, and how near to the bound errors come.
+
+PyTorch, oneDNN and MKL choose kernels by the processor; each setting makes them choose as on another one. Under each,
+with one thread and with two, the tests of the ops run, and then each op of the models on several random inputs. The
+table shows the worst error against fp64 as a share of the bound of `testing.assert_as_exact` (above 1: refused, unless
+plain PyTorch errs half as much).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from fastmimi import dispatch
+from fastmimi.kernels.cpu import _native
+from fastmimi.testing import relative_error
+from fastmimi.workloads import distinct
+
+ROOT = Path(__file__).resolve().parent.parent
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+SETTINGS = {  # PyTorch's own kernels are never below oneDNN's: where there is AMX, its bf16 attention then fails
+    "as it is": {},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", **AVX2},
+    "no vectors": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
+    "MKL the same everywhere": {"MKL_CBWR": "COMPATIBLE"},
+}
+OPS = ("causal_conv1d", "causal_conv_transpose1d", "resblock", "window_attention", "transformer_layer")
+TESTS = [f"tests/test_{name}.py" for name in (*OPS, "rvq_encode", "rvq_decode", "native", "int8", "kernels", "testing")]
+ROWS = (8, 64)  # samples, frames or positions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="random inputs of each op (default: 5)")
+    parser.add_argument("--no-tests", action="store_true", help="only the table")
+    parser.add_argument("--measure", type=int, metavar="THREADS", help="print the shares as JSON, in this process")
+    options = parser.parse_args()
+    if options.measure:
+        torch.set_num_threads(options.measure)
+        print(json.dumps(shares(options.seeds)))
+        return
+    runs = [(name, threads) for name in SETTINGS for threads in (1, 2)]
+    failed = [] if options.no_tests else [run for run in runs if not tests_pass(*run)]
+    tables = {run: measured(*run, options.seeds) for run in runs}
+    print_table(tables)
+    sys.exit(f"the tests failed with {failed}" if failed else 0)
+
+
+def tests_pass(setting: str, threads: int) -> bool:
+    print(f"{setting}, threads: {threads}", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", f"--threads={threads}", *TESTS]
+    environment = {**os.environ, **SETTINGS[setting]}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
+
+
+def measured(setting: str, threads: int, seeds: int) -> dict[str, float]:
+    """`shares` in a process of its own: libraries read their settings once."""
+    command = [sys.executable, __file__, f"--measure={threads}", f"--seeds={seeds}"]
+    environment = {**os.environ, **SETTINGS[setting]}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
+
+
+@torch.inference_mode()
+def shares(seeds: int) -> dict[str, float]:
+    """{"op, dtype, implementation": the worst error over its bound}."""
+    worst: dict[str, float] = {}
+    workloads = [w for w in distinct() if w.op in OPS]
+    for workload, dtype, rows, seed in product(workloads, (torch.float32, torch.bfloat16), ROWS, range(seeds)):
+        tensors = workload.tensors(dtype, rows, 100 * seed)
+        truth, bound = workload.exact(tensors, dtype)
+        for name, candidate in implementations(workload.op, dtype):
+            key = f"{workload.op}, {str(dtype)[6:]}, {name}"
+            error = relative_error(workload.run(candidate, tensors), truth)
+            worst[key] = max(worst.get(key, 0.0), error / (bound + torch.finfo(dtype).eps))
+    return worst
+
+
+def implementations(op: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
+    """What runs here: a name for the table and the dispatcher's; within each turn that variant is in use."""
+    for candidate in ("reference", "onednn"):
+        if dispatch.why_not(candidate, op, dispatch.Target("cpu", dtype)) is None:
+            yield candidate, candidate
+    for variant in _native.variants():
+        with _native.using(variant):
+            yield f"cpu {variant}", "cpu"
+
+
+def print_table(tables: dict[tuple[str, int], dict[str, float]]) -> None:
+    rows = sorted({row for table in tables.values() for row in table})
+    print("\nworst error / bound of each setting, with one thread and with two: " + ", ".join(SETTINGS))
+    for row in rows:
+        found = [table.get(row) for table in tables.values()]
+        print(f"{row:52}" + "".join("      -" if share is None else f"{share:7.2f}" for share in found))
+
+
+if __name__ == "__main__":
+    main()
