@@ -1,8 +1,9 @@
 """The transformers face: `MimiModel` and its halves, drop-in subclasses of transformers' own.
 
 Being subclasses, they are saved, loaded, moved, cast and found by `isinstance` as the originals are; the computing is
-`fastmimi.Mimi`'s, bound to the same parameters (binding.py). Codes and audio equal the peer's on the same weights but
-where it is improved on:
+`fastmimi.Mimi`'s, bound to the same parameters (binding.py). Arguments and outputs have the names and the order of the
+installed transformers, from 4.57 on (naming.py). Codes and audio equal the peer's on the same weights but where it is
+improved on:
 
 - `padding_mask` counts: each item's codes and audio are those of the item alone (the peer ignores it);
 - streaming takes any chunk: samples that fill no frame yet wait in the `padding_cache` (the peer loses them);
@@ -38,6 +39,7 @@ from ..ops import Call
 from ..quantizer import apply_in_full_precision, centroids
 from ..ragged import Ragged
 from .binding import Binding
+from .naming import CACHE, DECODER_CACHE, ENCODER_CACHE, signature_of
 
 MimiConfig = transformers.MimiConfig
 HALVES = hasattr(peer, "MimiEncoderModel")  # transformers >= 5.20: encoder and decoder are models of their own
@@ -152,8 +154,8 @@ def _through(transformer: Any, x: Tensor, past: list[Any], **kwargs: Any) -> Ten
         seen = 0 if past[0] is None else past[0].get_seq_length()
         positions = torch.arange(seen, seen + x.shape[1], device=x.device)
         kwargs["attention_mask"] = create_sliding_window_causal_mask(transformer.config, x, None, positions, past[0])
-    output = transformer(x, past_key_values=past[0], return_dict=True, **kwargs)
-    past[0] = output.past_key_values
+    output = transformer(x, return_dict=True, **{CACHE: past[0]}, **kwargs)
+    past[0] = getattr(output, CACHE)
     return output.last_hidden_state.transpose(1, 2)
 
 
@@ -169,6 +171,10 @@ def _answer(output: Any, return_dict: bool | None, config: Any) -> Any:
     return output.to_tuple() if HALVES else tuple(getattr(output, name) for name in output.__dataclass_fields__)
 
 
+def _part(name: str) -> property:
+    return property(lambda self: _submodule(self, name), lambda self, part: self._set_part(name, part))
+
+
 class MimiModel(Bound, peer.MimiModel):
     """Drop-in for `transformers.MimiModel`; see there for the arguments, and above for what is better."""
 
@@ -181,31 +187,32 @@ class MimiModel(Bound, peer.MimiModel):
         super().post_init()
         self._keep_in_fp32_modules_strict = {"codebook"}
 
+    @signature_of(peer.MimiModel.encode)
     def encode(
         self,
         input_values: Tensor,
         padding_mask: Tensor | None = None,
         num_quantizers: int | None = None,
-        encoder_past_key_values: Any = None,
+        past: Any = None,
         padding_cache: Any = None,
         use_streaming: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        *,
+        more: dict[str, Any],
     ) -> Any:
         """Audio [B, channels, N] -> `MimiEncoderOutput` with codes [B, K, ceil(N / frame_size)].
 
         With `use_streaming`, hand the caches of one call to the next; a chunk of any length yields the frames it
         completes. Codes beyond an item's mask are 0: `get_audio_codes_mask` tells which.
         """
-        if self._on_peer(kwargs, padding_cache):
+        if self._on_peer(more, padding_cache):
             return super().encode(
-                input_values, padding_mask, num_quantizers, encoder_past_key_values, padding_cache, use_streaming,
-                return_dict=return_dict, **kwargs,
+                input_values, padding_mask, num_quantizers, past, padding_cache, use_streaming,
+                return_dict=return_dict, **more,
             )  # fmt: skip
         core = self._core()
         count = self.config.num_quantizers if num_quantizers is None else num_quantizers
         streaming = self.config.use_streaming if use_streaming is None else use_streaming
-        past = encoder_past_key_values
         if streaming or past is not None or padding_cache is not None:
             with torch.no_grad():
                 if streaming and padding_cache is None:
@@ -218,38 +225,42 @@ class MimiModel(Bound, peer.MimiModel):
             codes = core.encode(input_values, padding_mask=mask, num_codebooks=count, last_frame="layers").clamp_(min=0)
         return _answer(peer.MimiEncoderOutput(codes, past, padding_cache), return_dict, self.config)
 
+    @signature_of(peer.MimiModel.decode)
     def decode(
         self,
         audio_codes: Tensor,
         padding_mask: Tensor | None = None,
-        decoder_past_key_values: Any = None,
+        past: Any = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        *,
+        more: dict[str, Any],
     ) -> Any:
         """Codes [B, K, T] -> `MimiDecoderOutput` with audio [B, channels, T * frame_size], cut to the mask's length."""
-        if self._on_peer(kwargs):
-            return super().decode(audio_codes, padding_mask, decoder_past_key_values, return_dict=return_dict, **kwargs)
+        if self._on_peer(more):
+            return super().decode(audio_codes, padding_mask, past, return_dict=return_dict, **more)
         core = self._core()
         transformer = _submodule(self, "decoder_transformer")
         latents = core.dequantize(audio_codes)
-        audio, past = self._decoded(core, latents, padding_mask, decoder_past_key_values, transformer)
+        audio, past = self._decoded(core, latents, padding_mask, past, transformer)
         return _answer(peer.MimiDecoderOutput(audio, past), return_dict, self.config)
 
+    @signature_of(peer.MimiModel.forward)
     def forward(
         self,
         input_values: Tensor,
         padding_mask: Tensor | None = None,
         num_quantizers: int | None = None,
         audio_codes: Tensor | None = None,
-        encoder_past_key_values: Any = None,
-        decoder_past_key_values: Any = None,
+        encoder_past: Any = None,
+        decoder_past: Any = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        *,
+        more: dict[str, Any],  # not looked at, as in the peer
     ) -> Any:
         """Audio [B, channels, N] -> `MimiOutput` with codes and audio of the same length; differentiable end to end."""
         length = (input_values if padding_mask is None else padding_mask).shape[-1]
         no_states = {"output_hidden_states": False, "output_attentions": False}  # `MimiOutput` has no room for them
-        plain = audio_codes is None and encoder_past_key_values is None and not self._on_peer(no_states)
+        plain = audio_codes is None and encoder_past is None and not self._on_peer(no_states)
         if plain and torch.is_grad_enabled() and not self.config.use_streaming:
             core = self._core()
             count = self.config.num_quantizers if num_quantizers is None else num_quantizers
@@ -258,17 +269,15 @@ class MimiModel(Bound, peer.MimiModel):
             if mask is not None:
                 audio_codes = torch.where(core.frame_mask(mask)[:, None], audio_codes, 0)
             transformer = _submodule(self, "decoder_transformer")
-            audio, past = self._decoded(core, latents, padding_mask, decoder_past_key_values, transformer)
+            audio, decoder_past = self._decoded(core, latents, padding_mask, decoder_past, transformer)
         else:
             if audio_codes is None:
-                encoded = self.encode(
-                    input_values, padding_mask, num_quantizers, encoder_past_key_values, return_dict=True
-                )
-                audio_codes, encoder_past_key_values = encoded.audio_codes, encoded.encoder_past_key_values
-            decoded = self.decode(audio_codes, padding_mask, decoder_past_key_values, return_dict=True)
-            audio, past = decoded.audio_values, decoded.decoder_past_key_values
+                encoded = self.encode(input_values, padding_mask, num_quantizers, encoder_past, return_dict=True)
+                audio_codes, encoder_past = encoded.audio_codes, getattr(encoded, ENCODER_CACHE)
+            decoded = self.decode(audio_codes, padding_mask, decoder_past, return_dict=True)
+            audio, decoder_past = decoded.audio_values, getattr(decoded, DECODER_CACHE)
         audio = audio[..., :length]
-        return _answer(peer.MimiOutput(audio_codes, audio, encoder_past_key_values, past), return_dict, self.config)
+        return _answer(peer.MimiOutput(audio_codes, audio, encoder_past, decoder_past), return_dict, self.config)
 
     if HALVES:  # there read-only properties: subclasses drop parts by `self.upsample = None`
 
@@ -277,20 +286,8 @@ class MimiModel(Bound, peer.MimiModel):
             if half is not None:
                 setattr(half, name, value)
 
-        encoder_transformer = property(
-            lambda self: _submodule(self, "encoder_transformer"),
-            lambda self, part: self._set_part("encoder_transformer", part),
-        )
-        decoder_transformer = property(
-            lambda self: _submodule(self, "decoder_transformer"),
-            lambda self, part: self._set_part("decoder_transformer", part),
-        )
-        downsample = property(
-            lambda self: _submodule(self, "downsample"), lambda self, part: self._set_part("downsample", part)
-        )
-        upsample = property(
-            lambda self: _submodule(self, "upsample"), lambda self, part: self._set_part("upsample", part)
-        )
+        encoder_transformer, decoder_transformer = _part("encoder_transformer"), _part("decoder_transformer")
+        downsample, upsample = _part("downsample"), _part("upsample")
 
         def __setattr__(self, name: str, value: Any) -> None:
             if isinstance(getattr(type(self), name, None), property) and isinstance(value, nn.Module):
@@ -305,25 +302,25 @@ if HALVES:
     class MimiEncoderModel(Bound, peer.MimiEncoderModel):
         """Drop-in for `transformers.MimiEncoderModel`: audio to continuous latents."""
 
+        @signature_of(peer.MimiEncoderModel.forward)
         def forward(
             self,
             input_values: Tensor,
             padding_mask: Tensor | None = None,
-            past_key_values: Any = None,
+            past: Any = None,
             padding_cache: Any = None,
             use_streaming: bool | None = None,
             return_dict: bool | None = None,
-            **kwargs: Any,
+            *,
+            more: dict[str, Any],
         ) -> Any:
             """Audio [B, channels, N] -> `MimiEncoderModelOutput` with latents [B, hidden, ceil(N / frame_size)]."""
-            if self._on_peer(kwargs, padding_cache):
+            if self._on_peer(more, padding_cache):
                 return super().forward(
-                    input_values, padding_mask, past_key_values, padding_cache, use_streaming,
-                    return_dict=return_dict, **kwargs,
-                )  # fmt: skip
+                    input_values, padding_mask, past, padding_cache, use_streaming, return_dict=return_dict, **more
+                )
             core = self._core()
             streaming = self.config.use_streaming if use_streaming is None else use_streaming
-            past = past_key_values
             if streaming or past is not None or padding_cache is not None:
                 if streaming and padding_cache is None:
                     padding_cache = PaddingCache(core, input_values.shape[0])
@@ -334,25 +331,26 @@ if HALVES:
             else:
                 mask = _if_it_pads(padding_mask)
                 latents = core.encode_to_latent(input_values, padding_mask=mask, last_frame="layers")
-            output = peer.MimiEncoderModelOutput(latents=latents, past_key_values=past, padding_cache=padding_cache)
-            return _answer(output, return_dict, self.config)
+            return _answer(peer.MimiEncoderModelOutput(latents, past, padding_cache), return_dict, self.config)
 
     class MimiDecoderModel(Bound, peer.MimiDecoderModel):
         """Drop-in for `transformers.MimiDecoderModel`: continuous latents to audio."""
 
+        @signature_of(peer.MimiDecoderModel.forward)
         def forward(
             self,
             latents: Tensor,
             padding_mask: Tensor | None = None,
-            past_key_values: Any = None,
+            past: Any = None,
             return_dict: bool | None = None,
-            **kwargs: Any,
+            *,
+            more: dict[str, Any],
         ) -> Any:
             """Latents [B, hidden_size, T] -> `MimiDecoderOutput` with audio [B, channels, T * frame_size]."""
-            if self._on_peer(kwargs):
-                return super().forward(latents, padding_mask, past_key_values, return_dict=return_dict, **kwargs)
+            if self._on_peer(more):
+                return super().forward(latents, padding_mask, past, return_dict=return_dict, **more)
             core = self._core()
-            audio, past = self._decoded(core, latents, padding_mask, past_key_values, self.decoder_transformer)
+            audio, past = self._decoded(core, latents, padding_mask, past, self.decoder_transformer)
             return _answer(peer.MimiDecoderOutput(audio, past), return_dict, self.config)
 
     for cls in (MimiEncoderModel, MimiDecoderModel):  # transformers notes it where one is made; `adopt` makes none
