@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import inspect
 import subprocess
 import sys
 import tempfile
@@ -258,7 +259,60 @@ def test_python_ends_cleanly_while_threads_work(file):
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
-# ---- precisions, wav files, errors
+# ---- numbers of codebooks, limits, precisions, wav files, errors
+
+
+@pytest.mark.parametrize("name", ["Tokenizer", "StreamTokenizer"])
+def test_keywords_are_the_peers(package, name):
+    theirs, mine = (inspect.signature(getattr(module, name)).parameters.values() for module in (package, face))
+    assert [(p.name, p.kind, p.default) for p in mine] == [(p.name, p.kind, p.default) for p in theirs]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_fewer_codebooks(package, file, count):
+    theirs, ours = (module.Tokenizer(file, num_codebooks=count) for module in (package, face))
+    audio, codes = samples(3 * FRAME), some_codes(3)[:, :count].copy()
+    assert_same_codes(ours.encode(audio), theirs.encode(audio), ours._mimi, audio)
+    assert_same_audio(ours.decode(codes), theirs.decode(codes))
+    assert ours.encode_step(audio).shape == (1, count, 3)
+    assert_same_audio(ours.decode_step(codes), ours.decode(codes))
+    with pytest.raises(ValueError, match=rf"codes must be \[batch, {count}, frames\], got \(1, 8, 3\)"):
+        ours.decode(some_codes(3))
+    if count > 1:  # with one, it takes the first row of any
+        with pytest.raises(ValueError, match="mismatch between the number of layers"):
+            theirs.decode(some_codes(3))
+    stream = face.StreamTokenizer(file, num_codebooks=count)
+    stream.encode(audio[0, 0])
+    stream.decode(codes[0].T)
+    assert np.array_equal(wait(stream.get_encoded), ours.encode(audio)[0])
+    assert_same_audio(wait(stream.get_decoded), ours.decode(codes)[0, 0])
+    with pytest.raises(ValueError, match=rf"codes must be \[frames, {count}\], got \(3, 8\)"):
+        stream.decode(some_codes(3)[0].T)
+
+
+def test_numbers_of_codebooks_that_there_are_not(package, file):
+    for module in (package, face):
+        with pytest.raises(ValueError, match="cannot find tensor|number of codebooks"):
+            module.Tokenizer(file, num_codebooks=9)
+        for count in (8.0, "8", None):
+            with pytest.raises(TypeError):
+                module.Tokenizer(file, num_codebooks=count)
+    for count in (9, 0, -1):  # 0 is a panic there
+        with pytest.raises(ValueError, match=f"number of codebooks must be from 1 to 8, got {count}"):
+            face.Tokenizer(file, num_codebooks=count)
+
+
+def test_the_longest_input_is_the_peers_limit_and_not_ours(package, file):
+    """There, everything that an object has ever encoded counts, clips and steps, and `reset` changes nothing."""
+    theirs, ours = (module.Tokenizer(file, max_seq_len=8) for module in (package, face))
+    for tokenizer in (theirs, ours):
+        tokenizer.encode(samples(2 * FRAME))
+        tokenizer.encode_step(samples(2 * FRAME))
+        tokenizer.reset()
+    with pytest.raises(ValueError, match="dim_len: \\[8,"):
+        theirs.encode(samples(FRAME))
+    assert ours.encode(samples(9 * FRAME)).shape == (1, 8, 9)
+    assert ours.decode(some_codes(9)).shape == (1, 1, 9 * FRAME)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])

@@ -1,8 +1,8 @@
 """rustymimi's interface to Mimi: numpy arrays in and out, thin over `fastmimi.Mimi` and `StreamState`.
 
-`from fastmimi.compat import rustymimi` takes the place of `import rustymimi`: eight codebooks, codes uint32, audio
-float32, on the CPU. Up to 10 s codes are rustymimi's, and audio is to fp32 rounding. An incomplete last frame is
-completed layer by layer, as there (and in transformers); no samples at all give the frame of one silent sample.
+`from fastmimi.compat import rustymimi` takes the place of `import rustymimi`: eight codebooks by default, codes
+uint32, audio float32, on the CPU. Up to 10 s codes are rustymimi's, and audio is to fp32 rounding. An incomplete last
+frame is completed layer by layer, as there (and in transformers); no samples at all give the frame of one silent sample.
 What differs, on purpose:
 
 - Every position attends to itself and the 249 before it, as in moshi and transformers; in rustymimi it sees 251,
@@ -10,11 +10,13 @@ What differs, on purpose:
 - `reset` starts over entirely; rustymimi keeps the last latents before the downsampling, and its first frame after a
   reset is another one. `encode` and `decode` leave the streams of the steps alone; there they end up in their
   attention.
-- There is no longest input: `max_seq_len` is checked and has no effect. rustymimi fails after that many positions of
-  a clip or of a stream, 25 per second: by default after 8192, 5.5 minutes.
-- `StreamTokenizer.decode` takes any number of frames [T, 8], rustymimi one. What a worker thread fails of is raised by
+- There is no longest input: `max_seq_len` is checked and has no effect. rustymimi raises ValueError once an object has
+  encoded, or decoded, more than that many positions, 25 per second: by default 8192, or 5.5 minutes. Clips and streams
+  count alike, and `reset` does not start the count anew.
+- `StreamTokenizer.decode` takes any number of frames [T, K], rustymimi one. What a worker thread fails of is raised by
   the `get_` call that would have had its result, and the stream goes on as if it had not been given; rustymimi
   prints it, and who waits for the result waits forever.
+- Codes have as many rows as there are codebooks; with one, rustymimi's `decode` takes more and reads the first.
 - Arrays need not be contiguous, no frames decode to no samples (there a panic), "bf16" works, and samples that are
   NaN or infinite raise InputError.
 """
@@ -39,7 +41,6 @@ from ..errors import InputError
 from ..state import StreamState
 from ..weights import load
 
-CODEBOOKS = 8
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,19 +49,27 @@ class Tokenizer:
 
     Args:
         path: a `.safetensors` file in Kyutai's layout, or any other source that `fastmimi.load` takes.
+        num_codebooks: K, how many of the file's codebooks `encode` yields and `decode` takes.
         dtype: "f32", "f16" or "bf16", what it computes in; codebooks and their search stay fp32.
         max_seq_len: without effect.
 
-    Raises InputError for a path or dtype that there is not, and for a file that holds no Mimi of 8 codebooks or more.
+    Raises InputError for a path or dtype that there is not, and for a file that holds no Mimi of so many codebooks.
     Its methods raise TypeError for arrays of another dtype or rank, InputError for what is in them.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, dtype: str = "f32", max_seq_len: int | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        num_codebooks: int = 8,
+        dtype: str = "f32",
+        max_seq_len: int | None = None,
+    ):
         if dtype not in DTYPES:
             raise InputError(f"dtype must be {', '.join(map(repr, DTYPES))}, got {dtype!r}")
         if max_seq_len is not None and operator.index(max_seq_len) < 1:
             raise InputError(f"max_seq_len must be a positive integer or None, got {max_seq_len}")
-        self._mimi = load(Path(path), dtype=DTYPES[dtype], num_codebooks=CODEBOOKS)
+        self._mimi = load(Path(path), dtype=DTYPES[dtype], num_codebooks=operator.index(num_codebooks))
         self.reset()
 
     def reset(self) -> None:
@@ -69,18 +78,18 @@ class Tokenizer:
         self._decoding: StreamState | None = None
 
     def encode(self, pcm_data: np.ndarray) -> np.ndarray:
-        """Audio [B, 1, N] float32 at 24 kHz -> codes [B, 8, max(1, ceil(N / 1920))] uint32."""
+        """Audio [B, 1, N] float32 at 24 kHz -> codes [B, K, max(1, ceil(N / 1920))] uint32."""
         _check("pcm_data", pcm_data, np.float32, 3, "[batch, 1, samples]")
         if pcm_data.shape[-1] == 0:
             pcm_data = np.zeros((*pcm_data.shape[:2], 1), np.float32)
         return _codes_out(self._mimi.encode(_tensor(pcm_data), last_frame="layers"))
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Codes [B, 8, T] uint32 -> audio [B, 1, 1920 * T] float32."""
-        return _audio_out(self._mimi.decode(_codes_in(codes)))
+        """Codes [B, K, T] uint32 -> audio [B, 1, 1920 * T] float32."""
+        return _audio_out(self._mimi.decode(self._codes_in(codes)))
 
     def encode_step(self, pcm_data: np.ndarray) -> np.ndarray | None:
-        """The next samples [B, 1, N] float32 of the streams -> codes [B, 8, T] of the frames they complete, or None."""
+        """The next samples [B, 1, N] float32 of the streams -> codes [B, K, T] of the frames they complete, or None."""
         _check("pcm_data", pcm_data, np.float32, 3, "[batch, 1, samples]")
         if self._encoding is None:
             self._encoding = self._mimi.new_state(len(pcm_data))
@@ -89,13 +98,20 @@ class Tokenizer:
         return _codes_out(codes) if codes.shape[-1] else None
 
     def decode_step(self, codes: np.ndarray) -> np.ndarray | None:
-        """The next codes [B, 8, T] uint32 of the streams -> audio [B, 1, 1920 * T] float32, or None for no frames."""
-        frames = _codes_in(codes)
+        """The next codes [B, K, T] uint32 of the streams -> audio [B, 1, 1920 * T] float32, or None for no frames."""
+        frames = self._codes_in(codes)
         if self._decoding is None:
             self._decoding = self._mimi.new_state(len(frames))
             self._mimi.warm_up(self._decoding)
         audio = self._mimi.decode(frames, state=self._decoding)
         return _audio_out(audio) if audio.shape[-1] else None
+
+    def _codes_in(self, codes: np.ndarray) -> torch.Tensor:
+        count = self._mimi.num_codebooks
+        _check("codes", codes, np.uint32, 3, f"[batch, {count}, frames]")
+        if codes.shape[1] != count:
+            raise InputError(f"codes must be [batch, {count}, frames], got {codes.shape}")
+        return _tensor(codes.astype(np.int64))
 
 
 class StreamTokenizer:
@@ -104,8 +120,16 @@ class StreamTokenizer:
     Results come in the order of what was given, one for each call that completes a frame. Arguments as for `Tokenizer`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, dtype: str = "f32", max_seq_len: int | None = None):
-        tokenizer = Tokenizer(path, dtype=dtype, max_seq_len=max_seq_len)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        num_codebooks: int = 8,
+        dtype: str = "f32",
+        max_seq_len: int | None = None,
+    ):
+        tokenizer = Tokenizer(path, num_codebooks=num_codebooks, dtype=dtype, max_seq_len=max_seq_len)
+        self._codebooks = num_codebooks
         self._encoder = Worker("fastmimi-encode", tokenizer.encode_step)
         self._decoder = Worker("fastmimi-decode", tokenizer.decode_step)
         # The threads know the tokenizer and not this object, so that dropping it, or leaving Python, ends them.
@@ -117,14 +141,14 @@ class StreamTokenizer:
         self._encoder.inbox.put(pcm_data[None, None].copy())
 
     def decode(self, codes: np.ndarray) -> None:
-        """Give the codes of the next frames [T, 8] uint32. Raises TypeError or InputError for other arrays."""
-        _check("codes", codes, np.uint32, 2, "[frames, 8]")
-        if codes.shape[1] != CODEBOOKS:
-            raise InputError(f"codes must be [frames, {CODEBOOKS}], got {codes.shape}")
+        """Give the codes of the next frames [T, K] uint32. Raises TypeError or InputError for other arrays."""
+        _check("codes", codes, np.uint32, 2, f"[frames, {self._codebooks}]")
+        if codes.shape[1] != self._codebooks:
+            raise InputError(f"codes must be [frames, {self._codebooks}], got {codes.shape}")
         self._decoder.inbox.put(codes.T[None].copy())
 
     def get_encoded(self) -> np.ndarray | None:
-        """The next codes [8, T] uint32, or None while there are none; raises what the worker failed of."""
+        """The next codes [K, T] uint32, or None while there are none; raises what the worker failed of."""
         codes = self._encoder.get()
         return None if codes is None else codes[0]
 
@@ -204,13 +228,6 @@ def _check(name: str, x: np.ndarray, dtype: type[np.generic], rank: int, shape: 
 
 def _tensor(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x.copy())  # x may be read-only, which torch does not know
-
-
-def _codes_in(codes: np.ndarray) -> torch.Tensor:
-    _check("codes", codes, np.uint32, 3, "[batch, 8, frames]")
-    if codes.shape[1] != CODEBOOKS:
-        raise InputError(f"codes must be [batch, {CODEBOOKS}, frames], got {codes.shape}")
-    return _tensor(codes.astype(np.int64))
 
 
 def _codes_out(codes: torch.Tensor) -> np.ndarray:
