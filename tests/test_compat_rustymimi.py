@@ -292,7 +292,7 @@ def test_fewer_codebooks(package, file, count):
 
 def test_numbers_of_codebooks_that_there_are_not(package, file):
     for module in (package, face):
-        with pytest.raises(ValueError, match="cannot find tensor|number of codebooks"):
+        with pytest.raises(ValueError, match=r"cannot find tensor|number of codebooks"):
             module.Tokenizer(file, num_codebooks=9)
         for count in (8.0, "8", None):
             with pytest.raises(TypeError):

@@ -2,8 +2,8 @@
 
 `from fastmimi.compat import rustymimi` takes the place of `import rustymimi`: eight codebooks by default, codes
 uint32, audio float32, on the CPU. Up to 10 s codes are rustymimi's, and audio is to fp32 rounding. An incomplete last
-frame is completed layer by layer, as there (and in transformers); no samples at all give the frame of one silent sample.
-What differs, on purpose:
+frame is completed layer by layer, as there (and in transformers); no samples at all give the frame of one silent
+sample. What differs, on purpose:
 
 - Every position attends to itself and the 249 before it, as in moshi and transformers; in rustymimi it sees 251,
   offline and streaming, so that beyond 10 s a few codes differ and the audio a little.
