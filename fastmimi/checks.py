@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +12,28 @@ from torch import Tensor, nn
 from .config import AnyConfig
 from .errors import InputError
 from .state import StreamState
+from .validation import shown
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_STREAMS = 1 << 16
 
 
 def audio(x: Tensor, config: AnyConfig) -> Tensor:
     """[B, channels, N] floating point."""
-    if not isinstance(x, Tensor):
-        raise InputError(f"audio must be a torch.Tensor, got {type(x).__name__}")
+    _values(x, "audio")
     if x.dim() != 3 or x.shape[0] == 0 or x.shape[1] != config.audio_channels:
         raise InputError(f"audio must be [batch, {config.audio_channels}, samples], got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise InputError(f"audio must be floating point in [-1, 1], got {x.dtype}")
     return x
+
+
+def _values(x: Any, name: str) -> None:
+    """A tensor that holds its values, one after another in memory."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.device.type == "meta" or x.layout != torch.strided or x.is_quantized:
+        raise InputError(f"{name} must be a dense tensor with values, got {x.dtype} {x.layout} on {x.device}")
 
 
 def finite(x: Tensor) -> Tensor:
@@ -38,13 +51,12 @@ def finite(x: Tensor) -> Tensor:
 
 def codes(x: Tensor, config: AnyConfig) -> Tensor:
     """[B, K, T] integers -> int64."""
-    if not isinstance(x, Tensor):
-        raise InputError(f"codes must be a torch.Tensor, got {type(x).__name__}")
+    _values(x, "codes")
     if x.dim() != 3 or x.shape[0] == 0:
         raise InputError(f"codes must be [batch, codebooks, frames], got {tuple(x.shape)}")
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise InputError(f"codes must be integers, got {x.dtype}")
-    codebook_count(x.shape[1], config)
+    _count_in_range(x.shape[1], config)
     return x.long()
 
 
@@ -65,12 +77,19 @@ def code_range(x: Tensor, config: AnyConfig, ignored: Tensor | None = None) -> T
     return x
 
 
-def codebook_count(count: int, config: AnyConfig) -> int:
+def codebook_count(count: Any, config: AnyConfig) -> int:
     """At least the semantic codebooks, at most all of them."""
-    least, most = config.num_semantic_quantizers, config.num_quantizers
-    if count != int(count) or not least <= count <= most:
-        raise InputError(f"the number of codebooks must be from {least} to {most}, got {count}")
+    if type(count) is not int and (isinstance(count, bool) or not isinstance(count, Integral)):
+        least, most = config.num_semantic_quantizers, config.num_quantizers
+        raise InputError(f"the number of codebooks must be an integer from {least} to {most}, got {shown(count)}")
+    _count_in_range(int(count), config)
     return int(count)
+
+
+def _count_in_range(count: int, config: AnyConfig) -> None:
+    least, most = config.num_semantic_quantizers, config.num_quantizers
+    if not least <= count <= most:
+        raise InputError(f"the number of codebooks must be from {least} to {most}, got {count}")
 
 
 def latents(x: Tensor, config: AnyConfig) -> Tensor:
@@ -78,6 +97,7 @@ def latents(x: Tensor, config: AnyConfig) -> Tensor:
     if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[1] != config.hidden_size or not x.is_floating_point():
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"latents must be floating point [batch, {config.hidden_size}, frames], got {got}")
+    _values(x, "latents")
     return x
 
 
@@ -86,12 +106,21 @@ def streamable(config: AnyConfig) -> None:
         raise InputError(config.not_streamable_because)
 
 
-def state(state: StreamState, shape: tuple[int | None, ...], device: torch.device, dtype: torch.dtype) -> None:
-    """The state must be of this model's shape (None: of any batch size), device and dtype."""
+def last_frame(way: Any) -> None:
+    if not isinstance(way, str) or way not in ("waveform", "layers"):
+        raise InputError(f"last_frame must be 'waveform' or 'layers', got {shown(way)}")
+
+
+def is_state(state: Any) -> StreamState:
     if not isinstance(state, StreamState):
         raise InputError(f"state must come from new_state(), got {type(state).__name__}")
-    pending = state.pending
-    if tuple(pending.shape) != (shape[0] or pending.shape[0], *shape[1:]):
+    return state
+
+
+def state(state: StreamState, shape: tuple[int, ...], model: Any) -> None:
+    """The state must be of this shape, and of the model's device, dtype and configuration."""
+    pending, device, dtype, config = is_state(state).pending, model.device, model.dtype, model.config
+    if tuple(pending.shape) != shape:
         raise InputError(
             f"the state is for {pending.shape[0]} streams of frames {tuple(pending.shape[1:])}, got {shape}"
         )
@@ -99,6 +128,53 @@ def state(state: StreamState, shape: tuple[int | None, ...], device: torch.devic
         raise InputError(
             f"the state is {pending.dtype} on {pending.device}, the model {dtype} on {device}: make a new_state()"
         )
+    if state.config is not config and state.config is not None and state.config != config:
+        raise InputError("the state is for a model of another configuration: make a new_state()")
+
+
+def batch_size(count: Any) -> int:
+    """How many streams a state is for."""
+    if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= int(count) <= MOST_STREAMS:
+        raise InputError(f"batch_size must be an integer from 1 to {MOST_STREAMS}, got {shown(count)}")
+    return int(count)
+
+
+def config(config: Any, kind: type) -> Any:
+    """A configuration of this kind; its defaults for None."""
+    if config is not None and not isinstance(config, kind):
+        raise InputError(f"config must be a {kind.__name__}, got {type(config).__name__}")
+    return kind() if config is None else config
+
+
+def dtype(dtype: Any) -> torch.dtype:
+    """One that a model computes in."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {shown(dtype)}")
+    return dtype
+
+
+def device(device: Any) -> torch.device:
+    """A device that this machine has."""
+    found = device_type(device)
+    if found.type == "cpu":
+        return found
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None or accelerator.type != found.type:
+        there = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
+        raise InputError(f"device {str(device)!r} was asked for, and PyTorch finds only {there} on this machine")
+    if (found.index or 0) >= torch.accelerator.device_count():
+        raise InputError(f"device {str(device)!r} was asked for, and there are {torch.accelerator.device_count()}")
+    return found
+
+
+def device_type(device: Any) -> torch.device:
+    """A device by its name; whether there is one does not matter."""
+    if isinstance(device, str | torch.device):
+        try:
+            return torch.device(device)
+        except (RuntimeError, ValueError):
+            pass
+    raise InputError(f"device must be cpu, cuda, cuda:1..., got {shown(device)}")
 
 
 def has_part(part: nn.Module | None, name: str, method: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, dispatch, tiles
+from . import checks, dispatch, masks, tiles
 from .config import AnyConfig
 from .errors import InputError
 from .memory import Packable
@@ -122,13 +122,13 @@ class Codec(Packable):
         Raises InputError where the configuration cannot stream (not causal, mirrored padding) or batch_size < 1.
         """
         checks.streamable(self.config)
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
+        batch_size = checks.batch_size(batch_size)
         with torch.inference_mode(False):  # so that the state can be used in and out of inference mode
             pending = torch.zeros(
                 batch_size, self.config.audio_channels, self.frame_size, device=self.device, dtype=self.dtype
             )
-            return StreamState(self._lane(batch_size, "encode"), self._lane(batch_size, "decode"), pending)
+            lanes = self._lane(batch_size, "encode"), self._lane(batch_size, "decode")
+            return StreamState(*lanes, pending, self.config)
 
     def _lane(self, batch: int, direction: str) -> Lane:
         return Lane.of(self.parts(direction), batch, self.device, self.dtype)
@@ -145,7 +145,7 @@ class Codec(Packable):
         (or `latents`, for `encode_to_latent` and `decode_latent`) and `torch.set_num_threads`, and is dropped when
         weights change. `threads` is how many threads will step such streams at the same time. The state stays as it is.
         """
-        self._check_state(state, None, None)
+        self._check_state(checks.is_state(state), state.batch_size, None)
         if frames not in range(1, MOST_FRAMES + 1) or threads < 1:
             raise InputError(f"frames must be from 1 to {MOST_FRAMES} and threads positive, got {frames} and {threads}")
         warm_up(self, state, frames, None if latents else self._count(num_codebooks), threads)
@@ -183,7 +183,7 @@ class Codec(Packable):
         Ends the utterance of the active streams for encoding; `state.reset` begins the next.
         """
         checks.has_part(self.encoder, "encoder", "flush")
-        self._check_state(state, None, None)
+        self._check_state(checks.is_state(state), state.batch_size, None)
         codes, valid = self._encode_stream(*state.pop_partial(), state, self._count(num_codebooks))
         return torch.where(valid[:, None], codes, -1)
 
@@ -234,8 +234,7 @@ class Codec(Packable):
     ) -> tuple[Tensor, Tensor | None]:
         """Latents [B, hidden, T], or with `count` codes [B, count, T], and which of them are frames (None: all)."""
         checks.has_part(self.encoder, "encoder", "encode")
-        if last_frame not in ("waveform", "layers"):
-            raise InputError(f"last_frame must be 'waveform' or 'layers', got {last_frame!r}")
+        checks.last_frame(last_frame)
         audio = checks.audio(audio, self.config).to(self.device, self.dtype)
         if state is not None:
             self._check_state(state, audio.shape[0], padding_mask)
@@ -318,7 +317,7 @@ class Codec(Packable):
             self._check_state(state, codes.shape[0], padding_mask)
             ignored = ~state.exec_mask[:, None].expand(-1, codes.shape[-1])
         elif padding_mask is not None:
-            ignored = ~padding_mask.to(codes.device, torch.bool)
+            ignored = ~masks.as_tensor(padding_mask, "padding_mask").to(codes.device, torch.bool)
         return self._audio(checks.code_range(codes, self.config, ignored).to(self.device), state, padding_mask)
 
     def dequantize(self, codes: Tensor) -> Tensor:
@@ -390,12 +389,13 @@ class Codec(Packable):
         trains = x.requires_grad or any(p.requires_grad for p in self.parameters())
         return not (torch.is_grad_enabled() and trains)
 
-    def _check_state(self, state: StreamState, batch: int | None, padding_mask: Tensor | None) -> None:
-        checks.state(state, (batch, self.config.audio_channels, self.frame_size), self.device, self.dtype)
+    def _check_state(self, state: StreamState, batch: int, padding_mask: Tensor | None) -> None:
+        checks.state(state, (batch, self.config.audio_channels, self.frame_size), self)
         if padding_mask is not None:
             raise InputError("padding_mask is for whole utterances; a stream masks rows with state.exec_mask")
 
     def _ragged(self, padding_mask: Tensor, x: Tensor) -> Ragged:
+        padding_mask = masks.as_tensor(padding_mask, "padding_mask")
         ragged = Ragged.of(padding_mask.to(self.device))
         if (len(ragged.lengths), ragged.total) != (x.shape[0], x.shape[-1]):
             wanted, got = (x.shape[0], x.shape[-1]), tuple(padding_mask.shape)

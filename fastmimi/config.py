@@ -1,19 +1,21 @@
-"""Model configurations. A leaf: it imports nothing of the package and no third party.
+"""Model configurations, checked when they are made. A leaf: of the package it imports leaves only.
 
 `CodecConfig` has the fields and the meanings of transformers' `MimiConfig`, so any checkpoint's `config.json` reads
-into it, whichever transformers wrote it; the core needs no transformers to do so.
+into it, whichever transformers wrote it; the core needs no transformers to do so. A field's annotation is its type and
+its range (validation.py); what fields must be to one another is written here.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Container
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from . import sizes
+from . import validation as valid
 from .errors import InputError
+from .validation import LONGEST_HISTORY, naming, read_json
 
 MIMI_TYPES = ("mimi", "mimi_encoder", "mimi_decoder")  # `model_type` in transformers' config.json
 
@@ -26,67 +28,66 @@ class CodecConfig:
     `encodec_frame_rate` (25 Hz), twice the `frame_rate` (12.5 Hz) of the codes.
     """
 
-    sampling_rate: int = 24_000
-    audio_channels: int = 1
-    hidden_size: int = 512
-    num_filters: int = 64
-    num_residual_layers: int = 1
-    upsampling_ratios: list[int] = field(default_factory=lambda: [8, 6, 5, 4])
-    kernel_size: int = 7
-    last_kernel_size: int = 3
-    residual_kernel_size: int = 3
-    dilation_growth_rate: int = 2
+    sampling_rate: valid.Hertz = 24_000
+    audio_channels: valid.Channels = 1
+    hidden_size: valid.Width = 512
+    num_filters: valid.Width = 64
+    num_residual_layers: valid.Layers = 1
+    upsampling_ratios: valid.Kernels = field(default_factory=lambda: [8, 6, 5, 4])
+    kernel_size: valid.Kernel = 7
+    last_kernel_size: valid.Kernel = 3
+    residual_kernel_size: valid.Kernel = 3
+    dilation_growth_rate: valid.Kernel = 2
     use_causal_conv: bool = True
-    pad_mode: str = "constant"
-    compress: int = 2
-    trim_right_ratio: float = 1.0
-    codebook_size: int = 2048
-    codebook_dim: int = 256
-    num_quantizers: int = 32
+    pad_mode: valid.PadMode = "constant"
+    compress: valid.Width = 2
+    trim_right_ratio: valid.Share = 1.0
+    codebook_size: valid.Entries = 2048
+    codebook_dim: valid.DerivedWidth = 256
+    num_quantizers: valid.Levels = 32
     use_conv_shortcut: bool = False
-    vector_quantization_hidden_dimension: int = 256
-    num_semantic_quantizers: int = 1
-    upsample_groups: int = 512
-    num_hidden_layers: int = 8
-    intermediate_size: int = 2048
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 8
-    head_dim: int = 0  # 0: the heads fill the width
+    vector_quantization_hidden_dimension: valid.Width = 256
+    num_semantic_quantizers: valid.Levels = 1
+    upsample_groups: valid.Width = 512
+    num_hidden_layers: valid.Layers = 8
+    intermediate_size: valid.Width = 2048
+    num_attention_heads: valid.Width = 8
+    num_key_value_heads: valid.Width = 8
+    head_dim: valid.DerivedWidth = 0  # 0: the heads fill the width
     hidden_act: str = "gelu"
-    max_position_embeddings: int = 8000
-    initializer_range: float = 0.02
-    norm_eps: float = 1e-5
+    max_position_embeddings: valid.Positions = 8000
+    initializer_range: valid.NotNegative = 0.02
+    norm_eps: valid.NotNegative = 1e-5
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
-    sliding_window: int = 250
-    attention_dropout: float = 0.0
-    layer_scale_initial_scale: float = 0.01
+    sliding_window: valid.Window = 250
+    attention_dropout: valid.Dropout = 0.0
+    layer_scale_initial_scale: valid.Finite = 0.01
     attention_bias: bool = False
-    frame_rate: float = 0.0  # 0: half the rate of the SEANet latents
+    frame_rate: valid.NotNegative = 0.0  # 0: half the rate of the SEANet latents
     has_encoder: bool = True
     has_decoder: bool = True
 
     def __post_init__(self) -> None:
-        self.upsampling_ratios = list(self.upsampling_ratios or [8, 6, 5, 4])
-        self._validate_numbers()
+        ratios: Any = self.upsampling_ratios
+        if ratios is None or isinstance(ratios, list | tuple):
+            self.upsampling_ratios = list(ratios or [8, 6, 5, 4])
+        for name in ("codebook_dim", "head_dim", "frame_rate"):  # transformers writes null for what follows from others
+            if getattr(self, name) is None:
+                setattr(self, name, 0)
+        valid.check_fields(self)
+        valid.check_rope(self.rope_parameters)
         self.codebook_dim = self.codebook_dim or self.hidden_size
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.frame_rate = self.frame_rate or self.sampling_rate / (2 * self.hop_length)
         self._validate()
 
-    def _validate_numbers(self) -> None:
-        """Every integer is one, and positive where it must be."""
-        may_be_zero = {"num_residual_layers", "num_hidden_layers", "head_dim", "codebook_dim"}
-        as_wide = ("codebook_dim",) if self.codebook_dim is None else ()  # as the latents
-        check_integers(self, may_be_zero, as_wide)
-
     def _validate(self) -> None:
+        """What fields must be to one another."""
         if self.num_semantic_quantizers >= self.num_quantizers:
             raise InputError(
                 f"num_semantic_quantizers must be below num_quantizers ({self.num_quantizers}), "
                 f"got {self.num_semantic_quantizers}"
             )
-        if self.pad_mode not in ("constant", "replicate", "reflect"):
-            raise InputError(f"pad_mode must be 'constant', 'replicate' or 'reflect', got {self.pad_mode!r}")
         if not self.use_causal_conv and self.trim_right_ratio != 1.0:
             raise InputError(
                 f"trim_right_ratio other than 1.0 needs causal convolutions, got {self.trim_right_ratio} "
@@ -109,8 +110,8 @@ class CodecConfig:
             )
         if not (self.has_encoder or self.has_decoder):
             raise InputError("a codec needs an encoder, a decoder, or both: both were dropped")
-        ratio = self.encodec_frame_rate / self.frame_rate if self.frame_rate > 0 else 0
-        if ratio < 1 or ratio != int(ratio):
+        ratio = self.encodec_frame_rate / self.frame_rate
+        if not 1 <= ratio <= LONGEST_HISTORY or ratio != int(ratio):
             raise InputError(
                 f"frame_rate must divide the rate of the SEANet latents ({self.encodec_frame_rate} Hz), "
                 f"got {self.frame_rate}"
@@ -119,6 +120,15 @@ class CodecConfig:
             raise InputError(
                 f"upsample_groups must divide hidden_size ({self.hidden_size}), got {self.upsample_groups}"
             )
+        if self.compress > self.num_filters:
+            raise InputError(f"compress must be at most num_filters ({self.num_filters}), got {self.compress}")
+        if self.residual_kernel_size * self.dilation_growth_rate ** (self.num_residual_layers - 1) > LONGEST_HISTORY:
+            raise InputError(
+                f"num_residual_layers with dilation_growth_rate={self.dilation_growth_rate} must reach no further back "
+                f"than {LONGEST_HISTORY} samples, got {self.num_residual_layers}"
+            )
+        valid.check_activation(self.hidden_act)
+        valid.check_size(self.num_parameters)
 
     @property
     def hop_length(self) -> int:
@@ -139,6 +149,11 @@ class CodecConfig:
     def frame_size(self) -> int:
         """Samples per frame of codes (1920)."""
         return self.hop_length * self.latent_stride
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the model's state dict (96 million)."""
+        return sizes.of_mimi(self)
 
     @property
     def streamable(self) -> bool:
@@ -168,11 +183,13 @@ class CodecConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CodecConfig:
         """Read transformers' `config.json` (4.57 to 5.x) or `CodecConfig.to_dict()`; unknown fields are left out."""
-        values = dict(values)
+        values = _fields_of(values)
         if values.get("rope_parameters") is None:
             values.pop("rope_parameters", None)
             if values.get("rope_theta") is not None:  # transformers < 5
                 scaling = values.get("rope_scaling") or {}
+                if not isinstance(scaling, dict):
+                    raise InputError(f"rope_scaling must be a dictionary, got {valid.shown(scaling)}")
                 rope_type = scaling.get("rope_type", scaling.get("type", "default"))
                 values["rope_parameters"] = {**scaling, "rope_type": rope_type, "rope_theta": values["rope_theta"]}
         if values.get("frame_rate") is None and values.get("_frame_rate") is not None:
@@ -190,8 +207,9 @@ class CodecConfig:
         """Read a `config.json`. Raises InputError where it is not JSON or describes another model."""
         values = read_json(path)
         if values.get("model_type", "mimi") not in MIMI_TYPES:
-            raise InputError(f"{path} describes a {values['model_type']!r} model, not Mimi")
-        return cls.from_dict(values)
+            raise InputError(f"{path} describes a {valid.shown(values['model_type'])} model, not Mimi")
+        with naming(path):
+            return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers would write it to `config.json`."""
@@ -209,12 +227,12 @@ class CodecConfig:
 class JodioTransformerConfig:
     """One of JODIO's transformers: RMSNorm, RoPE, GELU, no biases."""
 
-    hidden_size: int = 1028
-    num_hidden_layers: int = 22
-    num_attention_heads: int = 16
-    head_dim: int = 64
-    intermediate_size: int = 4112
-    rope_theta: float = 10_000.0
+    hidden_size: valid.Width = 1028
+    num_hidden_layers: valid.Layers = 22
+    num_attention_heads: valid.Width = 16
+    head_dim: valid.Width = 64
+    intermediate_size: valid.Width = 4112
+    rope_theta: valid.Positive = 10_000.0
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
@@ -222,7 +240,7 @@ class JodioTransformerConfig:
         return {"rope_type": "default", "rope_theta": self.rope_theta}
 
     def __post_init__(self) -> None:
-        check_integers(self, {"num_hidden_layers"})
+        valid.check_fields(self)
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even, got {self.head_dim}")
 
@@ -251,27 +269,31 @@ class JodioConfig:
     layer adds, in training. A printed activation after a convolution is part of that convolution's op.
     """
 
-    sampling_rate: int = 24_000
-    audio_channels: int = 1
-    channels: int = 896
-    kernel_size: int = 3
-    strides: list[int] = field(default_factory=lambda: [4, 5, 6, 8])
-    final_stride: int = 2
-    dilations: list[int] = field(default_factory=lambda: [1, 2, 4])
-    codebook_size: int = 2048
-    num_semantic_quantizers: int = 2
-    num_acoustic_quantizers: int = 8
+    sampling_rate: valid.Hertz = 24_000
+    audio_channels: valid.Channels = 1
+    channels: valid.Width = 896
+    kernel_size: valid.Kernel = 3
+    strides: valid.Kernels = field(default_factory=lambda: [4, 5, 6, 8])
+    final_stride: valid.Kernel = 2
+    dilations: valid.Kernels = field(default_factory=lambda: [1, 2, 4])
+    codebook_size: valid.Entries = 2048
+    num_semantic_quantizers: valid.Levels = 2
+    num_acoustic_quantizers: valid.Levels = 8
     encoder_transformer: JodioTransformerConfig = field(default_factory=JodioTransformerConfig)
     decoder_transformer: JodioTransformerConfig = field(default_factory=_jodio_decoder)
-    sliding_window: int = 250
-    dropout: float = 0.1
-    norm_eps: float = 1e-6
+    sliding_window: valid.Window = 250
+    dropout: valid.Dropout = 0.1
+    norm_eps: valid.NotNegative = 1e-6
     as_printed_padding: bool = False
 
     def __post_init__(self) -> None:
-        check_integers(self)
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
+        valid.check_fields(self)
+        if self.kernel_size * max(self.dilations) > LONGEST_HISTORY:
+            raise InputError(
+                f"dilations must reach no further back than {LONGEST_HISTORY} samples, got {self.dilations} "
+                f"with kernel_size={self.kernel_size}"
+            )
+        valid.check_size(self.num_parameters)
 
     @classmethod
     def small(cls, **changes: Any) -> JodioConfig:
@@ -312,6 +334,11 @@ class JodioConfig:
         return 1
 
     @property
+    def num_parameters(self) -> int:
+        """Numbers in the model's state dict (386 million)."""
+        return sizes.of_jodio(self)
+
+    @property
     def streamable(self) -> bool:
         """Whether the codec is causal to the sample, so that it streams and long audio runs in tiles."""
         return not self.as_printed_padding
@@ -337,11 +364,12 @@ class JodioConfig:
     def from_dict(cls, values: dict[str, Any]) -> JodioConfig:
         """Read `to_dict()`; unknown fields are left out."""
         known = {f.name for f in fields(cls)}
-        values = {name: value for name, value in values.items() if name in known}
+        values = {name: value for name, value in _fields_of(values).items() if name in known}
         for half in ("encoder_transformer", "decoder_transformer"):
             if isinstance(values.get(half), dict):
                 names = {f.name for f in fields(JodioTransformerConfig)}
-                values[half] = JodioTransformerConfig(**{k: v for k, v in values[half].items() if k in names})
+                with naming(half):
+                    values[half] = JodioTransformerConfig(**{k: v for k, v in values[half].items() if k in names})
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -352,30 +380,17 @@ class JodioConfig:
 AnyConfig = CodecConfig | JodioConfig
 
 
-def check_integers(config: Any, may_be_zero: Container[str] = (), ignored: Container[str] = ()) -> None:
-    """Raise InputError unless every field of integers holds integers, positive ones where it must."""
-    for f in fields(config):
-        value, least = getattr(config, f.name), 0 if f.name in may_be_zero else 1
-        if f.type == "int" and f.name not in ignored and (not isinstance(value, int) or value < least):
-            raise InputError(f"{f.name} must be an integer of at least {least}, got {value!r}")
-        if f.type == "list[int]" and not (value and all(isinstance(item, int) and item > 0 for item in value)):
-            raise InputError(f"{f.name} must be positive integers, got {value}")
+def _fields_of(values: Any) -> dict[str, Any]:
+    """A copy of what a configuration is read from."""
+    if not isinstance(values, dict):
+        raise InputError(f"a configuration must be a dictionary of its fields, got {valid.shown(values)}")
+    return dict(values)
 
 
 def config_from_json(path: str | Path) -> AnyConfig:
     """Read a `config.json` of Mimi or JODIO. Raises InputError where it is not JSON or describes another model."""
     values = read_json(path)
     if values.get("model_type") == "jodio":
-        return JodioConfig.from_dict(values)
+        with naming(path):
+            return JodioConfig.from_dict(values)
     return CodecConfig.from_json(path)
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError, naming the file, where there is none."""
-    try:
-        values = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values

@@ -59,7 +59,7 @@ def check_impl(impl: Impl) -> None:
     for op, name in wanted.items():
         if op not in OPS:
             raise InputError(f"impl names an unknown op {op!r}; the ops are {', '.join(OPS)}")
-        if name not in ("auto", *CANDIDATES):
+        if not isinstance(name, str) or name not in ("auto", *CANDIDATES):
             raise InputError(f"impl must be 'auto', {', '.join(map(repr, CANDIDATES))}, or a dict per op, got {name!r}")
 
 
@@ -93,11 +93,23 @@ _tabled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def explain(device: str = "cpu", dtype: torch.dtype = torch.float32, impl: Impl = "auto") -> list[Choice]:
     """The dispatch table: for each op what runs, why, and why each earlier candidate does not."""
     check_impl(impl)
+    _check_target(device, dtype)
     rows = {op: _choose(op, Target(device, dtype), impl) for op in OPS}
     for outer, inner in COMPOSED.items():
         if rows[outer].chosen == "reference":
             rows[outer] = replace(rows[outer], inside=(inner, rows[inner].chosen))
     return list(rows.values())
+
+
+def _check_target(device: str, dtype: torch.dtype) -> None:
+    try:
+        known = isinstance(device, str) and torch.device(device).type == device
+    except RuntimeError:
+        known = False
+    if not known:
+        raise InputError(f"device must be a type of device, such as 'cpu' or 'cuda', got {device!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype must be one of floating point, such as torch.float32, got {dtype!r}")
 
 
 @cache

@@ -7,8 +7,16 @@ import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
+
+
+def path_of(value: Any, name: str) -> Path:
+    """The path that an argument of this name is; InputError where it is none."""
+    if not isinstance(value, str | os.PathLike) or "\0" in os.fspath(value):
+        raise InputError(f"{name} must be a path, got {value!r}")
+    return Path(value)
 
 
 @contextmanager

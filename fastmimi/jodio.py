@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from . import dispatch, transformer
+from . import checks, dispatch, transformer
 from .codec import Codec
 from .config import JodioConfig, JodioTransformerConfig
 from .errors import InputError
@@ -268,7 +268,7 @@ class JodioModel(Codec):
     def __init__(
         self, config: JodioConfig | None = None, *, impl: dispatch.Impl = "auto", num_codebooks: int | None = None
     ):
-        config = config or JodioConfig()
+        config = checks.config(config, JodioConfig)
         super().__init__(config, impl, num_codebooks)
         self.config: JodioConfig = config
         before, after = config.encoder_transformer, config.decoder_transformer

@@ -76,7 +76,9 @@ def to_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Tenso
     rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     for name, tensor in state.items():
         name = _substitute(_substitute(name, SPELLINGS), NAMES)
-        if name.endswith(".in_projs.0.weight") and len(tensor) == rows:  # else `weights.fill` lists it
+        if (
+            name.endswith(".in_projs.0.weight") and tensor.dim() == 2 and len(tensor) == rows
+        ):  # else `weights.fill` lists it
             base = name.removesuffix("in_projs.0.weight")
             flat |= {f"{base}{part}_proj.weight": t for part, t in _split_projections(tensor, config).items()}
         else:
@@ -90,9 +92,11 @@ def shapes_of_flat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         name = _substitute(_substitute(name, SPELLINGS), NAMES)
         if name.endswith(".in_projs.0.weight"):
-            width = tensor.shape[1]
             base = name.removesuffix("in_projs.0.weight")
-            narrow = (tensor.shape[0] - width) // 2
+            width = tensor.shape[-1] if tensor.dim() == 2 else 0
+            narrow, odd = divmod(len(tensor) - width if width else -1, 2)
+            if narrow < 1 or odd:
+                raise InputError(f"{name} must hold rows for queries, keys and values, got {tuple(tensor.shape)}")
             parts = zip("qkv", tensor.split([width, narrow, narrow]), strict=True)
             flat |= {f"{base}{part}_proj.weight": t for part, t in parts}
         else:

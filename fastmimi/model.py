@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import dispatch
+from . import checks, dispatch
 from .codec import Codec, Transform
 from .config import CodecConfig
 from .ops import Call
@@ -30,7 +30,7 @@ class Mimi(Codec):
     def __init__(
         self, config: CodecConfig | None = None, *, impl: dispatch.Impl = "auto", num_codebooks: int | None = None
     ):
-        config = config or CodecConfig()
+        config = checks.config(config, CodecConfig)
         super().__init__(config, impl, num_codebooks)
         hidden, stride = config.hidden_size, config.latent_stride
         self.encoder = SeanetEncoder(config) if config.has_encoder else None

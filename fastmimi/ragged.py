@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import masks
 from .errors import InputError
 
 
@@ -22,6 +23,7 @@ class Ragged:
     @classmethod
     def of(cls, mask: Tensor) -> Ragged:
         """From a mask [B, N] (or [B, channels, N]), nonzero where there is content, in one run per row."""
+        mask = masks.as_tensor(mask, "padding_mask")
         if mask.dim() == 3:
             mask = mask.bool().any(dim=1)
         if mask.dim() != 2:

@@ -198,8 +198,8 @@ class SeanetEncoder(nn.Module):
         self.hop = math.prod(config.upsampling_ratios)  # samples per latent
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        *_, slow = (i for i, layer in enumerate(self.layers.values()) if isinstance(layer, ResBlock))
         layers = list(self.layers.values())
+        slow = max((i for i, layer in enumerate(layers) if isinstance(layer, ResBlock)), default=0)
         return _run(layers[slow:], _run_in_pieces(layers[:slow], x, call, self.hop), call)
 
 
@@ -222,7 +222,7 @@ class SeanetDecoder(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         layers = list(self.layers.values())
-        fast = next(i for i, layer in enumerate(layers) if isinstance(layer, ResBlock))
+        fast = next((i for i, layer in enumerate(layers) if isinstance(layer, ResBlock)), len(layers))
         return _run_in_pieces(layers[fast:], _run(layers[:fast], x, call), call, self.ratio)
 
 

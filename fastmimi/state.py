@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import masks
 from .errors import InputError
+
+MOST_POSITIONS = 1 << 53  # that a stream counts: beyond a million years
 
 
 @dataclass
@@ -68,17 +71,27 @@ class Lane:
 class StreamState:
     """Both directions of `batch_size` streams; made by `Mimi.new_state`.
 
-    exec_mask: [B] bool, set by the caller in place: rows that are False are left as they are by encode, decode and
-        flush; what comes out for them is -1 (codes) or 0 (audio).
+    exec_mask: [B] bool, set by the caller: rows that are False are left as they are by encode, decode and flush; what
+        comes out for them is -1 (codes) or 0 (audio). Assigning copies, so that its address stays.
     pending: [B, C, frame_size] samples waiting for their frame to fill; pending_length: [B] int64, on the CPU.
+    config: of the model that the state is for, where it is known.
     """
 
-    def __init__(self, encode: Lane, decode: Lane, pending: Tensor):
+    def __init__(self, encode: Lane, decode: Lane, pending: Tensor, config: Any = None):
+        self.config = config
         self.encode = encode
         self.decode = decode
         self.pending = pending
         self.pending_length = torch.zeros(pending.shape[0], dtype=torch.int64)
-        self.exec_mask = torch.ones(pending.shape[0], dtype=torch.bool, device=pending.device)
+        self._exec_mask = torch.ones(pending.shape[0], dtype=torch.bool, device=pending.device)
+
+    @property
+    def exec_mask(self) -> Tensor:
+        return self._exec_mask
+
+    @exec_mask.setter
+    def exec_mask(self, mask: Tensor) -> None:
+        self._exec_mask.copy_(masks.of_streams(mask, "exec_mask", self.batch_size))
 
     @property
     def batch_size(self) -> int:
@@ -88,10 +101,7 @@ class StreamState:
         """Start the streams of `mask` [B] bool anew (all of them without it); their `exec_mask` becomes True."""
         if mask is None:
             mask = torch.ones(self.batch_size, dtype=torch.bool)
-        if mask.shape != (self.batch_size,) or mask.dtype != torch.bool:
-            raise InputError(
-                f"mask must be a bool tensor of shape ({self.batch_size},), got {mask.dtype} {tuple(mask.shape)}"
-            )
+        mask = masks.of_streams(mask, "mask", self.batch_size)
         here = mask.to(self.exec_mask.device)
         self.encode.reset(here)
         self.decode.reset(here)
@@ -143,7 +153,7 @@ class StreamState:
 
     def clone(self) -> StreamState:
         """An independent copy: both go on from here without seeing one another."""
-        copy = StreamState(self.encode.clone(), self.decode.clone(), self.pending.clone())
+        copy = StreamState(self.encode.clone(), self.decode.clone(), self.pending.clone(), self.config)
         copy.pending_length.copy_(self.pending_length)
         copy.exec_mask.copy_(self.exec_mask)
         return copy
@@ -159,14 +169,25 @@ class StreamState:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take over the values of a `state_dict()` of the same model, batch and dtype; nothing changes on error."""
         own = self.state_dict()
+        if not isinstance(tensors, dict):
+            raise InputError(f"a state must be a dictionary of tensors by name, got {type(tensors).__name__}")
         wrong = [f"missing {name}" for name in own.keys() - tensors.keys()]
         wrong += [f"unknown {name}" for name in tensors.keys() - own.keys()]
         for name in own.keys() & tensors.keys():
             mine, theirs = own[name], tensors[name]
-            if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+            if not isinstance(theirs, Tensor) or theirs.device.type == "meta" or theirs.layout != torch.strided:
+                got = (
+                    f"a {theirs.layout} one on {theirs.device}" if isinstance(theirs, Tensor) else type(theirs).__name__
+                )
+                wrong.append(f"{name} must be a tensor with values, got {got}")
+            elif mine.shape != theirs.shape or mine.dtype != theirs.dtype:
                 wrong.append(
                     f"{name} must be {mine.dtype} {tuple(mine.shape)}, got {theirs.dtype} {tuple(theirs.shape)}"
                 )
+            elif name in ("pending_length", "encode.offset", "decode.offset"):
+                most = self.pending.shape[-1] - 1 if name == "pending_length" else MOST_POSITIONS
+                if bool(((theirs < 0) | (theirs > most)).any()):  # kernels take them for addresses
+                    wrong.append(f"{name} must lie in [0, {most}], got {theirs.tolist()}")
         if wrong:
             raise InputError("this state does not fit: " + "; ".join(sorted(wrong)))
         for name, tensor in own.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import dispatch, int8, kyutai
+from . import checks, dispatch, int8, kyutai, shapes
 from .codec import Codec
-from .config import MIMI_TYPES, AnyConfig, CodecConfig, JodioConfig, config_from_json, read_json
+from .config import MIMI_TYPES, AnyConfig, CodecConfig, JodioConfig, config_from_json
 from .errors import InputError
-from .files import replacing
+from .files import path_of, replacing
 from .jodio import JodioModel
 from .model import Mimi
+from .validation import read_json, shown
 
 State = dict[str, Tensor]
 
@@ -35,6 +37,7 @@ NESTED = (  # state dicts of transformers >= 5.20 -> flat
     (r"^decoder\.(decoder_transformer|upsample)\.", r"\1."),
 )
 DEMO = Path(__file__).parent / "assets" / "demo"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 LISTED = 20  # keys an error names before it only counts
 
 
@@ -62,18 +65,21 @@ def load(
 
     Raises InputError for a source that is not there or not a Mimi, or whose keys do not fit, all listed at once.
     """
-    if weights not in (None, "int8"):
-        raise InputError(f"weights must be None or 'int8', got {weights!r}")
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(f"source must be a path, a hub id, demo or random, got {shown(source)}")
+    if weights is not None and not (isinstance(weights, str) and weights == "int8"):
+        raise InputError(f"weights must be None or 'int8', got {shown(weights)}")
+    dispatch.check_impl(impl)
+    device, dtype = checks.device(device), checks.dtype(dtype)
     if weights == "int8" and dtype != torch.float32:
         raise InputError(f"weights='int8' computes in float32, got dtype={dtype}")
-    if match := re.fullmatch(r"(jodio-)?random(?::(\d+))?", str(source)):
+    if match := re.fullmatch(r"(jodio-)?random(?::([0-9]{1,18}))?", str(source)):
         model = random(JodioConfig() if match[1] else CodecConfig(), int(match[2] or 0))
     else:
         config, state = read_checkpoint(DEMO if str(source) == "demo" else source)
         model = _unfilled(config)
         fill(model, state)
     model.impl = impl
-    dispatch.check_impl(impl)
     if num_codebooks is not None:
         model.num_codebooks = num_codebooks
     if weights == "int8":
@@ -132,11 +138,13 @@ def fill(model: Codec, state: Mapping[str, Tensor]) -> None:
     state = {name: tensor for name, tensor in state.items() if not (dropped and name.startswith(dropped))}
     wrong = [f"missing {name}" for name in own if name not in state]
     wrong += [f"unknown {name}" for name in state if name not in own]
+    there = {name: tensor for name, tensor in state.items() if name in own}
     wrong += [
-        f"{name} must be {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
-        for name in own
-        if name in state and own[name].shape != state[name].shape
+        f"{name} must be {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
+        for name, tensor in there.items()
+        if own[name].shape != tensor.shape
     ]
+    wrong += [f"{name} must be of floats, got {t.dtype}" for name, t in there.items() if t.dtype not in FLOATS]
     if wrong:
         more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
         raise InputError(f"the checkpoint does not fit the model: {'; '.join(wrong[:LISTED])}{more}")
@@ -146,10 +154,10 @@ def fill(model: Codec, state: Mapping[str, Tensor]) -> None:
 
 def read_checkpoint(source: str | Path) -> tuple[AnyConfig, State]:
     """Configuration and flat state dict of a directory, a file, or a hub id; a JODIO's is as the model has it."""
-    path = Path(source)
-    if path.is_dir():
+    path, there = Path(source), _exists(source)
+    if there and path.is_dir():
         files, config_file = _files_of_directory(path)
-    elif path.exists() or path.suffix or str(source).count("/") != 1:
+    elif there or path.suffix or str(source).count("/") != 1:
         files, config_file = [path], path.parent / "config.json"
     else:
         files, config_file = _files_of_hub(str(source))
@@ -157,21 +165,30 @@ def read_checkpoint(source: str | Path) -> tuple[AnyConfig, State]:
     for file in files:
         state |= read_safetensors(file)
     kind = _model_type(config_file)
-    if kind == "jodio":
-        return config_from_json(config_file), state
+    config = None if kind is None or kind not in ("jodio", *MIMI_TYPES) else config_from_json(config_file)
+    if config is not None:
+        shapes.check_size(config, state, source)
+    if isinstance(config, JodioConfig):
+        return config, state
     state = to_flat(state)
-    if kind in MIMI_TYPES:
-        config = CodecConfig.from_json(config_file)
-    else:
-        config = infer_config(state)
+    if config is None:
+        config = shapes.infer_config(state)
+        shapes.check_size(config, state, source)
     if kyutai.is_kyutai(state):
         state = kyutai.to_flat(state, config)
     return config, state
 
 
+def _exists(source: str | os.PathLike[str]) -> bool:
+    try:
+        return Path(source).exists()
+    except (OSError, ValueError) as error:  # a name too long for a file's, or with a NUL in it
+        raise InputError(f"source must be a path, a hub id, demo or random, got {shown(source)} ({error})") from None
+
+
 def read_safetensors(path: str | Path) -> State:
     """All tensors of a file, memory-mapped. Raises InputError where there is none, or it is cut or of another kind."""
-    path = Path(path)
+    path = path_of(path, "path")
     if not path.is_file():
         raise InputError(f"no model at {str(path)!r}: pass a directory, a .safetensors file, a hub id or demo")
     if path.suffix != ".safetensors":
@@ -179,7 +196,7 @@ def read_safetensors(path: str | Path) -> State:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, RuntimeError) as error:  # the last two: of types that PyTorch has not
         raise InputError(f"{path} is not a complete safetensors file ({error})") from None
 
 
@@ -202,64 +219,19 @@ def fold_weight_norm(state: State) -> State:
             base = name.removesuffix(g_name)
             if base != name and base + v_name in state:
                 g, v = folded.pop(name), folded.pop(base + v_name)
+                if not g.is_floating_point() or g.dtype != v.dtype or g.shape != (*v.shape[:1], *[1] * (v.dim() - 1)):
+                    raise InputError(
+                        f"{name} must hold a number for each row of {base + v_name}, {v.dtype} {tuple(v.shape)}, "
+                        f"got {g.dtype} {tuple(g.shape)}"
+                    )
                 folded[base + "weight"] = torch._weight_norm(v, g, 0)
     return folded
 
 
-def infer_config(state: Mapping[str, Tensor]) -> CodecConfig:
-    """The configuration that the shapes tell; what they do not (heads of 64, window, RoPE base) is Mimi's."""
-    if kyutai.is_kyutai(state):
-        state = kyutai.shapes_of_flat(state)
-    try:
-        first, last = state["encoder.layers.0.conv.weight"], state["decoder.layers.0.conv.weight"]
-        upsampling = [w for n, w in _sorted_layers(state, r"decoder\.layers\.(\d+)\.conv\.weight") if n][:-1]
-        blocks = _sorted_layers(state, r"decoder\.layers\.(\d+)\.block\.1\.conv\.weight")
-        q_proj = state["encoder_transformer.layers.0.self_attn.q_proj.weight"]
-        k_proj = state["encoder_transformer.layers.0.self_attn.k_proj.weight"]
-        semantic = len(_sorted_layers(state, r"quantizer\.semantic\w+\.layers\.(\d+)\.codebook\.embed_sum"))
-        acoustic = len(_sorted_layers(state, r"quantizer\.acoustic\w+\.layers\.(\d+)\.codebook\.embed_sum"))
-        codebook = state["quantizer.semantic_residual_vector_quantizer.layers.0.codebook.embed_sum"]
-    except KeyError as error:
-        raise InputError(
-            f"this is not a Mimi checkpoint: it has no {error.args[0]} and no config.json stands beside"
-        ) from None
-    hidden = last.shape[1]
-    head_dim = 64 if q_proj.shape[0] % 64 == 0 else q_proj.shape[0] // CodecConfig.num_attention_heads
-    upsample = state.get("upsample.conv.weight")
-    ratios = [w.shape[2] // 2 for w in upsampling]
-    hop = 1
-    for ratio in ratios:
-        hop *= ratio
-    return CodecConfig(
-        audio_channels=first.shape[1],
-        hidden_size=hidden,
-        num_filters=first.shape[0],
-        num_residual_layers=len(blocks) // len(ratios),
-        upsampling_ratios=ratios,
-        kernel_size=first.shape[2],
-        last_kernel_size=state["decoder.layers." + str(_last_layer(state)) + ".conv.weight"].shape[2],
-        residual_kernel_size=blocks[0][1].shape[2],
-        compress=blocks[0][1].shape[1] // blocks[0][1].shape[0],
-        codebook_size=codebook.shape[0],
-        codebook_dim=codebook.shape[1],
-        vector_quantization_hidden_dimension=codebook.shape[1],
-        num_quantizers=semantic + acoustic,
-        num_semantic_quantizers=semantic,
-        use_conv_shortcut=any(".shortcut." in name for name in state),
-        upsample_groups=hidden // upsample.shape[1] if upsample is not None else hidden,
-        num_hidden_layers=len(_sorted_layers(state, r"encoder_transformer\.layers\.(\d+)\.self_attn\.q_proj\.weight")),
-        intermediate_size=state["encoder_transformer.layers.0.mlp.fc1.weight"].shape[0],
-        num_attention_heads=q_proj.shape[0] // head_dim,
-        num_key_value_heads=k_proj.shape[0] // head_dim,
-        head_dim=head_dim,
-        attention_bias="encoder_transformer.layers.0.self_attn.q_proj.bias" in state,
-        frame_rate=0.0 if upsample is not None else CodecConfig.sampling_rate / hop,
-    )
-
-
 def save_pretrained(model: Codec, directory: str | Path) -> None:
     """Write `config.json` and `model.safetensors`; a Mimi's as transformers' `MimiModel.from_pretrained` reads them."""
-    directory = Path(directory)
+    _check_model(model)
+    directory = path_of(directory, "directory")
     directory.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     _write(fold_weight_norm(state) if isinstance(model, Mimi) else state, directory / "model.safetensors")
@@ -272,9 +244,15 @@ def save_kyutai(model: Codec, path: str | Path) -> None:
 
     Raises InputError for what that layout cannot hold (attention biases, heads that do not fill the width).
     """
+    _check_model(model)
     if not isinstance(model.config, CodecConfig):
         raise InputError(f"Kyutai's layout holds a Mimi, got a {type(model).__name__}")
-    _write(kyutai.from_flat(fold_weight_norm(model.state_dict()), model.config), Path(path))
+    _write(kyutai.from_flat(fold_weight_norm(model.state_dict()), model.config), path_of(path, "path"))
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, Codec):
+        raise InputError(f"model must be a Mimi or a JodioModel, got {type(model).__name__}")
 
 
 def fingerprint(model: Codec) -> str:
@@ -300,14 +278,22 @@ def _write(state: State, path: Path) -> None:
 def _files_of_directory(path: Path) -> tuple[list[Path], Path]:
     config, index = path / "config.json", path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        return [path / name for name in names], config
+        return [path / name for name in _shards(index)], config
     if (path / "model.safetensors").is_file() and _model_type(config) in (None, "jodio", *MIMI_TYPES):
         return [path / "model.safetensors"], config
     found = sorted(path.glob("tokenizer-*.safetensors"))
     if len(found) != 1:
         raise InputError(f"{path} holds no model.safetensors of a Mimi and {len(found)} tokenizer-*.safetensors")
     return found, config
+
+
+def _shards(index: Path) -> list[str]:
+    """The files, beside it, that an index names."""
+    listed = read_json(index).get("weight_map")
+    names = [*listed.values()] if isinstance(listed, dict) else []
+    if not names or not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
+        raise InputError(f"{index} must map names of weights to names of files, got weight_map {shown(listed)}")
+    return sorted(set(names))
 
 
 def _files_of_hub(name: str) -> tuple[list[Path], Path]:
@@ -321,12 +307,11 @@ def _files_of_hub(name: str) -> tuple[list[Path], Path]:
         config = fetch("config.json")
         values = read_json(config)
         if _model_type(config) not in ("jodio", *MIMI_TYPES):  # a repository of Kyutai's
-            return [fetch(values.get("mimi_name", kyutai.FILE_NAME))], config
+            return [fetch(str(values.get("mimi_name", kyutai.FILE_NAME)))], config
         try:
             return [fetch("model.safetensors")], config
         except EntryNotFoundError:
-            index = read_json(fetch("model.safetensors.index.json"))
-            return [fetch(part) for part in sorted(set(index["weight_map"].values()))], config
+            return [fetch(part) for part in _shards(fetch("model.safetensors.index.json"))], config
     except (OSError, HfHubHTTPError, ValueError) as error:
         reason = re.split(r"\.\s|\n", str(error).strip())[0]  # the first sentence of what may be a page
         raise InputError(
@@ -339,12 +324,3 @@ def _model_type(config: Path) -> str | None:
     """What a config.json is for; "mimi" also where it does not say but has Mimi's fields, None where there is none."""
     values = read_json(config) if config.is_file() else {}
     return values.get("model_type", "mimi" if "upsampling_ratios" in values else None)
-
-
-def _sorted_layers(state: Mapping[str, Tensor], pattern: str) -> list[tuple[int, Tensor]]:
-    found = [(int(match[1]), tensor) for name, tensor in state.items() if (match := re.fullmatch(pattern, name))]
-    return sorted(found, key=lambda item: item[0])
-
-
-def _last_layer(state: Mapping[str, Tensor]) -> int:
-    return _sorted_layers(state, r"decoder\.layers\.(\d+)\.conv\.weight")[-1][0]

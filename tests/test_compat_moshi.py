@@ -358,7 +358,7 @@ def test_files_that_are_not_read(tmp_path, model):
     with pytest.raises(ValueError, match="no model at"):
         face.get_mimi(tmp_path / "y.safetensors")
     save_kyutai(model.core, tmp_path / "z.safetensors")
-    with pytest.raises(ValueError, match="does not fit the model: missing"):
+    with pytest.raises(ValueError, match=r"96,151,393 parameters, and .*z\.safetensors holds 152,830"):
         face.get_mimi(tmp_path / "z.safetensors")  # a small model, the default configuration
     with pytest.raises(ValueError, match="number of codebooks must be from 1 to 9, got 10"):
         face.get_mimi(tmp_path / "z.safetensors", CONFIGS["small"], num_codebooks=10)

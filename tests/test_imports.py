@@ -28,7 +28,7 @@ ROOM_MAY_USE = {
     "kernels.onednn": {"torch"},
 }
 FOR_KERNELS = {"memory", "int8"}  # leaves: how tensors and weights lie in memory
-FOR_ALL = {"errors", *FOR_KERNELS}  # leaves that leaves may use
+FOR_ALL = {"errors", "validation", "sizes", "masks", *FOR_KERNELS}  # leaves that leaves may use
 LEAVES = {*FOR_ALL, "config", "state", "ops"}
 # The model and its parts import, of ours, one another and nothing around them.
 MODEL_SIDE = {
@@ -182,6 +182,12 @@ def leaves_import_nothing_of_ours(tree: Tree) -> list[str]:
     ]
 
 
+def only_validation_imports_pydantic(tree: Tree) -> list[str]:
+    """Configurations are plain dataclasses, and errors are InputError: no other module sees the library."""
+    wrong = [found for found in in_package(tree) if inside(found.name, "pydantic") and found.part != "validation"]
+    return [f"{found}: ask fastmimi.validation" for found in wrong]
+
+
 def the_model_knows_nothing_around_it(tree: Tree) -> list[str]:
     """The model's side never imports checkpoints, files, faces, training or the command line."""
     wrong = []
@@ -231,6 +237,7 @@ RULES: list[Rule] = [
     only_dispatch_opens_rooms,
     module_names_are_written_out,
     leaves_import_nothing_of_ours,
+    only_validation_imports_pydantic,
     the_model_knows_nothing_around_it,
     doors_open_outwards,
     the_package_is_lazy,
@@ -271,6 +278,7 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (leaves_import_nothing_of_ours, "fastmimi/config.py", LAZY + "from .weights import read"),
     (leaves_import_nothing_of_ours, "fastmimi/state.py", "import fastmimi.config"),
     (leaves_import_nothing_of_ours, "fastmimi/ops.py", "from . import state"),
+    (only_validation_imports_pydantic, "fastmimi/config.py", "from pydantic import Field"),
     (the_model_knows_nothing_around_it, "fastmimi/model.py", LAZY + "from .weights import read"),
     (the_model_knows_nothing_around_it, "fastmimi/seanet.py", "import fastmimi.audio"),
     (the_model_knows_nothing_around_it, "fastmimi/jodio.py", "from .weights import load"),

@@ -373,10 +373,10 @@ def test_copies_are_independent():
 
 
 @pytest.mark.parametrize("make, sentence", [
-    (lambda: JodioConfig(channels=0), "channels must be an integer of at least 1, got 0"),
-    (lambda: JodioConfig(strides=[4, 0]), r"strides must be positive integers, got \[4, 0\]"),
-    (lambda: JodioConfig(dilations=[]), r"dilations must be positive integers, got \[\]"),
-    (lambda: JodioConfig(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
+    (lambda: JodioConfig(channels=0), "channels must be greater than or equal to 1, got 0"),
+    (lambda: JodioConfig(strides=[4, 0]), r"strides\.1 must be greater than or equal to 1, got 0"),
+    (lambda: JodioConfig(dilations=[]), r"dilations must have at least 1 item after validation, not 0, got \[\]"),
+    (lambda: JodioConfig(dropout=1.0), "dropout must be less than 1, got 1.0"),
     (lambda: JodioTransformerConfig(head_dim=7), "head_dim must be even, got 7"),
     (lambda: small().encode(noise(1, 2, 5)), r"audio must be \[batch, 1, samples\], got \(1, 2, 5\)"),
     (lambda: small().decode(torch.zeros(1, 1, 4, dtype=torch.long)), "codebooks must be from 2 to 5, got 1"),

@@ -185,7 +185,7 @@ def test_bad_states(small):
     state = small.new_state(2)
     with pytest.raises(ValueError, match="for 2 streams"):
         small.encode(noise(1, 1, 100), state=state)
-    with pytest.raises(ValueError, match="batch_size must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer from 1 to 65536, got 0"):
         small.new_state(0)
     with pytest.raises(ValueError, match="mask must be a bool tensor"):
         state.reset(torch.ones(2))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import dispatch, plot, transcode, weights
+from .. import checks, dispatch, plot, transcode, weights
 from ..audio import AudioFile, AudioWriter, read_blocks
 from ..codec import Codec
 from ..config import CodecConfig, JodioConfig
@@ -64,24 +64,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 def device_type(name: str) -> str:
     """'cuda' for 'cuda:1'; whether there is one does not matter."""
-    try:
-        return torch.device(name).type
-    except RuntimeError:
-        raise InputError(f"device must be cpu, cuda, cuda:1..., got {name!r}") from None
-
-
-def device_of(name: str) -> torch.device:
-    """A device that this machine has; InputError otherwise."""
-    kind, device = device_type(name), torch.device(name)
-    if kind == "cpu":
-        return device
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None or accelerator.type != kind:
-        there = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
-        raise InputError(f"device {name!r} was asked for, and PyTorch finds only {there} on this machine")
-    if (device.index or 0) >= torch.accelerator.device_count():
-        raise InputError(f"device {name!r} was asked for, and there are {torch.accelerator.device_count()}")
-    return device
+    return checks.device_type(name).type
 
 
 def is_model_name(source: Path) -> bool:
@@ -114,7 +97,7 @@ def check_fit(tokens: Tokens, codec: Codec, source: Path, model: str, *, force: 
 
 def load(model: str, device: str, dtype: str, impl: str, codebooks: int | None = None) -> Codec:
     """The codec; what can be checked without its weights is checked before they are fetched."""
-    where, kind = device_of(device), dtype_of(dtype)
+    where, kind = checks.device(device), dtype_of(dtype)
     dispatch.explain(where.type, kind, impl)  # raises where the implementation cannot run
     with report.busy(f"loading {model}"):
         return weights.load(model, device=where, dtype=kind, impl=impl, num_codebooks=codebooks)
@@ -124,7 +107,7 @@ def costs(device: str) -> tuple[dict[str, list[Stage]], dict[str, float], str]:
     """Of each architecture the stages; what the device can do, and its name."""
     from .. import costs
 
-    where = device_of(device)
+    where = checks.device(device)
     with report.busy("counting, and measuring this machine"):
         found = {name: costs.stages(config()) for name, config in ARCHITECTURES.items()}
         return found, costs.ceilings(str(where)), device

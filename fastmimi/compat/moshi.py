@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, kyutai, weights
+from .. import checks, kyutai, masks, shapes, weights
 from ..config import CodecConfig
 from ..errors import InputError
 from ..memory import Packable
@@ -96,19 +96,23 @@ def get_mimi(
     there is no model for, and for a number of codebooks that the model does not have.
     """
     config = CodecConfig() if mimi_config is None else codec_config(mimi_config)
+    where = checks.device(device)
     if filename is None:
         core = weights.random(config)
     else:
         state = weights.to_flat(weights.read_safetensors(filename))
+        shapes.check_size(config, state, filename)
         with torch.device("meta"):
             core = Mimi(config)
         weights.fill(core, kyutai.to_flat(state, config) if kyutai.is_kyutai(state) else state)
     core.num_codebooks = num_codebooks
-    return MimiModel(core).to(device).eval()
+    return MimiModel(core).to(where).eval()
 
 
 def codec_config(mimi_config: dict) -> CodecConfig:
     """moshi's `mimi_config` as ours; raises InputError, naming the key, for what there is no model for."""
+    if not isinstance(mimi_config, dict):
+        raise InputError(f"mimi_config must be a dictionary, got {type(mimi_config).__name__}")
     if missing := [key for key in ("sample_rate", "channels", "frame_rate", *DEFAULTS) if key not in mimi_config]:
         raise InputError(f"mimi_config has no {', '.join(missing)}")
     seanet, quantizer, transformer = (_part(mimi_config, name) for name in DEFAULTS)
@@ -128,6 +132,11 @@ def codec_config(mimi_config: dict) -> CodecConfig:
         raise InputError(f"mimi_config['seanet']['pad_mode'] must be constant or replicate, got {seanet['pad_mode']!r}")
     if quantizer["dimension"] == hidden:
         raise InputError(f"mimi_config['quantizer']['dimension'] must differ from seanet's, both are {hidden}")
+    for name in ("num_heads", "kv_repeat"):
+        if type(transformer[name]) is not int or transformer[name] < 1:
+            raise InputError(
+                f"mimi_config['transformer'][{name!r}] must be a positive integer, got {transformer[name]!r}"
+            )
     if heads % transformer["kv_repeat"]:
         raise InputError(f"{heads} heads cannot be shared by kv_repeat={transformer['kv_repeat']}")
     return CodecConfig(
@@ -157,12 +166,14 @@ def codec_config(mimi_config: dict) -> CodecConfig:
         num_key_value_heads=heads // transformer["kv_repeat"],
         sliding_window=transformer["context"],
         layer_scale_initial_scale=transformer["layer_scale"],
-        rope_parameters={"rope_type": "default", "rope_theta": float(transformer["max_period"])},
+        rope_parameters={"rope_type": "default", "rope_theta": transformer["max_period"]},
     )
 
 
 def _part(mimi_config: dict, part: str) -> dict[str, Any]:
     """One part of a mimi_config, with moshi's defaults for what it leaves out."""
+    if not isinstance(mimi_config[part], dict):
+        raise InputError(f"mimi_config[{part!r}] must be a dictionary, got {type(mimi_config[part]).__name__}")
     if unknown := sorted(mimi_config[part].keys() - DEFAULTS[part].keys()):
         raise InputError(f"mimi_config[{part!r}] has keys that there is no model for: {', '.join(unknown)}")
     return DEFAULTS[part] | mimi_config[part]
@@ -304,6 +315,7 @@ class MimiModel(Packable):
     def set_exec_mask(self, exec_mask: Tensor) -> None:
         """Rows [B] bool that the following calls advance; the others stay as they are and give 0."""
         state = self._streaming("set_exec_mask")
+        exec_mask = masks.as_tensor(exec_mask, "exec_mask")
         if exec_mask.shape != state.exec_mask.shape:
             raise InputError(f"exec_mask must have shape ({state.batch_size},), got {tuple(exec_mask.shape)}")
         state.exec_mask.copy_(exec_mask)
@@ -317,12 +329,13 @@ class MimiModel(Packable):
 
         Raises RuntimeError for other names, InputError for a state of another model, device or dtype.
         """
+        if not isinstance(state, dict):
+            raise InputError(f"state must come from get_streaming_state(), got {type(state).__name__}")
         if state.keys() != {""}:
             raise RuntimeError(f"a streaming state has the one name '', got {sorted(state)}")
         if (new := state[""]) is not None:
             batch = new.batch_size if isinstance(new, StreamState) else 0
-            shape = (batch, self.channels, self.frame_size)
-            checks.state(new, shape, self.core.device, self.core.dtype)
+            checks.state(new, (batch, self.channels, self.frame_size), self.core)
         self._state = new
 
     def _stop_streaming(self) -> None:
