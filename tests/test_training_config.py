@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastmimi import InputError
 from fastmimi.train.config import LIMITS, DiscriminatorConfig, TrainConfig
 from fastmimi.train.step import Generator
 
@@ -22,15 +23,15 @@ def test_defaults_are_the_papers():
     [
         ("optimizer.rl=1", "Key 'rl' not in 'OptimizerConfig'"),
         ("steps=many", "'many' of type 'str' could not be converted to Integer"),
-        ("losses.mel=-1", "losses must be at least 0"),
-        ("losses.mel=nan", "losses must be at least 0"),
+        ("losses.mel=-1", r"losses must lie in \[0, 1e\+09\] and not all be 0"),
+        ("losses.mel=nan", r"losses must lie in \[0, 1e\+09\] and not all be 0"),
         ("data.dataset=x", "data needs either a folder or a dataset"),
         ("model.architecture=moshi", "model.architecture must be one of mimi, jodio, got 'moshi'"),
         ("mixed_precision=fp17", "mixed_precision must be one of None, no, bf16, fp16, got 'fp17'"),
         ("optimizer.schedule=steep", "optimizer.schedule must be one of constant_with_warmup, .*, got 'steep'"),
         ("optimizer.betas=[0.5]", r"optimizer.betas must be two numbers in \[0, 1\), got \[0.5\]"),
-        ("discriminator.n_ffts=[]", r"discriminator.n_ffts must be numbers of at least 16, got \[\]"),
-        ("discriminator.n_ffts=[8]", r"discriminator.n_ffts must be numbers of at least 16, got \[8\]"),
+        ("discriminator.n_ffts=[]", r"discriminator.n_ffts must be 1 to 16 numbers from 16 to 65536, got \[\]"),
+        ("discriminator.n_ffts=[8]", r"discriminator.n_ffts must be 1 to 16 numbers from 16 to 65536, got \[8\]"),
         ("optimizer.lr=-1", r"optimizer.lr must lie in \[1e-12, 1e\+09\], got -1.0"),
         ("optimizer.lr=inf", r"optimizer.lr must lie in \[1e-12, 1e\+09\], got inf"),
         ("optimizer.clip=0", r"optimizer.clip must lie in \[1e-12, inf\], got 0.0"),
@@ -38,7 +39,7 @@ def test_defaults_are_the_papers():
         ("quantizer.commitment=nan", r"quantizer.commitment must lie in \[0, 1e\+09\], got nan"),
         ("seed=-1", r"seed must lie in \[0, 1e\+09\], got -1"),
         ("save_every=0", r"save_every must lie in \[1, 1e\+09\], got 0"),
-        ("data.seconds=0.001", r"data.seconds must lie in \[0.1, 1e\+09\], got 0.001"),
+        ("data.seconds=0.001", r"data.seconds must lie in \[0.1, 3600\], got 0.001"),
     ],
 )
 def test_bad_configurations(tmp_path, change, sentence):
@@ -46,6 +47,56 @@ def test_bad_configurations(tmp_path, change, sentence):
     path.write_text("data: {folder: x}")
     with pytest.raises(ValueError, match=sentence):
         TrainConfig.read(path, [change])
+
+
+HOSTILE = {
+    "a list": (b"- data", "a configuration must be fields and their values, got"),
+    "a number": (b"3", "Invalid loaded object type: int"),
+    "nothing": (b"", "empty"),
+    "not UTF-8": (b"\xff\xfe", "codec can't decode byte 0xff"),
+    "control characters": (b"out: \x00", "unacceptable character #x0000"),
+    "an alias": (b"data: &a {folder: x}\nmodel: {changes: *a}", r"an alias stands for must be written out, got \*a"),
+    "recursion": (b"data: &a {folder: x, name: *a}", r"an alias stands for must be written out, got \*a"),
+    "deep nesting": (b"out: " + b"[" * 5000, "out|recursion|found|expected|parsing"),
+    "deep values": (b"data: {folder: x}\nmodel: {changes: {a: " + b"[" * 400 + b"]" * 400 + b"}}", "recursion"),
+    "a large file": (b"# " * 40_000, "a configuration must have at most 65536 bytes, got 80000"),
+    "a tag of Python": (b"!!python/object/apply:os.system ['true']", "could not determine a constructor"),
+    "a digit too many": (b"steps: " + b"9" * 5000, "Exceeds the limit"),
+    "a float too large": (b"optimizer: {lr: " + b"9" * 500 + b"}", "too large to convert to float"),
+    "a bool": (b"data: {folder: x}\nsteps: true", "steps: Value 'True' of type 'bool' could not be converted"),
+    "a part that is none": (b"data: 3", "DataConfig. value: 3"),
+    "null": (b"data: {folder: x}\nseed: null", "seed: Incompatible value 'None'"),
+    "an item": (b"data: {folder: x}\noptimizer: {betas: [a, b]}", r"optimizer.betas\[0\]: Value 'a' of type 'str'"),
+    "an interpolation": (b"data: {folder: x}\nout: ${out}", "out: .*interpolation"),
+    "many processes": (b"data: {folder: x, workers: 1000000}", r"data.workers must lie in \[0, 1024\], got 1000000"),
+    "a large transform": (
+        b"data: {folder: x}\ndiscriminator: {n_ffts: [99999999]}",
+        r"from 16 to 65536, got \[99999999\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("content, sentence", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files_are_refused_in_a_sentence(tmp_path, content, sentence):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"(?i)config\.yaml(:| is).*({sentence})") as error:
+        TrainConfig.read(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("values", [None, 3, "x", [], {"data": 3}, {3: 4}, {"steps": object()}])
+def test_values_that_are_no_configuration(values):
+    with pytest.raises(InputError):
+        TrainConfig.of(values)
+
+
+@pytest.mark.parametrize("changes", [[None], [3], ["a.b=3"], ["=3"], ["steps=["], ["data=3"]])
+def test_changes_that_do_not_fit(tmp_path, changes):
+    path = tmp_path / "config.yaml"
+    path.write_text("data: {folder: x}")
+    with pytest.raises(InputError, match=r"config\.yaml: "):
+        TrainConfig.read(path, changes)
 
 
 def test_every_number_has_its_limits():

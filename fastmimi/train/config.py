@@ -7,17 +7,20 @@ EnCodec (arXiv 2210.13438) for the balancer, the discriminators' insides and wha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from ..errors import InputError
-from ..files import check_input
+from ..files import check_input, path_of
+from ..validation import naming, shown
 
 # transformers' `get_scheduler`; those that need no more than a number of steps
 SCHEDULES = ["constant_with_warmup", "linear", "cosine", "polynomial"]
@@ -26,15 +29,18 @@ FREE = {"out", "steps", "save_every", "log_every", "listen_every", "data.folder"
         "model.impl"}  # fmt: skip
 
 MANY, TINY, SHARE = 1e9, 1e-12, (0, 1)
+LARGEST = 65_536  # bytes of a configuration
+REFUSALS = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError, OSError)
+N_FFTS = (16, 65_536)
 LIMITS = {  # least, most
     "steps": (1, MANY),
     "seed": (0, MANY),  # numpy's end at 2**32, and each step of each process has its own
     "save_every": (1, MANY),
     "log_every": (1, MANY),
     "listen_every": (1, MANY),
-    "data.seconds": (0.1, MANY),
-    "data.batch_size": (1, MANY),
-    "data.workers": (0, MANY),
+    "data.seconds": (0.1, 3600),
+    "data.batch_size": (1, 65_536),
+    "data.workers": (0, 1024),
     "optimizer.lr": (TINY, MANY),
     "optimizer.weight_decay": (0, MANY),
     "optimizer.ema": SHARE,
@@ -43,21 +49,21 @@ LIMITS = {  # least, most
     "quantizer.decay": SHARE,
     "quantizer.commitment": (0, MANY),
     "quantizer.begin": (0, MANY),
-    "quantizer.kmeans_latents": (1, MANY),
-    "quantizer.kmeans_iterations": (0, MANY),
+    "quantizer.kmeans_latents": (1, 1e8),
+    "quantizer.kmeans_iterations": (0, 1e5),
     "quantizer.replace_below": SHARE,
     "quantizer.replace_every": (1, MANY),
     "quantizer.raw": SHARE,
     "losses.norm": (TINY, MANY),
     "losses.balancer_decay": SHARE,
-    "discriminator.filters": (1, MANY),
+    "discriminator.filters": (1, 4096),
     "distillation.weight": (0, MANY),
 }
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        raise InputError(f"{name} must be one of {', '.join(map(str, choices))}, got {shown(value)}")
 
 
 @dataclass
@@ -164,8 +170,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         losses, data, optimizer = self.losses, self.data, self.optimizer
         weights = {name: getattr(losses, name) for name in ("adversarial", "features", "l1", "mel")}
-        if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
-            raise InputError(f"losses must be at least 0 and not all of them, got {weights}")
+        if not all(0 <= weight <= MANY for weight in weights.values()) or not any(weights.values()):
+            raise InputError(f"losses must lie in [0, {MANY:g}] and not all be 0, got {weights}")
         if (data.folder is None) == (data.dataset is None):
             raise InputError("data needs either a folder or a dataset")
         _check_choice("model.architecture", self.model.architecture, ["mimi", "jodio"])
@@ -174,24 +180,32 @@ class TrainConfig:
         for name, value in self._flat().items():
             if name in LIMITS and not LIMITS[name][0] <= value <= LIMITS[name][1]:
                 raise InputError("{} must lie in [{:g}, {:g}], got {}".format(name, *LIMITS[name], value))
-        if not self.discriminator.n_ffts or min(self.discriminator.n_ffts) < 16:
-            raise InputError(f"discriminator.n_ffts must be numbers of at least 16, got {self.discriminator.n_ffts}")
+        n_ffts, (least, most) = self.discriminator.n_ffts, N_FFTS
+        if not 1 <= len(n_ffts) <= 16 or not least <= min(n_ffts) <= max(n_ffts) <= most:
+            raise InputError(
+                f"discriminator.n_ffts must be 1 to 16 numbers from {least} to {most}, got {shown(n_ffts)}"
+            )
         if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
             raise InputError(f"optimizer.betas must be two numbers in [0, 1), got {optimizer.betas}")
 
     @classmethod
     def read(cls, path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
         """A YAML file, with `changes` such as "optimizer.lr=1e-4"; InputError names what does not fit."""
-        try:
-            given = OmegaConf.merge(OmegaConf.load(check_input(Path(path))), OmegaConf.from_dotlist(list(changes)))
+        file = check_input(path_of(path, "the path of a configuration"))
+        with naming(file), _sentences():
+            loaded = OmegaConf.load(StringIO(_text(file)))
+            if not isinstance(loaded, DictConfig):
+                raise InputError(f"a configuration must be fields and their values, got {shown(loaded)}")
+            given = OmegaConf.merge(loaded, OmegaConf.from_dotlist([*changes]))
             return cls.of(OmegaConf.to_container(given))
-        except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
 
     @classmethod
     def of(cls, values: Any) -> TrainConfig:
-        """Of nested dictionaries."""
-        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+        """Of nested dictionaries; InputError names what does not fit."""
+        if not isinstance(values, dict):
+            raise InputError(f"a configuration must be fields and their values, got {shown(values)}")
+        with _sentences():
+            made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
         assert isinstance(made, cls)
         return made
 
@@ -212,3 +226,35 @@ class TrainConfig:
     def write(self, path: Path) -> None:
         """To YAML, whole."""
         path.write_text(OmegaConf.to_yaml(OmegaConf.structured(self)))
+
+
+def _text(file: Path) -> str:
+    """Of a YAML file of sane size, without aliases: they let a few lines stand for gigabytes."""
+    if (size := file.stat().st_size) > LARGEST:
+        raise InputError(f"a configuration must have at most {LARGEST} bytes, got {size}")
+    text = file.read_text(encoding="utf-8")
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise InputError(f"what an alias stands for must be written out, got *{event.anchor}")
+    return text
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """OmegaConf's errors, and those of the YAML reader, as one sentence that names the field."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        OmegaConfBaseException,
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+        OSError,
+    ) as error:
+        field = getattr(error, "full_key", None)
+        message = " ".join(str(getattr(error, "msg", None) or error).split("\n    full_key")[0].split())
+        raise InputError(f"{field}: {message}" if field else message) from None
