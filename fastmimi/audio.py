@@ -16,7 +16,7 @@ import soundfile
 import soxr
 
 from .errors import InputError
-from .files import check_input
+from .files import check_input, path_of
 
 Block = np.ndarray
 
@@ -65,7 +65,7 @@ def files_below(folder: Path) -> list[Path]:
 
 def probe(path: str | Path) -> AudioFile:
     """Read a file's header. Raises InputError where it is missing, not audio, cut, or without samples."""
-    path = check_input(Path(path))
+    path = check_input(path_of(path, "an audio file"))
     with _open(path) as file:
         if _is_cut(path, file.format, file.extra_info):
             raise InputError(f"{path} is truncated: its header promises more audio than the file holds")
@@ -207,12 +207,13 @@ def _count(file: Forward, path: Path) -> int:
 
 def output_format(path: str | Path) -> tuple[str, str]:
     """libsndfile's format and subtype for a target's suffix; InputError for one it does not write."""
-    suffix = Path(path).suffix[1:].upper()
+    path = path_of(path, "an audio file")
+    suffix = path.suffix[1:].upper()
     name = ALIASES.get(suffix, suffix)
     known = soundfile.available_formats().keys() - NOT_WRITTEN
     if name not in known:
         listed = ", ".join(sorted(known | ALIASES.keys())).lower()
-        raise InputError(f"cannot write {path}: its suffix must be one of {listed}, got {Path(path).suffix!r}")
+        raise InputError(f"cannot write {path}: its suffix must be one of {listed}, got {path.suffix!r}")
     return name, "OPUS" if suffix == "OPUS" else soundfile.default_subtype(name)
 
 

@@ -148,7 +148,7 @@ def config(config: Any, kind: type) -> Any:
 
 def dtype(dtype: Any) -> torch.dtype:
     """One that a model computes in."""
-    if dtype not in DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {shown(dtype)}")
     return dtype
 

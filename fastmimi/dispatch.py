@@ -18,6 +18,7 @@ import torch
 from . import library
 from .errors import InputError
 from .ops import OPS, Ops
+from .validation import shown
 
 CANDIDATES = {  # the fastest first
     "triton": "fastmimi.kernels.triton",
@@ -58,9 +59,11 @@ def check_impl(impl: Impl) -> None:
     wanted = impl if isinstance(impl, dict) else dict.fromkeys(OPS, impl)
     for op, name in wanted.items():
         if op not in OPS:
-            raise InputError(f"impl names an unknown op {op!r}; the ops are {', '.join(OPS)}")
+            raise InputError(f"impl names an unknown op {shown(op)}; the ops are {', '.join(OPS)}")
         if not isinstance(name, str) or name not in ("auto", *CANDIDATES):
-            raise InputError(f"impl must be 'auto', {', '.join(map(repr, CANDIDATES))}, or a dict per op, got {name!r}")
+            raise InputError(
+                f"impl must be 'auto', {', '.join(map(repr, CANDIDATES))}, or a dict per op, got {shown(name)}"
+            )
 
 
 def bind(device: str, dtype: torch.dtype, impl: Impl = "auto") -> Ops:
@@ -107,9 +110,9 @@ def _check_target(device: str, dtype: torch.dtype) -> None:
     except RuntimeError:
         known = False
     if not known:
-        raise InputError(f"device must be a type of device, such as 'cpu' or 'cuda', got {device!r}")
+        raise InputError(f"device must be a type of device, such as 'cpu' or 'cuda', got {shown(device)}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"dtype must be one of floating point, such as torch.float32, got {dtype!r}")
+        raise InputError(f"dtype must be one of floating point, such as torch.float32, got {shown(dtype)}")
 
 
 @cache

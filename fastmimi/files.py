@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the checks of paths before any work is done. A leaf."""
+"""Files that are written whole or not at all, and the checks of paths before any work is done."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .validation import shown
 
 
 def path_of(value: Any, name: str) -> Path:
     """The path that an argument of this name is; InputError where it is none."""
-    if not isinstance(value, str | os.PathLike) or "\0" in os.fspath(value):
-        raise InputError(f"{name} must be a path, got {value!r}")
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise InputError(f"{name} must be a path, got {shown(value)}")
     return Path(value)
 
 
@@ -36,6 +37,7 @@ def replacing(target: str | Path) -> Iterator[Path]:
 
 def check_input(path: Path) -> Path:
     """A file that is there, holds something and can be read; InputError with one sentence otherwise."""
+    path = path_of(path, "a file to read")
     if not path.exists():
         raise InputError(f"{path} does not exist")
     if not path.is_file():
@@ -49,6 +51,7 @@ def check_input(path: Path) -> Path:
 
 def check_output(path: Path, inputs: Iterable[Path] = ()) -> Path:
     """A target that can be written and is none of the inputs; InputError with one sentence otherwise."""
+    path = path_of(path, "a file to write")
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise InputError(f"cannot write {path}: there is no directory {path.parent}")

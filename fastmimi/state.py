@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import masks
 from .errors import InputError
 
+LISTED = 20  # misfits that an error names before it only counts
 MOST_POSITIONS = 1 << 53  # that a stream counts: beyond a million years
 
 
@@ -189,7 +190,8 @@ class StreamState:
                 if bool(((theirs < 0) | (theirs > most)).any()):  # kernels take them for addresses
                     wrong.append(f"{name} must lie in [0, {most}], got {theirs.tolist()}")
         if wrong:
-            raise InputError("this state does not fit: " + "; ".join(sorted(wrong)))
+            more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+            raise InputError(f"this state does not fit: {'; '.join(sorted(wrong)[:LISTED])}{more}")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 

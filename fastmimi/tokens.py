@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from .errors import InputError
-from .files import check_input, replacing
+from .files import check_input, path_of, replacing
+from .validation import Count, Positive, check_fields, shown
 
 FORMAT, VERSION = "fastmimi.tokens", "1"
 MAX_BITS = 16
@@ -50,23 +52,21 @@ class Tokens:
     """The codes of one utterance, [K, T] of any integer type, and the facts of the codec that made them."""
 
     codes: np.ndarray
-    codebook_size: int
-    sample_rate: int
-    frame_rate: float
-    frame_size: int
-    length: int
+    codebook_size: Count
+    sample_rate: Count
+    frame_rate: Positive
+    frame_size: Count
+    length: Count
     fingerprint: str
     model: str
     packed: bool = False
 
     def __post_init__(self) -> None:
         """Raises InputError, naming the value, where the fields cannot belong together."""
+        check_fields(self)
         codes, size = self.codes, self.codebook_size
         if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer):
             raise InputError(f"codes must be integers [codebooks, frames], got {codes.dtype} {codes.shape}")
-        for name in ("codebook_size", "sample_rate", "frame_rate", "frame_size", "length"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_codebooks == 0 or self.num_frames != -(-self.length // self.frame_size):
             raise InputError(
                 f"codes {codes.shape} do not fit {self.length} samples in frames of {self.frame_size}: "
@@ -109,8 +109,8 @@ class Tokens:
         """The same utterance in fewer codebooks (None: all). Raises InputError where it has not so many."""
         if codebooks is None:
             return self
-        if not 1 <= codebooks <= self.num_codebooks:
-            raise InputError(f"the number of codebooks must be from 1 to {self.num_codebooks}, got {codebooks}")
+        if type(codebooks) is not int or not 1 <= codebooks <= self.num_codebooks:
+            raise InputError(f"the number of codebooks must be from 1 to {self.num_codebooks}, got {shown(codebooks)}")
         return replace(self, codes=self.codes[:codebooks])
 
     def to_bytes(self) -> bytes:
@@ -125,13 +125,13 @@ class Tokens:
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
-        with replacing(path) as part:
+        with replacing(path_of(path, "a token file")) as part:
             part.write_bytes(self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> Tokens:
         """Read a file. Raises InputError where it is missing, cut, not ours, or contradicts itself."""
-        path = check_input(Path(path))
+        path = check_input(path_of(path, "a token file"))
         metadata = read_metadata(path)
         if metadata.get("format") != FORMAT:
             raise InputError(f"{path} is a safetensors file, but not one of tokens")
@@ -179,7 +179,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if length < 100_000_000 else b""  # the format's own bound
+        there = os.fstat(file.fileno()).st_size
+        header = file.read(length) if length <= min(there, 100_000_000) else b""  # the latter is the format's own bound
     values = _parsed(header.decode("utf-8", "replace"))
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a safetensors file, or is truncated")
@@ -238,5 +239,5 @@ def _check_bits(bits: int) -> None:
 def _parsed(text: str, otherwise: Any = None) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also integers of thousands of digits
         return otherwise

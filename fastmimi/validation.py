@@ -35,6 +35,7 @@ Entries = Annotated[int, Field(ge=1, le=1 << 20)]  # of a codebook
 Window = Annotated[int, Field(ge=1, le=LONGEST_HISTORY)]
 Hertz = Annotated[int, Field(ge=1, le=10_000_000)]
 Positions = Annotated[int, Field(ge=1, le=1 << 40)]
+Count = Annotated[int, Field(ge=1, le=1 << 62)]
 PadMode = Literal["constant", "replicate", "reflect"]
 
 Finite = Annotated[float, Field(ge=-1e12, le=1e12)]
@@ -45,7 +46,7 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 Base = Annotated[float, Field(gt=1, le=1e12)]  # of a logarithm
 
 
-STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 # Feed-forward activations that the op knows, by transformers' names for them
 ACTIVATIONS = {
@@ -191,7 +192,7 @@ def shown(value: Any) -> str:
     """`repr` of any value, cut short."""
     if isinstance(value, int) and abs(value) >= 1 << 128:  # Python refuses to write integers of thousands of digits
         return f"an integer of {value.bit_length()} bits"
-    return _repr.repr(value)
+    return " ".join(_repr.repr(value).split())
 
 
 _repr = reprlib.Repr()

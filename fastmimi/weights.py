@@ -183,7 +183,8 @@ def _exists(source: str | os.PathLike[str]) -> bool:
     try:
         return Path(source).exists()
     except (OSError, ValueError) as error:  # a name too long for a file's, or with a NUL in it
-        raise InputError(f"source must be a path, a hub id, demo or random, got {shown(source)} ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"source must be a path, a hub id, demo or random, got {shown(source)} ({reason})") from None
 
 
 def read_safetensors(path: str | Path) -> State:
@@ -261,6 +262,7 @@ def fingerprint(model: Codec) -> str:
     The encoder and the decoder do not count (a fine-tuned decoder still reads the codes), nor does the precision the
     model runs in, since the codebooks stay fp32.
     """
+    _check_model(model)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.quantizer.state_dict().items()):
         if name.endswith(("embed_sum", "cluster_usage", "codebook.weight")):

@@ -185,10 +185,10 @@ def test_an_existing_file_survives_an_error(tmp_path: Path, monkeypatch: pytest.
         ({"codes": np.zeros((2, 8), int)}, r"codes \(2, 8\) do not fit 13435 samples"),
         ({"codes": np.zeros((0, 7), int)}, "do not fit"),
         ({"length": 7 * 1920 + 1}, "do not fit 13441 samples"),
-        ({"length": 0}, "length must be positive, got 0"),
+        ({"length": 0}, "length must be greater than or equal to 1, got 0"),
         ({"frame_size": 960}, "do not fit"),
-        ({"frame_rate": float("nan")}, "frame_rate must be positive, got nan"),
-        ({"sample_rate": -1}, "sample_rate must be positive, got -1"),
+        ({"frame_rate": float("nan")}, "frame_rate must be a finite number, got nan"),
+        ({"sample_rate": -1}, "sample_rate must be greater than or equal to 1, got -1"),
     ],
 )
 def test_fields_that_cannot_be_are_refused(change: dict, sentence: str) -> None:
@@ -211,7 +211,7 @@ def test_fields_that_cannot_be_are_refused(change: dict, sentence: str) -> None:
         ({"num_frames": "-7", "num_codebooks": "-8"}, "must be positive, got"),
         ({"codebook_size": "3"}, r"codes must lie in \[0, 3\)|must be uint8"),
         ({"codebook_size": "99999999"}, "must be uint8|bits must be|$"),
-        ({"frame_rate": "NaN"}, "frame_rate must be positive, got nan"),
+        ({"frame_rate": "NaN"}, "frame_rate must be a finite number, got nan"),
     ],
 )
 def test_metadata_that_cannot_be_is_refused(tmp_path: Path, change: dict, sentence: str, packed: bool) -> None:

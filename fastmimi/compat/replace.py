@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
+from ..errors import InputError
 from .transformers import PEERS, Bound, Codebook, adopt, ours, peer
 
 _REPLACEMENTS: dict[type, type] = {}
@@ -15,7 +18,7 @@ def replace_mimi(model: nn.Module) -> nn.Module:
     The modules and their parameters stay the same objects; only what computes with them changes. Subclasses keep what
     they override. `restore_mimi` undoes it.
     """
-    for module in list(model.modules()):
+    for module in _modules(model):
         if isinstance(module, PEERS) and not isinstance(module, Bound):
             module.__class__ = _replacement(type(module))
             adopt(module, _replacement)
@@ -24,7 +27,7 @@ def replace_mimi(model: nn.Module) -> nn.Module:
 
 def restore_mimi(model: nn.Module) -> nn.Module:
     """Undo `replace_mimi`, in place, and return `model`; models made as fastmimi's stay so."""
-    for module in list(model.modules()):
+    for module in _modules(model):
         if (original := getattr(type(module), "_replaces", None)) is not None:
             module.__class__ = original
             module.__dict__.pop("_binding", None)
@@ -34,6 +37,12 @@ def restore_mimi(model: nn.Module) -> nn.Module:
                     part._embed = None  # what the peer had cached may be of other sums
                     part.to(module.dtype)  # the peer's codebooks are of the model's precision
     return model
+
+
+def _modules(model: Any) -> list[nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return list(model.modules())
 
 
 def _replacement(cls: type) -> type:
