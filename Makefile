@@ -11,7 +11,7 @@ MOSHI_NEEDS := einops huggingface_hub safetensors sentencepiece sphn tqdm
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-report native-sanitize numerics kernels-report lint types clean
+.PHONY: help demo test fuzz bench bench-report native-sanitize numerics kernels-report lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(VENV)/stamp-demo  ## install, then encode and decode a bundled speech cl
 
 test: $(VENV)/stamp-test  ## install the test extras and the peers, run the tests and the kernels' parity tests
 	$(PY) -m pytest tests/ --kernels -n auto
+
+fuzz: $(VENV)/stamp-test  ## mutated files and arguments for ten minutes, others at each run; prints what it finds
+	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
 bench: $(VENV)/stamp-test  ## run the benchmarks: ratios to the reference and to the peers
 	$(PY) -m pytest bench/ --benchmark-only

@@ -74,7 +74,7 @@ class CodecConfig:
         for name in ("codebook_dim", "head_dim", "frame_rate"):  # transformers writes null for what follows from others
             if getattr(self, name) is None:
                 setattr(self, name, 0)
-        valid.check_fields(self)
+        vars(self).update(valid.check_fields(self))
         valid.check_rope(self.rope_parameters)
         self.codebook_dim = self.codebook_dim or self.hidden_size
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -240,7 +240,7 @@ class JodioTransformerConfig:
         return {"rope_type": "default", "rope_theta": self.rope_theta}
 
     def __post_init__(self) -> None:
-        valid.check_fields(self)
+        vars(self).update(valid.check_fields(self))
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even, got {self.head_dim}")
 
@@ -287,7 +287,7 @@ class JodioConfig:
     as_printed_padding: bool = False
 
     def __post_init__(self) -> None:
-        valid.check_fields(self)
+        vars(self).update(valid.check_fields(self))
         if self.kernel_size * max(self.dilations) > LONGEST_HISTORY:
             raise InputError(
                 f"dilations must reach no further back than {LONGEST_HISTORY} samples, got {self.dilations} "

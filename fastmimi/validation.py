@@ -103,10 +103,13 @@ ROPES: dict[str, type[_Rope]] = {
 }
 
 
-def check_fields(config: Any) -> None:
-    """Raise InputError, naming the field and its value, unless every field of a dataclass is of its type and range."""
+def check_fields(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass, whole numbers as floats where those are wanted.
+
+    Raises InputError, naming the field and its value, unless every field is of its type and in its range.
+    """
     kind: Any = type(config)
-    _check(_model_of(kind), {f.name: getattr(config, f.name) for f in fields(config)})
+    return _check(_model_of(kind), {f.name: getattr(config, f.name) for f in fields(config)})
 
 
 def check_rope(parameters: dict[str, Any]) -> None:
@@ -161,9 +164,9 @@ def _model_of(kind: type) -> type[BaseModel]:
     return create_model(kind.__name__, __config__=STRICT, **definitions)
 
 
-def _check(model: type[BaseModel], values: dict[str, Any], prefix: str = "") -> None:
+def _check(model: type[BaseModel], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     try:
-        model.model_validate(values)
+        return vars(model.model_validate(values))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         name = prefix + ".".join(map(str, first["loc"]))

@@ -15,6 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# No deadline: how long an example takes is the machine's business. "fuzz" is for tests/test_fuzz.py (`make fuzz`).
+hypothesis.settings.register_profile("fastmimi", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True, max_examples=10_000)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -31,9 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernels: runs Triton kernels; needs --kernels")
     # One by default: small tensors gain nothing from more, and threads that wait spin on a busy machine.
     torch.set_num_threads(config.getoption("--threads"))
-    # No deadline: how long an example takes is the machine's business.
-    hypothesis.settings.register_profile("fastmimi", deadline=None, print_blob=True)
-    hypothesis.settings.load_profile("fastmimi")
+    if not config.getoption("--hypothesis-profile", None):
+        hypothesis.settings.load_profile("fastmimi")
     if library := config.getoption("--native-library"):
         from fastmimi.kernels.cpu import _native
 

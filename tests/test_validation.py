@@ -100,6 +100,8 @@ def test_what_transformers_writes_for_derived_fields() -> None:
     assert config.upsampling_ratios == [8, 6, 5, 4]
     assert CodecConfig(upsampling_ratios=(8, 6, 5, 4)) == CodecConfig()  # type: ignore[arg-type]
     assert CodecConfig(norm_eps=0, trim_right_ratio=1) == CodecConfig(norm_eps=0.0)
+    scales = [p for name, p in small_model(layer_scale_initial_scale=0).named_parameters() if name.endswith("scale")]
+    assert {p.dtype for p in scales} == {torch.float32}
 
 
 def test_configurations_are_plain_dataclasses() -> None:
