@@ -9,9 +9,15 @@ CLIP := fastmimi/assets/198-209-0000.ogg
 # moshi pins an old torch: it is installed without its dependencies, and these are what its Mimi needs beside ours.
 MOSHI_NEEDS := einops huggingface_hub safetensors sentencepiece sphn tqdm
 
+# The other ends of what we support, without constraints.txt, each in an environment of its own. uv can resolve to the
+# lowest versions, which pip cannot.
+PYTHON_OLDEST ?= python3.10
+PYTHON_NEWEST ?= $(firstword $(foreach version,3.13 3.12 3.11,$(shell command -v python$(version))) $(PYTHON))
+UV := $(VENV)/bin/uv
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fuzz bench bench-report native-sanitize numerics kernels-report lint types clean
+.PHONY: help demo test test-oldest test-newest test-newest-short fuzz bench bench-report native-sanitize numerics kernels-report lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +31,15 @@ test: $(VENV)/stamp-test  ## install the test extras and the peers, run the test
 
 fuzz: $(VENV)/stamp-test  ## mutated files and arguments for ten minutes, others at each run; prints what it finds
 	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
+test-oldest: .venv-oldest/stamp-test  ## run the tests with the lowest versions that pyproject.toml allows, on Python 3.10
+	.venv-oldest/bin/python -m pytest tests/ --kernels -n auto
+
+test-newest: .venv-newest/stamp-test  ## run the tests with the newest version of everything
+	.venv-newest/bin/python -m pytest tests/ --kernels -n auto
+
+test-newest-short: .venv-newest/stamp-test  ## the same, of the drop-ins, the README and Triton's interpreter alone
+	.venv-newest/bin/python -m pytest $(SHORT) -n auto
+	.venv-newest/bin/python -m pytest tests/ --kernels -m kernels -k '$(SHORT_KERNELS)' -n auto
 
 bench: $(VENV)/stamp-test  ## run the benchmarks: ratios to the reference and to the peers
 	$(PY) -m pytest bench/ --benchmark-only
@@ -65,6 +80,24 @@ $(VENV)/stamp-demo: $(VENV)/stamp-venv $(PACKAGE)
 $(VENV)/stamp-test: $(VENV)/stamp-venv $(PACKAGE) Makefile
 	$(INSTALL) -e '.[test]' rustymimi $(MOSHI_NEEDS)
 	$(INSTALL) --no-deps moshi
+	touch $@
+
+$(VENV)/stamp-uv: $(VENV)/stamp-venv
+	$(INSTALL) uv
+	touch $@
+
+.venv-oldest/stamp-test: $(VENV)/stamp-uv $(PACKAGE) Makefile
+	$(UV) venv --clear --python $(PYTHON_OLDEST) .venv-oldest
+	$(UV) pip install --python .venv-oldest --resolution lowest-direct -e '.[test]'
+	$(UV) pip install --python .venv-oldest rustymimi $(MOSHI_NEEDS)
+	$(UV) pip install --python .venv-oldest --no-deps moshi
+	touch $@
+
+# To clear it is to look for what has been released since.
+.venv-newest/stamp-test: $(VENV)/stamp-uv $(PACKAGE) Makefile
+	$(UV) venv --clear --python $(PYTHON_NEWEST) .venv-newest
+	$(UV) pip install --python .venv-newest --upgrade -e '.[test]' rustymimi $(MOSHI_NEEDS)
+	$(UV) pip install --python .venv-newest --no-deps moshi
 	touch $@
 
 $(VENV)/stamp-lint: $(VENV)/stamp-venv constraints.txt

@@ -124,9 +124,8 @@ class Codec(Packable):
         checks.streamable(self.config)
         batch_size = checks.batch_size(batch_size)
         with torch.inference_mode(False):  # so that the state can be used in and out of inference mode
-            pending = torch.zeros(
-                batch_size, self.config.audio_channels, self.frame_size, device=self.device, dtype=self.dtype
-            )
+            shape = (batch_size, self.config.audio_channels, self.frame_size)
+            pending = torch.zeros(shape, device=self.device, dtype=self.dtype)
             lanes = self._lane(batch_size, "encode"), self._lane(batch_size, "decode")
             return StreamState(*lanes, pending, self.config)
 
@@ -287,7 +286,7 @@ class Codec(Packable):
     def _encode_tiles(
         self, audio: Tensor, lane: Lane, lengths: Tensor | None, count: int | None, whole: bool = True
     ) -> Tensor:
-        tile = self._tile(audio.shape[0]) * self.frame_size
+        tile = tiles.frames_per_tile(self.config, len(audio), self.device.type) * self.frame_size
 
         def parts() -> Iterator[Tensor]:
             for start in range(0, audio.shape[-1], tile):
@@ -365,7 +364,7 @@ class Codec(Packable):
     def _decode_tiles(self, x: Tensor, lane: Lane) -> Tensor:
         batch, _, frames = x.shape
         audio = x.new_empty(batch, self.config.audio_channels, frames * self.frame_size, dtype=self.dtype)
-        tile = self._tile(batch)
+        tile = tiles.frames_per_tile(self.config, batch, self.device.type)
         for start in range(0, frames, tile):
             stop = min(start + tile, frames)
             [part] = self._programs["decode"].step(self._ops(), self._decode_tile, x[..., start:stop], lane)
@@ -373,9 +372,6 @@ class Codec(Packable):
         return audio
 
     # Tiles, which equal the whole (tiles.py)
-
-    def _tile(self, batch: int) -> int:
-        return tiles.frames_per_tile(self.config, batch, self.device.type)
 
     def _piece(self, batch: int) -> int | None:
         return tiles.positions_per_piece(self.config, batch, self.device.type)

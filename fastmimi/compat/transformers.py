@@ -68,9 +68,7 @@ class Bound(Packable):
     """What the three models share: the core, bound on first use to whatever modules the model has by then."""
 
     config: Any
-    impl: Impl = (
-        "auto"  # which implementation runs each op: "auto", "reference", "triton", "cpu", "onednn", or a dict per op
-    )
+    impl: Impl = "auto"  # which implementation runs each op, see `Codec`
 
     @classmethod
     @torch.inference_mode(False)  # inference tensors could not be packed once (memory.py)
