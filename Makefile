@@ -14,10 +14,15 @@ MOSHI_NEEDS := einops huggingface_hub safetensors sentencepiece sphn tqdm
 PYTHON_OLDEST ?= python3.10
 PYTHON_NEWEST ?= $(firstword $(foreach version,3.13 3.12 3.11,$(shell command -v python$(version))) $(PYTHON))
 UV := $(VENV)/bin/uv
+# What is newest is looked up once a day.
+TODAY := $(shell date +%F)
+SHORT := tests/test_compat_*.py tests/test_parity_transformers.py tests/test_readme.py tests/test_kernels.py \
+	tests/test_causal_conv_transpose1d.py tests/test_rvq_encode.py tests/test_window_attention.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest test-newest test-newest-short fuzz bench bench-report native-sanitize numerics kernels-report lint types clean
+.PHONY: help demo test test-oldest test-newest test-newest-short peer-tests fuzz bench bench-report \
+	native-sanitize numerics kernels-report lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,17 +34,20 @@ demo: $(VENV)/stamp-demo  ## install, then encode and decode a bundled speech cl
 test: $(VENV)/stamp-test  ## install the test extras and the peers, run the tests and the kernels' parity tests
 	$(PY) -m pytest tests/ --kernels -n auto
 
-fuzz: $(VENV)/stamp-test  ## mutated files and arguments for ten minutes, others at each run; prints what it finds
-	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 test-oldest: .venv-oldest/stamp-test  ## run the tests with the lowest versions that pyproject.toml allows, on Python 3.10
 	.venv-oldest/bin/python -m pytest tests/ --kernels -n auto
 
-test-newest: .venv-newest/stamp-test  ## run the tests with the newest version of everything
+test-newest: .venv-newest/stamp-test-$(TODAY)  ## run the tests with the newest version of everything
 	.venv-newest/bin/python -m pytest tests/ --kernels -n auto
 
-test-newest-short: .venv-newest/stamp-test  ## the same, of the drop-ins, the README and Triton's interpreter alone
-	.venv-newest/bin/python -m pytest $(SHORT) -n auto
-	.venv-newest/bin/python -m pytest tests/ --kernels -m kernels -k '$(SHORT_KERNELS)' -n auto
+test-newest-short: .venv-newest/stamp-test-$(TODAY)  ## the same, of the drop-ins, the README and the kernels alone
+	.venv-newest/bin/python -m pytest $(SHORT) --kernels -n auto
+
+peer-tests: $(VENV)/stamp-test  ## run transformers' own common model tests on its MimiModel and on ours
+	$(PY) tests/peer_tests.py
+
+fuzz: $(VENV)/stamp-test  ## mutated files and arguments for ten minutes, others at each run; prints what it finds
+	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
 bench: $(VENV)/stamp-test  ## run the benchmarks: ratios to the reference and to the peers
 	$(PY) -m pytest bench/ --benchmark-only
@@ -93,8 +101,7 @@ $(VENV)/stamp-uv: $(VENV)/stamp-venv
 	$(UV) pip install --python .venv-oldest --no-deps moshi
 	touch $@
 
-# To clear it is to look for what has been released since.
-.venv-newest/stamp-test: $(VENV)/stamp-uv $(PACKAGE) Makefile
+.venv-newest/stamp-test-$(TODAY): $(VENV)/stamp-uv $(PACKAGE) Makefile
 	$(UV) venv --clear --python $(PYTHON_NEWEST) .venv-newest
 	$(UV) pip install --python .venv-newest --upgrade -e '.[test]' rustymimi $(MOSHI_NEEDS)
 	$(UV) pip install --python .venv-newest --no-deps moshi
