@@ -25,7 +25,7 @@ SHORT := tests/test_compat_*.py tests/test_parity_transformers.py tests/test_rea
 	native-sanitize numerics kernels-report lint types clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/stamp-demo  ## install, then encode and decode a bundled speech clip; results in out/
 	mkdir -p out
