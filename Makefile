@@ -10,9 +10,11 @@ CLIP := fastmimi/assets/198-209-0000.ogg
 MOSHI_NEEDS := einops huggingface_hub safetensors sentencepiece sphn tqdm
 
 # The other ends of what we support, without constraints.txt, each in an environment of its own. uv can resolve to the
-# lowest versions, which pip cannot.
-PYTHON_OLDEST ?= python3.10
-PYTHON_NEWEST ?= $(firstword $(foreach version,3.13 3.12 3.11,$(shell command -v python$(version))) $(PYTHON))
+# lowest versions, which pip cannot, and finds or fetches a Python that is not there by its bare version.
+runs = $(firstword $(foreach python,$(1),$(shell $(python) -c '' 2>/dev/null && echo $(python))))
+python = $(or $(call runs,python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python)),$(1))
+PYTHON_OLDEST ?= $(call python,3.10)
+PYTHON_NEWEST ?= $(call python,3.13)
 UV := $(VENV)/bin/uv
 # What is newest is looked up once a day.
 TODAY := $(shell date +%F)
