@@ -37,7 +37,9 @@ def rope_frequencies(config: CodecConfig) -> tuple[Tensor, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     values = config.to_dict()
-    values.pop("rope_theta")
+    base = values.pop("rope_theta")
+    if not hasattr(MimiConfig(), "rope_parameters"):  # transformers 4
+        values |= {"rope_theta": base, "rope_scaling": rope}
     with torch.device("cpu"):  # the model itself may be made on the meta device
         inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](MimiConfig(**values), torch.device("cpu"))
     if inv_freq.shape != (config.head_dim // 2,) or not inv_freq.isfinite().all():

@@ -15,11 +15,12 @@ NEWER = hasattr(transformers.models.mimi.modeling_mimi, "create_sliding_window_c
 
 
 def peer_and_core(name):
+    changes = {} if NEWER else {"sliding_window": 1000}  # transformers 4 attends to all: compared within one window
     if name == "rope" and not NEWER:
-        pytest.skip("transformers 4 has no MimiConfig.rope_parameters")
-    window = {} if NEWER else {"sliding_window": 1000}  # transformers 4 attends to all: compared within one window
+        rope = CONFIGS[name]["rope_parameters"]
+        changes |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope, "rope_parameters": None}
     torch.manual_seed(0)
-    peer = transformers.MimiModel(transformers.MimiConfig(**{**CONFIGS[name], **window})).eval().requires_grad_(False)
+    peer = transformers.MimiModel(transformers.MimiConfig(**{**CONFIGS[name], **changes})).eval().requires_grad_(False)
     for key, buffer in peer.named_buffers():
         if key.endswith("embed_sum"):
             buffer.normal_(std=0.3)
