@@ -2,6 +2,9 @@
 
     python bench/gpu.py          # needs a GPU and some 8 minutes; writes bench/results/<gpu>.json, prints tables
     python bench/gpu.py --dry    # no GPU: the checks on small shapes in Triton's interpreter; times: not measured
+    python bench/gpu.py --only rvq    # the ops or cases whose names hold this, with --dry or without
+
+It runs from any folder; what the package needs must be there, the package itself need not be installed.
 
 First the two ceilings of the card (a copy, a bf16 matrix product). Then each op at the models' shapes: against the
 reference in fp64 (an op that fails gets no time), then the median of CUDA-event times, inputs rotated so that none is
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,9 +30,11 @@ from typing import Any
 import torch
 
 BUDGET_S = 450  # after which what is left is reported as not measured
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 Timed = Callable[[], Any]
 start = time.monotonic()
+sys.path.insert(0, str(ROOT))  # this repository's package, wherever another one is installed
 
 
 def median_ms(calls: list[Timed], repeats: int = 20) -> float:
@@ -59,6 +65,13 @@ def rotated(make: Callable[[], list[torch.Tensor]]) -> list[list[torch.Tensor]]:
     size = sum(t.numel() * t.element_size() for t in first)
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     return [first, *([t.clone() for t in first] for _ in range(min(15, max(1, 3 * l2 // size))))]
+
+
+def as_in_the_model(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Features [B, C, T] with channels next to each other in memory, as one kernel leaves them to the next."""
+    from fastmimi.memory import time_major
+
+    return [time_major(tensors[0]) if tensors[0].ndim == 3 else tensors[0], *tensors[1:]]
 
 
 def rivals(workload: Any, sets: list[list[torch.Tensor]]) -> dict[str, list[Timed]]:
@@ -100,7 +113,7 @@ def measure(workload: Any, dtype: torch.dtype, roof: dict[str, float]) -> dict[s
     except Exception as error:  # a red check gives no number, and the other ops still get theirs
         return row | {"failed": f"{type(error).__name__}: {error}"[:500]}
     sets = rotated(lambda: workload.tensors(dtype))
-    row["ms"] = median_ms([lambda s=s: workload.run("triton", s) for s in sets])
+    row["ms"] = median_ms([lambda s=s: workload.run("triton", s) for s in map(as_in_the_model, sets)])
     flops_s = roof["bf16_flops_s"] / (6 if dtype == torch.float32 else 1)  # three TF32 products at half the rate
     least = max(row["bytes"] / roof["copy_bytes_s"], row["flops"] / flops_s) * 1e3
     row["of_ceiling"] = least / row["ms"]
@@ -115,7 +128,6 @@ def measure(workload: Any, dtype: torch.dtype, roof: dict[str, float]) -> dict[s
     return row
 
 
-@torch.inference_mode()
 def end_to_end(dtype: torch.dtype, batch: int) -> list[dict[str, Any]]:
     """10 s of audio both ways, ours beside transformers' on the same weights, and one frame of streams."""
     import tempfile
@@ -128,7 +140,12 @@ def end_to_end(dtype: torch.dtype, batch: int) -> list[dict[str, Any]]:
         mimi = fastmimi.load("random:0", num_codebooks=8)
         fastmimi.save_pretrained(mimi, folder)
         peer = MimiModel.from_pretrained(folder).eval().to("cuda", dtype)
-    mimi = mimi.to("cuda", dtype)
+    mimi = mimi.to("cuda", dtype)  # outside inference mode, in which weights would be packed anew at each call
+    with torch.inference_mode():
+        return both_ways(mimi, peer, dtype, batch)
+
+
+def both_ways(mimi: Any, peer: Any, dtype: torch.dtype, batch: int) -> list[dict[str, Any]]:
     audio = (torch.randn(batch, 1, 240_000, device="cuda") * 0.1).to(dtype)
     codes = mimi.encode(audio)
     rows = []
@@ -149,27 +166,34 @@ def end_to_end(dtype: torch.dtype, batch: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     names = list(dict.fromkeys(name for row in rows for name in row if name not in ("bytes", "flops")))
-    grid = Table(*names, box=box.MARKDOWN)
-    for row in rows:
-        values = (row.get(name, "") for name in names)
-        grid.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values))
-    Console(width=200).print(grid)
+    cells = [[row.get(name, "") for name in names] for row in rows]
+    lines = [names, *([f"{v:.3g}" if isinstance(v, float) else str(v) for v in values] for values in cells)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
+        print("|", " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)), "|")
 
 
-def dry() -> int:
+def workloads(only: str) -> list[Any]:
+    """Those that Triton has a kernel for, and whose op or name holds `only`."""
+    from fastmimi import dispatch
+    from fastmimi.workloads import WORKLOADS
+
+    chosen = [w for w in WORKLOADS if not dispatch.is_absent(w.op, "triton") and (only in w.op or only in w.name)]
+    if not chosen:
+        raise SystemExit(f"--only {only!r} is in the name of no op and of no case")
+    return chosen
+
+
+def dry(only: str) -> int:
     os.environ["TRITON_INTERPRET"] = "1"
     from fastmimi.testing import mend_interpreter
-    from fastmimi.workloads import WORKLOADS
 
     mend_interpreter()
     torch.set_num_threads(1)
     rows = []
-    for workload in WORKLOADS:
+    for workload in workloads(only):
         for dtype in (torch.float32, torch.bfloat16)[: 1 if workload.op.startswith("rvq") else 2]:
             row = {"op": workload.op, "case": workload.name, "dtype": str(dtype)[6:], "check": "equal"}
             try:
@@ -182,14 +206,14 @@ def dry() -> int:
 
 
 def commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    if shutil.which("git") is None:
+        return "unknown"
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     return git.stdout.strip() or "unknown"
 
 
-def measured(out: Path | None) -> int:
+def measured(out: Path | None, only: str) -> int:
     import triton
-
-    from fastmimi.workloads import WORKLOADS
 
     gpu = torch.cuda.get_device_name()
     roof = ceilings()
@@ -201,7 +225,7 @@ def measured(out: Path | None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"{gpu}: copy {roof['copy_bytes_s'] / 1e12:.2f} TB/s, bf16 {roof['bf16_flops_s'] / 1e12:.0f} TFLOP/s")
     with torch.device("cuda"), torch.no_grad():
-        for workload in WORKLOADS:
+        for workload in workloads(only):
             for dtype in (torch.bfloat16, torch.float32)[1 if workload.op.startswith("rvq") else 0 :]:
                 result["ops"].append(measure(workload, dtype, roof))
                 print(json.dumps(result["ops"][-1]), flush=True)
@@ -222,14 +246,15 @@ def measured(out: Path | None) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dry", action="store_true", help="check in Triton's interpreter; nothing is timed")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the ops or cases whose names hold this")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
     if arguments.dry:
-        return min(1, dry())
+        return min(1, dry(arguments.only))
     if not torch.cuda.is_available():
         print("there is no GPU here: pass --dry to run the checks in Triton's interpreter", file=sys.stderr)
         return 2
-    return min(1, measured(arguments.out))
+    return min(1, measured(arguments.out, arguments.only))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def _choose(op: str, target: Target, impl: Impl) -> Choice:
     sentence = why_not(wanted, op, target)
     if sentence is None:
         return Choice(op, wanted, "asked for by impl=", ())
-    if wanted == impl and op in COMPOSED and _is_absent(op, wanted):  # asked for as a whole, not for this op by name
+    if wanted == impl and op in COMPOSED and is_absent(op, wanted):  # asked for as a whole, not for this op by name
         return Choice(op, "reference", f"composed of {COMPOSED[op]} and PyTorch's own ops", ((wanted, sentence),))
     raise InputError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
 
@@ -163,7 +163,8 @@ def _fastest(op: str, target: Target) -> Choice:
     raise AssertionError("the reference runs everywhere")
 
 
-def _is_absent(op: str, candidate: str) -> bool:
+def is_absent(op: str, candidate: str) -> bool:
+    """Whether this version of fastmimi has no such implementation of the op."""
     return importlib.util.find_spec(f"{CANDIDATES[candidate]}.{op}") is None
 
 
@@ -171,7 +172,7 @@ def why_not(candidate: str, op: str, target: Target) -> str | None:
     """None if the candidate can run the op on the target, else one sentence."""
     if candidate == "reference":
         return None
-    if _is_absent(op, candidate):
+    if is_absent(op, candidate):
         return f"this version of fastmimi has no {candidate} kernel for {op}"
     if candidate == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
