@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .window_attention import window_attention
@@ -58,11 +59,11 @@ def transformer_layer(
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     normal = normalized(x, norm1_weight, norm1_bias, eps, norm)
     heads = [
-        F.linear(normal, weight, bias).unflatten(-1, (-1, 2 * len(inv_freq))).transpose(1, 2)  # [B, H, T, D]
+        rearrange(F.linear(normal, weight, bias), "b t (h d) -> b h t d", d=2 * len(inv_freq))
         for weight, bias in ((q, q_bias), (k, k_bias), (v, v_bias))
     ]
     y = attention(*heads, inv_freq, window=window, rope_scale=rope_scale, dropout=dropout, **state)
-    y = F.dropout(F.linear(y.transpose(1, 2).flatten(-2), o, o_bias), residual_dropout)
+    y = F.dropout(F.linear(rearrange(y, "b h t d -> b t (h d)"), o, o_bias), residual_dropout)
     x = x + (y if scale1 is None else scale1 * y)
     normal = normalized(x, norm2_weight, norm2_bias, eps, norm)
     y = F.dropout(F.linear(act(F.linear(normal, fc1)), fc2), residual_dropout)

@@ -10,6 +10,7 @@ interleaved (Kyutai). Angles and rotation are fp32 whatever the dtype, as in mos
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 BLOCK = 256  # queries per block
@@ -45,7 +46,7 @@ def window_attention(
         _write_ring(cache_v, v, positions, active)
         k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
 
-    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    k, v = (repeat(x, "b h t d -> b (h n) t d", n=heads // x.shape[1]) for x in (k, v))
     blocks = []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
@@ -67,10 +68,9 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, scale: float, interle
     """RoPE: x [B, H, T, D] turned by positions [B, T] * inv_freq [D / 2]; pairs (i, i + D/2), or (2i, 2i + 1)."""
     angles = (positions[..., None].float() * inv_freq)[:, None]  # [B, 1, T, D / 2]
     cos, sin = angles.cos() * scale, angles.sin() * scale
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    pair = (a * cos - b * sin, b * cos + a * sin)
-    y = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return y.to(x.dtype)
+    layout = "b h t (d pair)" if interleaved else "b h t (pair d)"
+    a, b = rearrange(x, f"{layout} -> pair b h t d", pair=2)
+    return rearrange([a * cos - b * sin, b * cos + a * sin], f"pair b h t d -> {layout}").to(x.dtype)
 
 
 def _write_ring(cache: Tensor, x: Tensor, positions: Tensor, active: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -178,3 +179,12 @@ def test_rooms_are_links_to_the_top(room: str) -> None:
     link = ROOT / "fastmimi" / room
     assert link.is_symlink()
     assert os.readlink(link) == f"../{room}"
+
+
+def test_every_required_dependency_is_imported(repository: Tree) -> None:
+    listed = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    required = set(re.findall(r'"([\w-]+)', listed[1]))
+    shipped = [text for path, text in repository.items() if path.startswith(("fastmimi/", "kernels/", "reference/"))]
+    imported = {name for text in shipped for name in re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE)}
+    assert {"einops", "torch"} <= required <= imported
