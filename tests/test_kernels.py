@@ -5,7 +5,17 @@ import torch
 
 from fastmimi import dispatch
 from fastmimi.errors import InputError
-from fastmimi.testing import assert_same_codes, check_interpreter, chunks, noise, relative_error, small_model
+from fastmimi.testing import (
+    as_function,
+    assert_as_exact,
+    assert_same_codes,
+    check_interpreter,
+    chunks,
+    longest_sum,
+    noise,
+    relative_error,
+    small_model,
+)
 
 SHORT = {"upsampling_ratios": [4, 3, 2], "frame_rate": 500}  # frames of 48 samples
 
@@ -83,19 +93,18 @@ def test_tiles_of_long_audio(pair, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_half_precision(pair, dtype):
-    """Against fp32, no further off than the reference in the same precision, and a rounding."""
+    """In each precision as exact as `assert_as_exact` asks: against the reference in fp64, on the same weights."""
     if pair.room == "onednn" and (why := dispatch.why_not("onednn", "causal_conv1d", dispatch.Target("cpu", dtype))):
         pytest.skip(why)
-    mine, theirs = pair(dtype=dtype, **SHORT)
-    full = pair(**SHORT)[1]
-    audio = noise(2, 1, 1000).to(mine.device)
-    codes, truth = full.encode(audio), full.encode_to_latent(audio)
-    errors = [relative_error(m.encode_to_latent(audio.to(dtype)), truth) for m in (mine, theirs)]
-    assert errors[0] < 1.5 * errors[1] + torch.finfo(dtype).eps
-    truth = full.decode(codes)
-    errors = [relative_error(m.decode(codes), truth) for m in (mine, theirs)]
-    assert errors[0] < 1.5 * errors[1] + torch.finfo(dtype).eps
-    assert mine.encode(audio.to(dtype)).shape == codes.shape
+    # With fewer filters, oneDNN's strided bf16 convolutions of 4 to 16 channels are wrong on processors with AMX.
+    mine, theirs = pair(dtype=dtype, **SHORT, num_filters=32)
+    audio = noise(2, 1, 1000).to(mine.device, dtype)
+    codes = theirs.encode(audio)
+    for method, x in (("encode_to_latent", audio), ("decode", codes)):
+        call, reference = getattr(mine, method), as_function(theirs, method)
+        operands = (x, *theirs.parameters())
+        assert_as_exact(lambda x, *_, f=call: f(x), reference, operands, longest=longest_sum(theirs))
+    assert mine.encode(audio).shape == codes.shape
 
 
 def test_an_interpreter_that_this_numpy_breaks_is_named():

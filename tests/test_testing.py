@@ -10,7 +10,7 @@ from fastmimi.reference.causal_conv_transpose1d import causal_conv_transpose1d
 from fastmimi.reference.resblock import resblock
 from fastmimi.reference.transformer_layer import transformer_layer
 from fastmimi.reference.window_attention import window_attention
-from fastmimi.testing import as_function, assert_as_exact, errors, longest_sum, noise, small_model
+from fastmimi.testing import Errors, as_function, assert_as_exact, errors, longest_sum, noise, small_model
 
 
 class Products(TorchFunctionMode):
@@ -232,3 +232,11 @@ def test_half_precision_with_sums_in_it_is_refused(name):
     assert_as_exact(by(lambda _, a, b: (a.float() @ b.float()).bfloat16(), reference), reference, operands, **options)
     with pytest.raises(AssertionError, match="of the peak"):
         assert_as_exact(by(lambda _, a, b: sums_in_bfloat16(a, b), reference), reference, operands, **options)
+
+
+def test_a_wrong_pytorch_excuses_nothing():
+    """Of an op and a PyTorch that agree, and are off by the whole peak."""
+    found = Errors(mine=1.0, plain=1.0, bound=1e-6, eps=1e-7)
+    with pytest.raises(AssertionError, match="of the peak"):
+        found.check()
+    Errors(mine=1.9e-6, plain=1e-6, bound=1e-6, eps=1e-7).check()
