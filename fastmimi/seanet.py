@@ -199,7 +199,7 @@ class SeanetEncoder(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         layers = list(self.layers.values())
-        slow = max((i for i, layer in enumerate(layers) if isinstance(layer, ResBlock)), default=0)
+        *_, slow = 0, *(i for i, layer in enumerate(layers) if isinstance(layer, ResBlock))  # 0: there is none
         return _run(layers[slow:], _run_in_pieces(layers[:slow], x, call, self.hop), call)
 
 
@@ -222,7 +222,10 @@ class SeanetDecoder(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         layers = list(self.layers.values())
-        fast = next((i for i, layer in enumerate(layers) if isinstance(layer, ResBlock)), len(layers))
+        fast, *_ = (
+            *(i for i, layer in enumerate(layers) if isinstance(layer, ResBlock)),
+            len(layers),
+        )  # or there is none
         return _run_in_pieces(layers[fast:], _run(layers[:fast], x, call), call, self.ratio)
 
 
