@@ -199,7 +199,8 @@ class SeanetEncoder(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         layers = list(self.layers.values())
-        *_, slow = 0, *(i for i, layer in enumerate(layers) if isinstance(layer, ResBlock))  # 0: there is none
+        blocks = [i for i, layer in enumerate(layers) if isinstance(layer, ResBlock)]
+        slow = blocks[-1] if blocks else 0
         return _run(layers[slow:], _run_in_pieces(layers[:slow], x, call, self.hop), call)
 
 
@@ -222,10 +223,8 @@ class SeanetDecoder(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         layers = list(self.layers.values())
-        fast, *_ = (
-            *(i for i, layer in enumerate(layers) if isinstance(layer, ResBlock)),
-            len(layers),
-        )  # or there is none
+        blocks = [i for i, layer in enumerate(layers) if isinstance(layer, ResBlock)]
+        fast = blocks[0] if blocks else len(layers)
         return _run_in_pieces(layers[fast:], _run(layers[:fast], x, call), call, self.ratio)
 
 

@@ -300,7 +300,7 @@ def test_states_of_another_model_are_refused():
     model, other = small_model(num_hidden_layers=1), small_model(num_hidden_layers=1, sliding_window=7)
     frame, state = noise(1, 1, model.frame_size), model.new_state(1)
     model.warm_up(state)
-    with pytest.raises(ValueError, match="cache_k must be contiguous and"):
+    with pytest.raises(ValueError, match="the state is for a model of another configuration"):
         model.encode(frame, state=other.new_state(1))
 
 
