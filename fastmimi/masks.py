@@ -13,7 +13,7 @@ from .errors import InputError
 
 def as_tensor(mask: Any, name: str) -> Tensor:
     """A tensor of a mask that may be a numpy array or nested lists; InputError, naming the argument, otherwise."""
-    if isinstance(mask, np.ndarray | list | tuple):
+    if not isinstance(mask, Tensor) and isinstance(mask, (np.ndarray, list, tuple)):  # a union cannot be traced
         try:
             mask = torch.as_tensor(mask)
         except (TypeError, ValueError, RuntimeError) as error:
