@@ -108,7 +108,9 @@ def changed_header(data: st.DataObject, whole: bytes) -> bytes:
     header = json.loads(whole[8 : 8 + size])
     name = data.draw(st.sampled_from(sorted(header)))
     key = data.draw(st.sampled_from(sorted(header[name])))
-    kinds = st.sampled_from(["F64", "F16", "BF16", "I64", "U8", "BOOL", "C64", "F8_E5M2", "F8_E8M0", "F4", "X"])
+    kinds = st.sampled_from(
+        ["I32", "U32", "F64", "F16", "BF16", "I64", "U8", "BOOL", "C64", "F8_E5M2", "F8_E8M0", "F4", "X"]
+    )
     match data.draw(st.sampled_from(["drop", "rename", "dtype", "shape", "value"])):
         case "drop":
             del header[name]

@@ -259,3 +259,42 @@ def test_a_config_that_does_not_say_what_it_is_for(model, directory):
     (directory / "config.json").write_text(json.dumps({**config, "sliding_window": 7}))
     assert fastmimi.load(directory).config.sliding_window == 7
     assert fastmimi.load(directory / "model.safetensors").config.sliding_window == 7
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda t: t.int(), "decoder.layers.0.conv.weight must be of floats, got torch.int32"),
+        (lambda t: t.to(torch.complex64), "decoder.layers.0.conv.weight must be of floats, got torch.complex64"),
+        (lambda t: t.flatten(), r"decoder.layers.0.conv.weight must be \(\d+, 32, 7\), got \(\d+,\)"),
+    ],
+)
+def test_tensors_of_another_type_or_rank(directory, change, sentence):
+    state = load_file(directory / "model.safetensors")
+    state["decoder.layers.0.conv.weight"] = change(state["decoder.layers.0.conv.weight"])
+    save_file(state, directory / "model.safetensors")
+    with pytest.raises(fastmimi.InputError, match=sentence):
+        fastmimi.load(directory)
+
+
+@pytest.mark.parametrize("layout", ["flat", "kyutai"])
+def test_shapes_that_tell_no_configuration(model, tmp_path, layout):
+    """Without a config.json every tensor may be of any rank, and any may be missing."""
+    state = model.state_dict() if layout == "flat" else kyutai.from_flat(model.state_dict(), model.config)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    for name in (name for name in state if ".1." not in name):
+        for change in (None, state[name].sum(-1), torch.zeros(()), state[name][:0], state[name][None]):
+            changed = {**state, name: change}
+            if change is None:
+                del changed[name]
+            save_file(changed, tmp_path / "tokenizer-x.safetensors")
+            with pytest.raises(fastmimi.InputError):
+                fastmimi.load(tmp_path / "tokenizer-x.safetensors")
+            (tmp_path / "tokenizer-x.safetensors").unlink()
+
+
+@pytest.mark.parametrize("listed", [None, [], {}, {"a": 3}, {"a": "../model.safetensors"}, {"a": "/etc/passwd"}])
+def test_an_index_names_files_beside_it(directory, listed):
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(fastmimi.InputError, match="must map names of weights to names of files, got weight_map"):
+        fastmimi.load(directory)
