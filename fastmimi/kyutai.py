@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import CodecConfig
 from .errors import InputError
+from .validation import named
 
 FILE_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"  # in Kyutai's hub repositories
 
@@ -96,7 +97,9 @@ def shapes_of_flat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             width = tensor.shape[-1] if tensor.dim() == 2 else 0
             narrow, odd = divmod(len(tensor) - width if width else -1, 2)
             if narrow < 1 or odd:
-                raise InputError(f"{name} must hold rows for queries, keys and values, got {tuple(tensor.shape)}")
+                raise InputError(
+                    f"{named(name)} must hold rows for queries, keys and values, got {tuple(tensor.shape)}"
+                )
             parts = zip("qkv", tensor.split([width, narrow, narrow]), strict=True)
             flat |= {f"{base}{part}_proj.weight": t for part, t in parts}
         else:

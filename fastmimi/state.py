@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import masks
 from .errors import InputError
+from .validation import named
 
 LISTED = 20  # misfits that an error names before it only counts
 MOST_POSITIONS = 1 << 53  # that a stream counts: beyond a million years
@@ -173,7 +174,7 @@ class StreamState:
         if not isinstance(tensors, dict):
             raise InputError(f"a state must be a dictionary of tensors by name, got {type(tensors).__name__}")
         wrong = [f"missing {name}" for name in own.keys() - tensors.keys()]
-        wrong += [f"unknown {name}" for name in tensors.keys() - own.keys()]
+        wrong += [f"unknown {named(name)}" for name in tensors.keys() - own.keys()]
         for name in own.keys() & tensors.keys():
             mine, theirs = own[name], tensors[name]
             if not isinstance(theirs, Tensor) or theirs.device.type == "meta" or theirs.layout != torch.strided:

@@ -29,7 +29,7 @@ from safetensors.numpy import load, save
 
 from .errors import InputError
 from .files import check_input, path_of, replacing
-from .validation import Count, Positive, check_fields, shown
+from .validation import Count, Positive, check_fields, named, one_line, shown
 
 FORMAT, VERSION = "fastmimi.tokens", "1"
 MAX_BITS = 16
@@ -136,11 +136,13 @@ class Tokens:
         if metadata.get("format") != FORMAT:
             raise InputError(f"{path} is a safetensors file, but not one of tokens")
         if metadata.get("version") != VERSION:
-            raise InputError(f"{path} is a token file of version {metadata.get('version')}; this reads {VERSION}")
+            raise InputError(
+                f"{path} is a token file of version {named(metadata.get('version'))}; this reads {VERSION}"
+            )
         try:
             tensors = load(path.read_bytes())
         except SafetensorError as error:
-            raise InputError(f"{path} is truncated or damaged ({error})") from None
+            raise InputError(f"{path} is truncated or damaged ({one_line(error)})") from None
         except KeyError as error:  # a type that numpy lacks
             raise InputError(f"{path} is damaged: codes must be integers, got {error.args[0]}") from None
         try:
@@ -155,11 +157,11 @@ class Tokens:
                 raise InputError(f"its metadata lacks {name}")
             value = metadata[name] if kind is str else _parsed(metadata[name])
             if type(value) is not kind and not (kind is float and type(value) is int):
-                raise InputError(f"{name} must be of type {kind.__name__}, got {metadata[name]!r}")
+                raise InputError(f"{name} must be of type {kind.__name__}, got {shown(metadata[name])}")
             return value
 
         if tensors.keys() != {"codes"}:
-            raise InputError(f"it must hold one tensor named codes, got {sorted(tensors)}")
+            raise InputError(f"it must hold one tensor named codes, got {shown(sorted(tensors))}")
         values = {name: field(name, kind) for name, kind in _FIELDS.items()}
         shape = values.pop("num_codebooks"), values.pop("num_frames")
         codes = tensors["codes"]

@@ -185,10 +185,20 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also text that is not UTF-8, and integers of thousands of digits
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+        raise InputError(f"{path} is not valid JSON: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(values).__name__}")
     return values
+
+
+def named(name: Any) -> str:
+    """A name out of a file, for a sentence: as it is, or where it is no plain word, quoted and cut short."""
+    return name if isinstance(name, str) and name.isprintable() and len(name) <= 100 else shown(name)
+
+
+def one_line(error: BaseException) -> str:
+    """What another library says of a file, which may quote the file."""
+    return " ".join(str(error).split())[:300]
 
 
 def shown(value: Any) -> str:

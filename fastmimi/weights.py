@@ -26,7 +26,7 @@ from .errors import InputError
 from .files import path_of, replacing
 from .jodio import JodioModel
 from .model import Mimi
-from .validation import read_json, shown
+from .validation import named, one_line, read_json, shown
 
 State = dict[str, Tensor]
 
@@ -137,7 +137,7 @@ def fill(model: Codec, state: Mapping[str, Tensor]) -> None:
     )
     state = {name: tensor for name, tensor in state.items() if not (dropped and name.startswith(dropped))}
     wrong = [f"missing {name}" for name in own if name not in state]
-    wrong += [f"unknown {name}" for name in state if name not in own]
+    wrong += [f"unknown {named(name)}" for name in state if name not in own]
     there = {name: tensor for name, tensor in state.items() if name in own}
     wrong += [
         f"{name} must be {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
@@ -198,7 +198,7 @@ def read_safetensors(path: str | Path) -> State:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, ValueError, RuntimeError) as error:  # the last two: of types that PyTorch has not
-        raise InputError(f"{path} is not a complete safetensors file ({error})") from None
+        raise InputError(f"{path} is not a complete safetensors file ({one_line(error)})") from None
 
 
 def to_flat(state: State) -> State:
@@ -222,7 +222,7 @@ def fold_weight_norm(state: State) -> State:
                 g, v = folded.pop(name), folded.pop(base + v_name)
                 if not g.is_floating_point() or g.dtype != v.dtype or g.shape != (*v.shape[:1], *[1] * (v.dim() - 1)):
                     raise InputError(
-                        f"{name} must hold a number for each row of {base + v_name}, {v.dtype} {tuple(v.shape)}, "
+                        f"{named(name)} must hold a number for each row of its {v_name}, {v.dtype} {tuple(v.shape)}, "
                         f"got {g.dtype} {tuple(g.shape)}"
                     )
                 folded[base + "weight"] = torch._weight_norm(v, g, 0)

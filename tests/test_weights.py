@@ -298,3 +298,11 @@ def test_an_index_names_files_beside_it(directory, listed):
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
     with pytest.raises(fastmimi.InputError, match="must map names of weights to names of files, got weight_map"):
         fastmimi.load(directory)
+
+
+@pytest.mark.parametrize("name, sentence", [("a\nb", r"unknown 'a\\nb'$"), ("x" * 9000, r"unknown 'x+\.\.\.x+'$")])
+def test_names_of_tensors_do_not_break_a_sentence(directory, name, sentence):
+    state = load_file(directory / "model.safetensors")
+    save_file({**state, name: torch.zeros(1)}, directory / "model.safetensors")
+    with pytest.raises(fastmimi.InputError, match=sentence):
+        fastmimi.load(directory)
