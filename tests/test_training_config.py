@@ -68,6 +68,7 @@ HOSTILE = {
     "null": (b"data: {folder: x}\nseed: null", "seed: Incompatible value 'None'"),
     "an item": (b"data: {folder: x}\noptimizer: {betas: [a, b]}", r"optimizer.betas\[0\]: Value 'a' of type 'str'"),
     "an interpolation": (b"data: {folder: x}\nout: ${out}", "out: .*interpolation"),
+    "a name of two lines": (b'data: {folder: x}\n"a\\nb": 3', r"'a\\nb': Key 'a b' not in 'TrainConfig'"),
     "many processes": (b"data: {folder: x, workers: 1000000}", r"data.workers must lie in \[0, 1024\], got 1000000"),
     "a large transform": (
         b"data: {folder: x}\ndiscriminator: {n_ffts: [99999999]}",

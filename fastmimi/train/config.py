@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import InputError
 from ..files import check_input, path_of
-from ..validation import naming, shown
+from ..validation import named, naming, shown
 
 # transformers' `get_scheduler`; those that need no more than a number of steps
 SCHEDULES = ["constant_with_warmup", "linear", "cosine", "polynomial"]
@@ -257,4 +257,4 @@ def _sentences() -> Iterator[None]:
     ) as error:
         field = getattr(error, "full_key", None)
         message = " ".join(str(getattr(error, "msg", None) or error).split("\n    full_key")[0].split())
-        raise InputError(f"{field}: {message}" if field else message) from None
+        raise InputError(f"{named(field)}: {message}" if field else message) from None
