@@ -150,6 +150,17 @@ def test_a_residual_of_any_length(op, channels, length, dtype):
         assert_as_exact(*calls, (x, weight, r), longest=8 * 3)
 
 
+@pytest.mark.parametrize("op", ["cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)], indirect=True)
+@pytest.mark.parametrize("channels", [1, 4, 8, 12, 32])
+@pytest.mark.parametrize("kernel, stride", [(8, 4), (16, 8)])
+def test_strides_of_few_channels_in_bf16(op, channels, kernel, stride):
+    """PyTorch's own convolution is wrong here on processors with AMX, by the whole peak: compared with fp64 alone."""
+    x, weight = noise(2, channels, 67), noise(8, channels, kernel, seed=1, scale=(channels * kernel) ** -0.5)
+    x, weight = x.bfloat16(), weight.bfloat16()
+    truth = reference(x.double(), weight.double(), stride=stride, pad=(kernel - stride, 0))
+    assert relative_error(op(x, weight, stride=stride, pad=(kernel - stride, 0)), truth) < 0.01
+
+
 def test_edited_weights_count(op):
     x, weight = noise(1, 4, 9), noise(5, 4, 3)
     op(x, weight)

@@ -33,6 +33,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 LONGEST_SUM = 1024  # products added up in a row, in fp32: with more, oneDNN errs over twice as much as PyTorch
 SHORT_SUM = 256  # the same where what is added up is not centred: activations
+FEW_CHANNELS = 32
 onednn: Any = torch.ops.mkldnn
 
 
@@ -101,7 +102,9 @@ def conv(
     kernel = weight.shape[2]
     residual = None if residual is None else memory.time_major(residual)
     long_sums = stride > 1 or len(weight) == 1 or weight[0].numel() > LONGEST_SUM  # whose digits a convolution loses
-    if groups == 1 and (kernel == 1 or (long_sums and weight.dtype == torch.float32)):
+    # oneDNN's own strided convolutions of few channels are wrong in bf16 on processors with AMX (PyTorch 2.6 to 2.14).
+    as_product = weight.dtype == torch.float32 or weight.shape[1] < FEW_CHANNELS
+    if groups == 1 and (kernel == 1 or (long_sums and as_product)):
         least = 2 if weight[0].numel() > SHORT_SUM else 1
         length = (x.shape[2] - (kernel - 1) * dilation - 1) // stride + 1
         batch_step, _, step = x.stride()
