@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import AnyConfig
-from .errors import InputError
+from .errors import InputError, shown
 from .state import StreamState
-from .validation import shown
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_STREAMS = 1 << 16

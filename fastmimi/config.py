@@ -14,7 +14,7 @@ from typing import Any
 
 from . import sizes
 from . import validation as valid
-from .errors import InputError
+from .errors import InputError, shown
 from .validation import LONGEST_HISTORY, naming, read_json
 
 MIMI_TYPES = ("mimi", "mimi_encoder", "mimi_decoder")  # `model_type` in transformers' config.json
@@ -189,7 +189,7 @@ class CodecConfig:
             if values.get("rope_theta") is not None:  # transformers < 5
                 scaling = values.get("rope_scaling") or {}
                 if not isinstance(scaling, dict):
-                    raise InputError(f"rope_scaling must be a dictionary, got {valid.shown(scaling)}")
+                    raise InputError(f"rope_scaling must be a dictionary, got {shown(scaling)}")
                 rope_type = scaling.get("rope_type", scaling.get("type", "default"))
                 values["rope_parameters"] = {**scaling, "rope_type": rope_type, "rope_theta": values["rope_theta"]}
         if values.get("frame_rate") is None and values.get("_frame_rate") is not None:
@@ -207,7 +207,7 @@ class CodecConfig:
         """Read a `config.json`. Raises InputError where it is not JSON or describes another model."""
         values = read_json(path)
         if values.get("model_type", "mimi") not in MIMI_TYPES:
-            raise InputError(f"{path} describes a {valid.shown(values['model_type'])} model, not Mimi")
+            raise InputError(f"{path} describes a {shown(values['model_type'])} model, not Mimi")
         with naming(path):
             return cls.from_dict(values)
 
@@ -383,7 +383,7 @@ AnyConfig = CodecConfig | JodioConfig
 def _fields_of(values: Any) -> dict[str, Any]:
     """A copy of what a configuration is read from."""
     if not isinstance(values, dict):
-        raise InputError(f"a configuration must be a dictionary of its fields, got {valid.shown(values)}")
+        raise InputError(f"a configuration must be a dictionary of its fields, got {shown(values)}")
     return dict(values)
 
 

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from . import library
-from .errors import InputError
+from .errors import InputError, shown
 from .ops import OPS, Ops
-from .validation import shown
 
 CANDIDATES = {  # the fastest first
     "triton": "fastmimi.kernels.triton",

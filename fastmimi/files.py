@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the checks of paths before any work is done."""
+"""Files that are written whole or not at all, and the checks of paths before any work is done. A leaf."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
-from .validation import shown
+from .errors import InputError, shown
 
 
 def path_of(value: Any, name: str) -> Path:

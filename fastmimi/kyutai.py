@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import CodecConfig
-from .errors import InputError
-from .validation import named
+from .errors import InputError, named
 
 FILE_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"  # in Kyutai's hub repositories
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import masks
-from .errors import InputError
-from .validation import named
+from .errors import InputError, named
 
 LISTED = 20  # misfits that an error names before it only counts
 MOST_POSITIONS = 1 << 53  # that a stream counts: beyond a million years

@@ -27,9 +27,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from .errors import InputError
+from .errors import InputError, named, one_line, shown
 from .files import check_input, path_of, replacing
-from .validation import Count, Positive, check_fields, named, one_line, shown
+from .validation import Count, Positive, check_fields
 
 FORMAT, VERSION = "fastmimi.tokens", "1"
 MAX_BITS = 16

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from .errors import InputError
+from .errors import InputError, one_line, shown
 
 MOST_PARAMETERS = 1 << 32  # of a codec: 17 GB in fp32
 LARGEST_JSON = 10_000_000  # bytes
@@ -189,25 +188,3 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(values).__name__}")
     return values
-
-
-def named(name: Any) -> str:
-    """A name out of a file, for a sentence: as it is, or where it is no plain word, quoted and cut short."""
-    return name if isinstance(name, str) and name.isprintable() and len(name) <= 100 else shown(name)
-
-
-def one_line(error: BaseException) -> str:
-    """What another library says of a file, which may quote the file."""
-    return " ".join(str(error).split())[:300]
-
-
-def shown(value: Any) -> str:
-    """`repr` of any value, cut short."""
-    if isinstance(value, int) and abs(value) >= 1 << 128:  # Python refuses to write integers of thousands of digits
-        return f"an integer of {value.bit_length()} bits"
-    return " ".join(_repr.repr(value).split())
-
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = 80
-_repr.maxlist = _repr.maxdict = _repr.maxtuple = 8

@@ -22,11 +22,11 @@ from torch import Tensor
 from . import checks, dispatch, int8, kyutai, shapes
 from .codec import Codec
 from .config import MIMI_TYPES, AnyConfig, CodecConfig, JodioConfig, config_from_json
-from .errors import InputError
+from .errors import InputError, named, one_line, shown
 from .files import path_of, replacing
 from .jodio import JodioModel
 from .model import Mimi
-from .validation import named, one_line, read_json, shown
+from .validation import read_json
 
 State = dict[str, Tensor]
 
