@@ -254,7 +254,7 @@ def _run_in_pieces(layers: list[nn.Module], x: Tensor, call: Call, samples: int)
     y = collected(pieces(), x.shape[-1], size, dim=1)
     if call.lengths is not None:
         call.lengths = torch.stack([length for length in lengths if length is not None]).sum(dim=0)
-    return y.transpose(1, 2)  # [B, C, T], time-major as the pieces
+    return y.transpose(1, 2)  # [B, C, T], channels-last as the pieces are
 
 
 def fill_tail(x: Tensor, lengths: Tensor, pad_mode: str) -> Tensor:
