@@ -97,15 +97,15 @@ $(VENV)/stamp-uv: $(VENV)/stamp-venv
 	touch $@
 
 .venv-oldest/stamp-test: $(VENV)/stamp-uv $(PACKAGE) Makefile
-	$(UV) venv --clear --python $(PYTHON_OLDEST) .venv-oldest
+	$(UV) venv --clear --seed --python $(PYTHON_OLDEST) .venv-oldest
 	$(UV) pip install --python .venv-oldest --resolution lowest-direct -e '.[test]'
-	$(UV) pip install --python .venv-oldest rustymimi $(MOSHI_NEEDS)
+	$(UV) pip install --python .venv-oldest setuptools rustymimi $(MOSHI_NEEDS)
 	$(UV) pip install --python .venv-oldest --no-deps moshi
 	touch $@
 
 .venv-newest/stamp-test-$(TODAY): $(VENV)/stamp-uv $(PACKAGE) Makefile
-	$(UV) venv --clear --python $(PYTHON_NEWEST) .venv-newest
-	$(UV) pip install --python .venv-newest --upgrade -e '.[test]' rustymimi $(MOSHI_NEEDS)
+	$(UV) venv --clear --seed --python $(PYTHON_NEWEST) .venv-newest
+	$(UV) pip install --python .venv-newest --upgrade -e '.[test]' setuptools rustymimi $(MOSHI_NEEDS)
 	$(UV) pip install --python .venv-newest --no-deps moshi
 	touch $@
 

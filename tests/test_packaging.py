@@ -210,8 +210,11 @@ def triton_is_absent() -> bool:
 
 
 def test_public_names_resolve(installed: Path, tmp_path: Path) -> None:
-    code = "import fastmimi; print([name for name in fastmimi.__all__ if getattr(fastmimi, name) is None])"
-    assert run(python_of(installed), "-I", "-c", code, cwd=tmp_path).strip() == "[]"
+    from fastmimi.compat.transformers import HALVES
+
+    code = "import fastmimi; print([name for name in fastmimi.__all__ if getattr(fastmimi, name, None) is None])"
+    missing = [] if HALVES else ["MimiDecoderModel", "MimiEncoderModel"]  # transformers has them since 5.20
+    assert run(python_of(installed), "-I", "-c", code, cwd=tmp_path).strip() == str(missing)
 
 
 def test_the_console_script_runs(installed: Path, tmp_path: Path) -> None:

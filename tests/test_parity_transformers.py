@@ -15,7 +15,7 @@ NEWER = hasattr(transformers.models.mimi.modeling_mimi, "create_sliding_window_c
 
 
 def peer_and_core(name):
-    changes = {} if NEWER else {"sliding_window": 1000}  # transformers 4 attends to all: compared within one window
+    changes = {} if NEWER else {"sliding_window": 10_000}  # transformers 4 attends to all: compared within one window
     if name == "rope" and not NEWER:
         rope = CONFIGS[name]["rope_parameters"]
         changes |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope, "rope_parameters": None}

@@ -251,6 +251,8 @@ class _Run:
         """A checkpoint, and the averaged codec; older checkpoints go."""
         target = self.out / "checkpoints" / f"step_{self.done:08d}"
         part = target.with_name(f".{target.name}.part")
+        if self.writer is not None:
+            self.writer.flush()  # a run that goes on from here does not write these steps again
         if self.accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
         self.accelerator.wait_for_everyone()
