@@ -28,8 +28,19 @@ def test_a_benchmark_that_packs_in_its_timed_rounds_is_red(tmp_path, weight, war
     path = tmp_path / "bench_packing.py"
     path.write_text(BENCHMARK.format(weight=weight, warm=warm))
     shutil.copy(ROOT / "bench" / "conftest.py", tmp_path)
-    command = [sys.executable, "-m", "pytest", str(path), "-q", "-c", str(ROOT / "pyproject.toml")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(path),
+        "-q",
+        "--benchmark-enable",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+    ]
+    # Without what pytest-xdist tells its workers, in which pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     said = "timed rounds packed weights or recorded steps" in done.stdout
     assert (done.returncode, said) == ((1, True) if red else (0, False)), done.stdout + done.stderr
