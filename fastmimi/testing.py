@@ -109,7 +109,8 @@ def assert_as_exact(op: Callable[..., Tensor], reference: Callable[..., Tensor],
     Analysis", SIAM J. Sci. Comput. 41(5), 2019). Here lambda is 1, and the signs are independent, which suits
     products of mean zero, such as those with random weights ("Sharper Probabilistic Backward Error Analysis for Basic
     Linear Algebra Kernels with Random Data", by the same, 42(5), 2020). The 2 accounts for activations, biases and
-    residuals, which are not sums. In half precision sums are still in fp32: sqrt(n) counts fp32's unit roundoff, 2 the dtype's.
+    residuals, which are not sums. In half precision sums are still in fp32: sqrt(n) counts fp32's unit roundoff, 2 the
+    dtype's.
 
     tests/test_testing.py shows what this accepts and refuses, `make numerics` how near to it the implementations are.
 
