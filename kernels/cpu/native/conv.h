@@ -10,7 +10,7 @@
 namespace {
 
 enum PadMode { CONSTANT = 0, REPLICATE, REFLECT };
-constexpr size_t CHUNK_BYTES = 256 << 10;  // of a thread's scratch: a quarter of a 1 MB level-2 cache
+constexpr size_t CHUNK_BYTES = 256 << 10;  // of a thread's scratch, or of its output: a quarter of a 1 MB level-2 cache
 constexpr long LEAST_ROWS = 64;            // in a chunk, where there are so many: the weights are read once per chunk
 
 thread_local Arena own_scratch, shared_scratch, hidden_scratch, plain_scratch;
@@ -34,9 +34,9 @@ INLINE void activate_row(T* to, const From* from, long channels, long padded, in
   for (; c < padded; c++) to[c] = T{};
 }
 
-// Row i of stream b, -left <= i < length + right, activated
+// Row i of stream b, -left <= i < length + right, activated; with it those behind it, if `count` is more than 1
 template <class T, class From>
-void fill_row(T* to, const Input& in, long b, long i, int activation, long padded) {
+void fill_row(T* to, const Input& in, long b, long i, int activation, long count, long padded) {
   const From* x = (const From*)in.x + b * in.batch_step;
   if (i < 0 && in.history && !(in.pad_mode == REPLICATE && in.first[b])) {
     const From* h = (const From*)in.history + b * in.history_step + i + in.left;
@@ -59,7 +59,7 @@ void fill_row(T* to, const Input& in, long b, long i, int activation, long padde
       return;
     }
   }
-  activate_row(to, x + i * in.step, in.channels, padded, activation);
+  activate_row(to, x + i * in.step, count * in.channels, count * padded, activation);
 }
 
 template <class T>
@@ -71,11 +71,15 @@ void fill_rows(T* to, long pitch, long padded, const Input& in, long b, long fir
       cut_into_digits(to, row, padded);
     }
   } else {
-    for (long i = first; i < last; i++, to += pitch)
+    for (long i = first; i < last;) {
+      bool inside = i >= 0 && i < in.length, closed = pitch == in.channels && in.step == in.channels;
+      long count = inside && closed ? min(last, in.length) - i : 1;  // rows without gaps are one long row
       if (in.dtype == F32)
-        fill_row<T, float>(to, in, b, i, activation, padded);
+        fill_row<T, float>(to, in, b, i, activation, count, padded);
       else
-        fill_row<T, bf16>(to, in, b, i, activation, padded);
+        fill_row<T, bf16>(to, in, b, i, activation, count, padded);
+      i += count, to += count * pitch;
+    }
   }
 }
 
@@ -148,7 +152,8 @@ void conv_of(const Input& in, const Weights& w, Output out, long stride, long di
         }
     }
   } else {
-    long chunk = rows_per_chunk(out_length, stride * pitch * sizeof(T), threads), chunks = ceil_div(out_length, chunk);
+    long row_bytes = max(stride * pitch * sizeof(T), w.outputs * (out.dtype == F32 ? 4 : 2));
+    long chunk = rows_per_chunk(out_length, row_bytes, threads), chunks = ceil_div(out_length, chunk);
 #pragma omp parallel num_threads(threads)
     {
       T* scratch = own_scratch.take<T>((chunk * stride + reach) * pitch);

@@ -2,9 +2,9 @@
 // weight is widened, and a weight costs three quarters of what it costs in fp32.
 //
 // A row of `depth` fp32 values becomes n = round(x / scale), |n| < 2^23, of digits -128 <= d < 128,
-// n = 2^16 d2 + 2^8 d1 + d0: as near as 2.5e-7 of its largest value; a row with an infinity becomes NaN. In memory: [depth] d2, [depth] d1,
-// [depth] d0, then a Trailer. Weights are stored as w + 128, since the instruction takes bytes without sign on one
-// side; the sums of the digits take that back.
+// n = 2^16 d2 + 2^8 d1 + d0: as near as 2.5e-7 of its largest value; a row with an infinity becomes NaN. In memory:
+// [depth] d2, [depth] d1, [depth] d0, then a Trailer. Weights are stored as w + 128, since the instruction takes bytes
+// without sign on one side; the sums of the digits take that back.
 #pragma once
 #include "simd.h"
 

@@ -4,10 +4,11 @@
 //
 // Weights are packed in panels of P = 2 W outputs: [N / P, taps, C, P], zeros beyond N. `Rows` walks memory by steps,
 // so that a convolution over time-major input is this product without any copy of overlapping windows: row m begins
-// `stride` time steps after row m - 1. The tile is R <= 8 rows by one panel, its sums stay in registers over all taps
+// `stride` time steps after row m - 1. A tile is at most R rows by one panel; its sums stay in registers over all taps
 // and channels; a panel is used for all rows before the next one is begun.
 #pragma once
 #include <climits>
+#include <utility>
 
 #include "digits.h"
 #include "simd.h"
@@ -15,7 +16,16 @@
 namespace {
 
 constexpr int P = 2 * W;  // outputs in a panel
-constexpr int R = 8;      // rows in a tile, at most
+// Rows in a tile, at most: 2 R sums, two vectors of weights and one input fill the vector registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int R = 12;  // of 32 registers
+#else
+constexpr int R = 6;  // of 16
+#endif
+// Bytes from the weights being multiplied to those being prefetched. A panel is larger than a level-1 cache, and comes
+// from level 3 or memory at its first use.
+constexpr long AHEAD = 2048;
+constexpr size_t CACHE_LINE = 64;
 constexpr long MOST_DEPTH_OF_ONE = 1024;
 
 template <class Row>
@@ -77,23 +87,31 @@ INLINE vf multiply_pairs(vf sum, const bf16* row, const bf16* weight) {
 INLINE vf multiply_pairs(vf, const bf16*, const bf16*) { abort(); }  // the variant never chooses Pairs
 #endif
 
+// The `count` weights that come AHEAD of those at `read`; beyond the last weight this does nothing
+template <class T>
+INLINE void prefetch(const T* read, long count) {
+  for (size_t byte = 0; byte < count * sizeof(T); byte += CACHE_LINE)
+    __builtin_prefetch((const char*)read + AHEAD + byte);
+}
+
 constexpr long BLOCK = 256;  // steps summed before they join the total: fp32's error grows with the length of a sum
 
 template <class Kind, int ROWS>
 INLINE void multiply_block(const typename Kind::Row* row, long step, const typename Kind::Weight* b, long depth,
                            vf (&sum)[ROWS][2]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = (vf){};
   for (long c = 0; c < depth; c += Kind::GROUP, b += P * Kind::GROUP) {
+    prefetch(b, P * Kind::GROUP);
     if constexpr (Kind::GROUP == 2) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < ROWS; r++) {
         sum[r][0] = multiply_pairs(sum[r][0], row + r * step + c, b);
         sum[r][1] = multiply_pairs(sum[r][1], row + r * step + c, b + P);
       }
     } else {
       vf left = load(b), right = load(b + W);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < ROWS; r++) {
         vf x = broadcast(row[r * step + c]);
         sum[r][0] += x * left;
@@ -106,7 +124,7 @@ INLINE void multiply_block(const typename Kind::Row* row, long step, const typen
 template <class Kind, int ROWS>
 INLINE void multiply(const Rows<typename Kind::Row>& a, const typename Kind::Weight* b, vf (&total)[ROWS][2]) {
   if constexpr (Kind::CUT) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) total[r][0] = total[r][1] = (vf){};
     for (long tap = 0; tap < a.taps; tap++, b += a.depth * P)
       multiply_digits<ROWS>(a.start + tap * a.tap, a.row, b, a.depth, total);
@@ -118,7 +136,7 @@ INLINE void multiply(const Rows<typename Kind::Row>& a, const typename Kind::Wei
         vf sum[ROWS][2];
         multiply_block<Kind, ROWS>(a.start + tap * a.tap + c, a.row, b, depth, sum);
         b += depth * P;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
           for (int half = 0; half < 2; half++) total[r][half] = begun ? total[r][half] + sum[r][half] : sum[r][half];
@@ -201,6 +219,22 @@ __attribute__((noinline)) void multiply_by_one(Rows<float> a, long count, const 
   }
 }
 
+template <class Function, int... N>
+INLINE void with_constant(long value, const Function& function, std::integer_sequence<int, N...>) {
+  ((value == N + 1 ? function(std::integral_constant<int, N + 1>()) : void()), ...);
+}
+
+// Calls tile(rows, first) with the rows of each tile, 1 to MOST as a constant, for `count` rows in tiles of equal
+// height
+template <int MOST, class Tile>
+INLINE void in_tiles(long count, const Tile& tile) {
+  for (long m = 0, tiles = ceil_div(count, MOST); m < count; tiles--) {
+    long rows = ceil_div(count - m, tiles);
+    with_constant(rows, [&](auto constant) { tile(constant, m); }, std::make_integer_sequence<int, MOST>());
+    m += rows;
+  }
+}
+
 template <class Kind, int ROWS>
 __attribute__((noinline)) void tile(const Rows<typename Kind::Row>& a, const typename Kind::Weight* b,
                                     const Output& out, long m, long n, long width) {
@@ -213,10 +247,6 @@ __attribute__((noinline)) void tile(const Rows<typename Kind::Row>& a, const typ
 template <class Kind>
 void multiply_rows(Rows<typename Kind::Row> a, long count, const void* weights, long first, long last, long width,
                    const Output& out) {
-  typedef void Tile(const Rows<typename Kind::Row>&, const typename Kind::Weight*, const Output&, long, long, long);
-  constexpr int MOST = Kind::ROWS, FIVE = min(5, MOST), SIX = min(6, MOST), SEVEN = min(7, MOST);
-  static Tile* const tiles[] = {tile<Kind, 1>,    tile<Kind, 2>,   tile<Kind, 3>,     tile<Kind, 4>,
-                                tile<Kind, FIVE>, tile<Kind, SIX>, tile<Kind, SEVEN>, tile<Kind, MOST>};
   if constexpr (__is_same(Kind, Full)) {
     if (width == 1 && a.taps == 1 && a.depth % (2 * W) == 0 && a.depth <= MOST_DEPTH_OF_ONE)
       return multiply_by_one(a, count, (const float*)weights, out);
@@ -224,10 +254,10 @@ void multiply_rows(Rows<typename Kind::Row> a, long count, const void* weights, 
   const typename Kind::Row* start = a.start;
   for (long panel = first; panel < last; panel++) {
     const auto* b = (const typename Kind::Weight*)weights + panel * a.taps * a.depth * P;
-    for (long m = 0; m < count; m += MOST) {
+    in_tiles<Kind::ROWS>(count, [&](auto rows, long m) {
       a.start = start + m * a.row;
-      tiles[min(MOST, count - m) - 1](a, b, out, m, panel * P, width);
-    }
+      tile<Kind, rows.value>(a, b, out, m, panel * P, width);
+    });
   }
 }
 

@@ -39,10 +39,7 @@ __attribute__((noinline)) void search(const float* residual, long dim, const flo
       for (int half = 0; half < 2; half++) {
         long n = panel * P + half * W;
         vf distance = load(norms + n) - 2.0f * sum[r][half];
-        vi closer = distance < best[r].distance[1];
-        int any = 0;
-        for (int i = 0; i < W; i++) any |= closer[i];
-        if (!any) continue;
+        if (!any_lane(distance < best[r].distance[1])) continue;
         float lanes[W];
         store(lanes, distance);
         for (int i = 0; i < W; i++) consider(best[r], lanes[i], (int32_t)(n + i));
@@ -52,12 +49,10 @@ __attribute__((noinline)) void search(const float* residual, long dim, const flo
 
 void search_rows(const float* residual, long rows, long dim, const float* packed, const float* norms, long first,
                  long last, Best* best) {
-  typedef void Search(const float*, long, const float*, const float*, long, long, Best*);
-  static Search* const searches[] = {search<1>, search<2>, search<3>, search<4>,
-                                     search<5>, search<6>, search<7>, search<8>};
   for (long m = 0; m < rows; m++) best[m] = {{INFINITY, INFINITY}, {0, 0}};
-  for (long m = 0; m < rows; m += R)
-    searches[min(R, rows - m) - 1](residual + m * dim, dim, packed, norms, first, last, best + m);
+  in_tiles<R>(rows, [&](auto count, long m) {
+    search<count.value>(residual + m * dim, dim, packed, norms, first, last, best + m);
+  });
 }
 
 double squared_distance(const float* a, const float* b, long dim) {
@@ -85,7 +80,7 @@ void encode_rows(const T* x, long x_step, long rows, long dim, long levels, long
                  const float* packed, const float* norms, int64_t* codes, int threads) {
   long panels = ceil_div(size, P);
   bool share_rows = rows >= 8 * threads;
-  long chunk = share_rows ? min(64, round_up(ceil_div(rows, threads), R)) : rows;
+  long chunk = share_rows ? round_up(min(64, ceil_div(rows, threads)), R) : rows;
   Best* shared = best_scratch.take<Best>(threads * max(chunk, 1));
   float* residuals = residual_scratch.take<float>(threads * chunk * dim);
 #pragma omp parallel num_threads(threads)
@@ -135,18 +130,35 @@ void encode_rows(const T* x, long x_step, long rows, long dim, long levels, long
   }
 }
 
+constexpr int SUMS = W == 16 ? 16 : 8;  // vectors of a row of rvq_decode in registers
+
 // codes [L, N] by steps, codebooks [L, S, D] -> y [N, D], added level by level
 template <class T>
 void decode_rows(const int64_t* codes, long level_step, long row_step, const float* codebooks, long levels, long rows,
                  long size, long dim, T* y, int threads) {
 #pragma omp parallel for num_threads(rows* dim < 4096 ? 1 : threads)
-  for (long m = 0; m < rows; m++)
-    for (long d = 0; d < dim; d += W) {
-      vf sum = (vf){};
-      for (long level = 0; level < levels; level++)
-        sum += load_up_to(codebooks + (level * size + codes[level * level_step + m * row_step]) * dim + d, dim - d);
-      store_up_to(y + m * dim + d, sum, dim - d);
+  for (long m = 0; m < rows; m++) {
+    const int64_t* code = codes + m * row_step;
+    for (long d = 0; d < dim; d += SUMS * W) {
+      if (dim - d >= SUMS * W) {
+        vf sum[SUMS] = {};
+        for (long level = 0; level < levels; level++) {
+          const float* entry = codebooks + (level * size + code[level * level_step]) * dim + d;
+#pragma GCC unroll 16
+          for (int i = 0; i < SUMS; i++) sum[i] += load(entry + i * W);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < SUMS; i++) store(y + m * dim + d + i * W, sum[i]);
+        continue;
+      }
+      for (long e = d; e < dim; e += W) {
+        vf sum = (vf){};
+        for (long level = 0; level < levels; level++)
+          sum += load_up_to(codebooks + (level * size + code[level * level_step]) * dim + e, dim - e);
+        store_up_to(y + m * dim + e, sum, dim - e);
+      }
     }
+  }
 }
 
 }  // namespace

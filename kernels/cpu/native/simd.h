@@ -102,6 +102,18 @@ INLINE float largest_lane(vf x) {
 }
 
 #if defined(__AVX512F__)
+INLINE bool any_lane(vi x) { return _mm512_movepi32_mask((__m512i)x); }
+#elif defined(__AVX2__)
+INLINE bool any_lane(vi x) { return _mm256_movemask_ps((__m256)x); }
+#else
+INLINE bool any_lane(vi x) {
+  int any = 0;
+  for (int i = 0; i < W; i++) any |= x[i];
+  return any;
+}
+#endif
+
+#if defined(__AVX512F__)
 INLINE float sum_lanes(vf x) { return _mm512_reduce_add_ps((__m512)x); }
 #else
 INLINE float sum_lanes(vf x) {
