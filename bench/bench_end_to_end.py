@@ -45,35 +45,6 @@ def no_gradients():
         yield
 
 
-@pytest.fixture
-def in_turn(benchmark):
-    """Time ours by the benchmark and, before each of its rounds, every other by hand."""
-
-    def run(group, calls, rounds, ours="fastmimi"):
-        times = {name: [] for name in calls if name != ours}
-
-        results = {}
-
-        def others():
-            for name, taken in times.items():
-                start = time.perf_counter()
-                results[name] = calls[name]()
-                taken.append(time.perf_counter() - start)
-
-        benchmark.group = group
-        results[ours] = benchmark.pedantic(calls[ours], setup=others, rounds=rounds)
-        record(benchmark, times)
-        return results
-
-    return run
-
-
-def record(benchmark, times):
-    mine = benchmark.stats.stats.median
-    benchmark.extra_info["seconds"] = {name: sorted(taken)[len(taken) // 2] for name, taken in times.items()}
-    benchmark.extra_info["ratios"] = {name: t / mine for name, t in benchmark.extra_info["seconds"].items()}
-
-
 @pytest.mark.parametrize("case", OFFLINE)
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def bench_offline(in_turn, codecs, case, direction):
@@ -126,7 +97,7 @@ def bench_long(benchmark, codecs, folder, case):
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-def bench_stream(benchmark, codecs, batch, direction):
+def bench_stream(benchmark, record, codecs, batch, direction):
     audio = noise(batch, 1, peers.FRAME * FRAMES, scale=0.1)
     codes = codecs["fastmimi"].encode(audio)
     inputs = (audio if direction == "encode" else codes).split(peers.FRAME if direction == "encode" else 1, dim=-1)
@@ -163,7 +134,7 @@ def bench_stream(benchmark, codecs, batch, direction):
         ranked = sorted(taken)
         benchmark.extra_info[name] = {f"p{p}": ranked[len(ranked) * p // 100] for p in (50, 95, 99)}
     del times["fastmimi"]
-    record(benchmark, times)
+    record(times)
 
 
 FIRST_CODE = """

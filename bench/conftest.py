@@ -1,17 +1,14 @@
-"""What benchmarks share: inputs, checks before and after the clock, and the size that a CPU can take."""
+"""What benchmarks share: rounds in turn, what must not be timed, and the table of ratios."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-import torch
 
-from fastmimi import dispatch, memory
-from fastmimi.errors import InputError
-from fastmimi.workloads import Workload
-
-CPU_FLOPS = 2e9  # a round on a CPU: about 10 ms
+from fastmimi import memory
 
 
 @pytest.fixture
@@ -37,41 +34,47 @@ def benchmark(benchmark, monkeypatch):
 
 
 @pytest.fixture
-def time_op(benchmark) -> Callable[[Workload, str], None]:
-    """Check a workload by a candidate of the dispatcher, then time it; a group is a workload."""
+def record(benchmark) -> Callable[[dict[str, list[float]]], None]:
+    """Writes medians, and ratios to ours, into `extra_info`, from the seconds of each round of each other."""
 
-    @torch.no_grad()  # and not inference mode, whose tensors are packed at every call
-    def run(workload: Workload, candidate: str) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        try:
-            dispatch.explain(device, dtype, {workload.op: candidate})
-        except InputError as error:
-            pytest.skip(str(error))
-        rows = workload.rows
-        if device == "cpu":
-            rows = max(16, min(rows, int(rows * CPU_FLOPS / workload.flops(rows)))) // 16 * 16
-        benchmark.group = f"{workload.op}: {workload}" + (f", cut to {rows}" if rows < workload.rows else "")
-        with torch.device(device):
-            workload.check(candidate, dtype, rows)
-            tensors = workload.tensors(dtype, rows)
+    def run(times: dict[str, list[float]]) -> None:
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        mine = benchmark.stats.stats.median
+        benchmark.extra_info["seconds"] = {name: sorted(taken)[len(taken) // 2] for name, taken in times.items()}
+        benchmark.extra_info["ratios"] = {name: t / mine for name, t in benchmark.extra_info["seconds"].items()}
 
-        def once() -> None:
-            workload.run(candidate, tensors)
-            if device == "cuda":
-                torch.cuda.synchronize()
+    return run
 
-        benchmark.pedantic(once, rounds=10, warmup_rounds=2)
+
+@pytest.fixture
+def in_turn(benchmark, record) -> Callable[..., dict[str, Any]]:
+    """Time one of several calls by the benchmark and, before each of its rounds, every other by hand; the results."""
+
+    def run(group: str, calls: dict[str, Callable[[], Any]], rounds: int, ours: str = "fastmimi") -> dict[str, Any]:
+        times: dict[str, list[float]] = {name: [] for name in calls if name != ours}
+        results = {}
+
+        def others() -> None:
+            for name, taken in times.items():
+                start = time.perf_counter()
+                results[name] = calls[name]()
+                taken.append(time.perf_counter() - start)
+
+        benchmark.group = group
+        results[ours] = benchmark.pedantic(calls[ours], setup=others, rounds=rounds)
+        record(times)
+        return results
 
     return run
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
-    """The ratios to the peers, which the table of pytest-benchmark has no column for."""
+    """The ratios to the others, which the table of pytest-benchmark has no column for."""
     session = getattr(config, "_benchmarksession", None)
     rows = [bench for bench in getattr(session, "benchmarks", []) if bench.extra_info.get("ratios")]
     if rows:
-        terminalreporter.section("times of the peers as multiples of ours, taken in turn")
+        terminalreporter.section("times of the others as multiples of ours, taken in turn")
     for bench in rows:
         ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in bench.extra_info["ratios"].items())
-        terminalreporter.write_line(f"{bench.group:32} {bench.stats.median * 1e3:9.1f} ms   {ratios}")
+        terminalreporter.write_line(f"{bench.group:72} {bench.stats.median * 1e3:10.3f} ms   {ratios}")

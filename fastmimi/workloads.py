@@ -1,4 +1,4 @@
-"""What the models ask of each op, with the least bytes and FLOPs it takes: shared by bench/ and by `bench/gpu.py`.
+"""What the models ask of each op, with the least bytes and FLOPs it takes: shared by tests and benchmarks.
 
 A workload says its op, makes its inputs on a device, and counts: bytes are each input read and each output written
 once; FLOPs count a multiplication and an addition as two.
@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, memory
 from .ops import SCHEMAS
 from .testing import assert_as_exact, assert_nearest, exact, noise
+from .tiles import PIECE_SAMPLES
 
+SECONDS = 10  # of audio
+NEAR_AUDIO = 200  # Hz; layers with more samples a second run in pieces on a CPU (seanet.py)
+CPU_FLOPS = 2e9  # that take a CPU about 10 ms
 HEAD = 64  # head dimension of the transformers
 FREQUENCIES = {"window_attention": 3, "transformer_layer": 13}  # where RoPE's frequencies stand among the tensors
 
@@ -32,6 +36,16 @@ class Workload:
     flops: Callable[[int], float]
     options: dict[str, Any]
     longest: int  # terms of the op's longest sum
+    rate: int | None = None  # of the input's samples, in Hz
+
+    @property
+    def cpu_rows(self) -> int:
+        """Rows for a CPU: what a model hands over at once there (tiles.py), cut to what takes about 10 ms."""
+        rows = self.rows
+        if self.rate is not None and self.rate > NEAR_AUDIO:
+            rows = self.rate * PIECE_SAMPLES // 24_000
+        affordable = int(rows * CPU_FLOPS / self.flops(rows))
+        return rows if rows <= affordable else max(16, affordable // 16 * 16)
 
     def __str__(self) -> str:
         return self.name
@@ -43,6 +57,8 @@ class Workload:
             dtype = torch.float32
         made = [noise(*shape, seed=seed + i, scale=0.3 if i == 0 else 0.1).to(dtype)
                 for i, shape in enumerate(shapes)]  # fmt: skip
+        if "conv" in self.op or self.op == "resblock":
+            made[0] = memory.time_major(made[0])  # as layers leave it
         if self.op == "window_attention":
             made = [t.transpose(1, 2) * 5 for t in made]  # as projections leave them
         if self.op in FREQUENCIES:
@@ -100,11 +116,12 @@ def _conv(
     return Workload(
         "causal_conv1d",
         name,
-        10 * rate,
+        SECONDS * rate,
         lambda n: [(1, c, n), (o, c, kernel), (o,)],
         lambda n: 2.0 * n / stride * c * o * kernel,
         {"stride": stride, "dilation": dilation, "pad": (left, 0), **options},
         c * kernel,
+        rate,
     )
 
 
@@ -113,11 +130,12 @@ def _upsampling(name: str, channels: tuple[int, int], stride: int, rate: int, gr
     return Workload(
         "causal_conv_transpose1d",
         name,
-        10 * rate,
+        SECONDS * rate,
         lambda n: [(1, c, n), (c, o // groups, 2 * stride), *([] if groups > 1 else [(o,)])],
         lambda n: 4.0 * n * c * o // groups * stride,
         {"stride": stride, "groups": groups, "trim": (0, stride), "pre": pre},
         2 * c // groups,
+        rate,
     )
 
 
@@ -126,11 +144,12 @@ def _resblock(channels: int, rate: int) -> Workload:
     return Workload(
         "resblock",
         f"{c} channels at {rate} Hz",
-        10 * rate,
+        SECONDS * rate,
         lambda n: [(1, c, n), (h, c, 3), (h,), (c, h, 1), (c,)],
         lambda n: 8.0 * n * c * h,
         {"pad": (2, 0)},
         3 * c,
+        rate,
     )
 
 
@@ -203,10 +222,6 @@ WORKLOADS: list[Workload] = [  # 10 s of audio, or as named
     _rvq("rvq_encode", "8 levels of 1028, 1,000 frames", 1_000, 8, 1028),
     _rvq("rvq_decode", "31 levels, 10,000 frames", 10_000, 31, 256),
 ]
-
-
-def of(op: str) -> list[Workload]:
-    return [workload for workload in WORKLOADS if workload.op == op]
 
 
 def distinct() -> list[Workload]:

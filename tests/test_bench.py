@@ -1,4 +1,4 @@
-"""The benchmarks themselves: one that times what is done only once is red."""
+"""The benchmarks themselves: every op has one, and one that times what is done only once is red."""
 
 import os
 import shutil
@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from fastmimi.ops import OPS
+from fastmimi.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = """
@@ -44,3 +47,7 @@ def test_a_benchmark_that_packs_in_its_timed_rounds_is_red(tmp_path, weight, war
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     said = "timed rounds packed weights or recorded steps" in done.stdout
     assert (done.returncode, said) == ((1, True) if red else (0, False)), done.stdout + done.stderr
+
+
+def test_every_op_has_a_workload():
+    assert {workload.op for workload in WORKLOADS} == set(OPS)

@@ -60,11 +60,6 @@ def files_in_rooms_are_ops(tree: Tree) -> list[str]:
     return [f"{path} is no op of fastmimi/ops.py" for path, op in files.items() if op not in ops_of(tree)]
 
 
-def kernels_have_a_benchmark(tree: Tree) -> list[str]:
-    wanted = {path: f"bench/bench_{op}.py" for path, op in op_files(tree, "kernels/*").items()}
-    return [f"{path} has no {bench}" for path, bench in wanted.items() if bench not in tree]
-
-
 def functions_have_the_files_name(tree: Tree) -> list[str]:
     """The public function has the file's name, and a kernel says what it does not support."""
     wanted = {path: {op} for path, op in op_files(tree, "reference").items()}
@@ -107,7 +102,6 @@ def files_are_short(tree: Tree) -> list[str]:
 RULES: list[Rule] = [
     ops_have_reference_and_test,
     files_in_rooms_are_ops,
-    kernels_have_a_benchmark,
     functions_have_the_files_name,
     room_inits_are_docstrings,
     tests_are_no_package,
@@ -120,7 +114,7 @@ SOUND: Tree = {
     "kernels/cpu/rvq.py": "from ._packing import unsupported\ndef rvq(): ...",
     "reference/rvq.py": "def rvq(): ...",
     "tests/test_rvq.py": "",
-    "bench/bench_rvq.py": "\n" * LONGEST,
+    "bench/bench_ops.py": "\n" * LONGEST,
     **dict.fromkeys(ROOM_INITS, DOC),
 }
 # The rule, the file that breaks it, its source; None takes the file away.
@@ -132,7 +126,6 @@ BROKEN: list[tuple[Rule, str, str | None]] = [
     (ops_have_reference_and_test, "tests/test_rvq.py", None),
     (files_in_rooms_are_ops, "reference/norm.py", "def norm(): ..."),
     (files_in_rooms_are_ops, "kernels/triton/norm.py", ""),
-    (kernels_have_a_benchmark, "bench/bench_rvq.py", None),
     (functions_have_the_files_name, "reference/rvq.py", "def search(): ..."),
     (functions_have_the_files_name, "kernels/cpu/rvq.py", "def rvq(): ..."),
     (functions_have_the_files_name, "kernels/cpu/rvq.py", "def search(): ...\ndef unsupported(target): ..."),
@@ -142,7 +135,7 @@ BROKEN: list[tuple[Rule, str, str | None]] = [
     (tests_are_no_package, "conftest.py", ""),
     (tests_are_no_package, "tests/__init__.py", ""),
     (tests_are_no_package, "tests/data/__init__.py", ""),
-    (files_are_short, "bench/bench_rvq.py", "\n" * (LONGEST + 1)),
+    (files_are_short, "bench/bench_ops.py", "\n" * (LONGEST + 1)),
 ]
 
 
