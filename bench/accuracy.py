@@ -14,8 +14,8 @@ import peers
 import torch
 from torch import Tensor
 
-from fastmimi.audio import probe, read_blocks
-from fastmimi.testing import noise
+from fastmimi.devtools.testing import noise
+from fastmimi.io.audio import probe, read_blocks
 
 CLIP = Path(__file__).parent.parent / "fastmimi" / "assets" / "198-209-0000.ogg"
 

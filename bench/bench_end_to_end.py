@@ -16,7 +16,7 @@ import peers
 import pytest
 import torch
 
-from fastmimi.testing import noise, relative_error
+from fastmimi.devtools.testing import noise, relative_error
 
 OFFLINE = {"1 x 10 s": (1, 7), "8 x 10 s": (8, 2)}  # batch, rounds
 LONG = {"1 x 10 min": ("encode", 600, ["transformers"]), "1 x 60 s": ("decode", 60, ["transformers", "moshi"])}

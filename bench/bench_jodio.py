@@ -6,9 +6,11 @@ The codes are checked to equal the reference's, and the audio to lie within 1e-5
 import pytest
 import torch
 
-from fastmimi import InputError, JodioConfig, dispatch, weights
-from fastmimi.config import JodioTransformerConfig
-from fastmimi.testing import assert_same_codes, noise, relative_error
+from fastmimi import InputError, JodioConfig
+from fastmimi.checkpoints import weights
+from fastmimi.devtools.testing import assert_same_codes, noise, relative_error
+from fastmimi.models.config import JodioTransformerConfig
+from fastmimi.runtime import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS = 2

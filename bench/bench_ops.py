@@ -1,4 +1,4 @@
-"""Every op at the models' shapes (fastmimi/workloads.py), by each implementation that can run here, in turn.
+"""Every op at the models' shapes (fastmimi/devtools/workloads.py), by each implementation that can run here, in turn.
 
 What the dispatcher chooses is timed by the benchmark, the others before each of its rounds; each is checked first. Red
 where another is faster than the choice by more than a busy machine explains: then the order is not that of speed.
@@ -7,9 +7,9 @@ where another is faster than the choice by more than a busy machine explains: th
 import pytest
 import torch
 
-from fastmimi import dispatch
+from fastmimi.devtools.workloads import WORKLOADS
 from fastmimi.errors import InputError
-from fastmimi.workloads import WORKLOADS
+from fastmimi.runtime import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

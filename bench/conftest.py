@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastmimi import memory
+from fastmimi.runtime import packing
 
 
 @pytest.fixture
@@ -19,9 +19,9 @@ def benchmark(benchmark, monkeypatch):
 
     def steady(target, *arguments, **options):
         def counted(*given, **named):
-            before = memory.preparations()
+            before = packing.preparations()
             result = target(*given, **named)
-            prepared.append(memory.preparations() - before)
+            prepared.append(packing.preparations() - before)
             return result
 
         result = pedantic(counted, *arguments, **options)

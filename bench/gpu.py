@@ -69,14 +69,14 @@ def rotated(make: Callable[[], list[torch.Tensor]]) -> list[list[torch.Tensor]]:
 
 def as_in_the_model(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Features [B, C, T] with channels next to each other in memory, as one kernel leaves them to the next."""
-    from fastmimi.memory import time_major
+    from fastmimi.runtime.layout import channels_last
 
-    return [time_major(tensors[0]) if tensors[0].ndim == 3 else tensors[0], *tensors[1:]]
+    return [channels_last(tensors[0]) if tensors[0].ndim == 3 else tensors[0], *tensors[1:]]
 
 
 def rivals(workload: Any, sets: list[list[torch.Tensor]]) -> dict[str, list[Timed]]:
     """By name, the same work as others do it, once for each set of inputs."""
-    from fastmimi import dispatch
+    from fastmimi.runtime import dispatch
 
     reference = dispatch.implementation(workload.op, "reference")
     calls: dict[str, list[Timed]] = {"eager": [lambda s=s: reference(*s, **workload.options) for s in sets]}
@@ -177,8 +177,8 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 def workloads(only: str) -> list[Any]:
     """Those that Triton has a kernel for, and whose op or name holds `only`."""
-    from fastmimi import dispatch
-    from fastmimi.workloads import WORKLOADS
+    from fastmimi.devtools.workloads import WORKLOADS
+    from fastmimi.runtime import dispatch
 
     chosen = [w for w in WORKLOADS if not dispatch.is_absent(w.op, "triton") and (only in w.op or only in w.name)]
     if not chosen:
@@ -188,7 +188,7 @@ def workloads(only: str) -> list[Any]:
 
 def dry(only: str) -> int:
     os.environ["TRITON_INTERPRET"] = "1"
-    from fastmimi.testing import mend_interpreter
+    from fastmimi.devtools.testing import mend_interpreter
 
     mend_interpreter()
     torch.set_num_threads(1)

@@ -27,10 +27,6 @@ from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastmimi import tiles
-from fastmimi.codec import Codec
-from fastmimi.config import CodecConfig, JodioConfig, JodioTransformerConfig
-from fastmimi.jodio import JodioModel
 from fastmimi.kernels.triton import (
     _launch,
     causal_conv1d,
@@ -40,9 +36,13 @@ from fastmimi.kernels.triton import (
     rvq_encode,
     window_attention,
 )
-from fastmimi.model import Mimi
-from fastmimi.ops import Ops
+from fastmimi.models.codec import Codec
+from fastmimi.models.config import CodecConfig, JodioConfig, JodioTransformerConfig
+from fastmimi.models.jodio import JodioModel
+from fastmimi.models.mimi import Mimi
 from fastmimi.reference.transformer_layer import transformer_layer
+from fastmimi.runtime import tiles
+from fastmimi.runtime.ops import Ops
 
 MODULES = (causal_conv1d, causal_conv_transpose1d, resblock, rvq_decode, rvq_encode, window_attention)
 KERNELS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
@@ -125,7 +125,7 @@ def _run(model: Codec, ops: Ops) -> None:
     model._ops = lambda: ops  # type: ignore[method-assign]
     audio = torch.zeros(1, 1, 96_000, dtype=model.dtype)
     codes = torch.zeros(1, model.total_codebooks, 50, dtype=torch.int64)
-    with mock.patch.object(tiles, "positions_per_piece", return_value=None):  # as on an accelerator
+    with mock.patch.object(tiles.Tiling, "positions_per_piece", return_value=None):  # as on an accelerator
         model.encode(audio)
         model.decode(codes)
         for batch, frames in ((1, 1), (32, 1), (2, 25)):

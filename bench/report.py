@@ -23,7 +23,7 @@ import peers
 import torch
 from accuracy import accuracy
 
-from fastmimi.costs import ceilings
+from fastmimi.devtools.costs import ceilings
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

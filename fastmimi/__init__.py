@@ -13,33 +13,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoints.weights import load, save_kyutai, save_pretrained
     from .compat.replace import replace_mimi, restore_mimi
     from .compat.transformers import MimiConfig, MimiDecoderModel, MimiEncoderModel, MimiModel
-    from .config import CodecConfig, JodioConfig
-    from .dispatch import explain
     from .errors import InputError
-    from .jodio import JodioModel
-    from .model import Mimi
-    from .state import StreamState
-    from .weights import load, save_kyutai, save_pretrained
+    from .models.config import CodecConfig, JodioConfig
+    from .models.jodio import JodioModel
+    from .models.mimi import Mimi
+    from .runtime.dispatch import explain
+    from .runtime.state import StreamState
 
 _HOMES = {
-    "CodecConfig": "config",
-    "JodioConfig": "config",
-    "JodioModel": "jodio",
+    "CodecConfig": "models.config",
+    "JodioConfig": "models.config",
+    "JodioModel": "models.jodio",
     "InputError": "errors",
-    "Mimi": "model",
+    "Mimi": "models.mimi",
     "MimiConfig": "compat.transformers",
     "MimiDecoderModel": "compat.transformers",
     "MimiEncoderModel": "compat.transformers",
     "MimiModel": "compat.transformers",
-    "StreamState": "state",
-    "explain": "dispatch",
-    "load": "weights",
+    "StreamState": "runtime.state",
+    "explain": "runtime.dispatch",
+    "load": "checkpoints.weights",
     "replace_mimi": "compat.replace",
     "restore_mimi": "compat.replace",
-    "save_kyutai": "weights",
-    "save_pretrained": "weights",
+    "save_kyutai": "checkpoints.weights",
+    "save_pretrained": "checkpoints.weights",
 }
 __all__ = [
     "CodecConfig",

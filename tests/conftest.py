@@ -63,7 +63,7 @@ def op(request: pytest.FixtureRequest, where_it_runs: Callable[..., Any]) -> Ite
 
     What is not written in its output is NaN.
     """
-    from fastmimi.dispatch import implementation
+    from fastmimi.runtime.dispatch import implementation
 
     on_gpu = request.param == "triton" and torch.cuda.is_available()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
@@ -77,7 +77,7 @@ def op(request: pytest.FixtureRequest, where_it_runs: Callable[..., Any]) -> Ite
 @pytest.fixture
 def where_it_runs() -> Callable[..., Any]:
     """Wraps a CPU implementation: tests in dtypes that it does not compute are skipped with its own sentence."""
-    from fastmimi.dispatch import Target, why_not
+    from fastmimi.runtime.dispatch import Target, why_not
 
     def wrap(op: Callable[..., torch.Tensor], name: str, candidate: str) -> Callable[..., torch.Tensor]:
         def call(*inputs: torch.Tensor, **options: object) -> torch.Tensor:
@@ -115,8 +115,8 @@ def _prepare_triton() -> None:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("triton was imported before --kernels could choose its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
+    from fastmimi.devtools.testing import mend_interpreter
     from fastmimi.errors import InputError
-    from fastmimi.testing import mend_interpreter
 
     try:
         mend_interpreter()

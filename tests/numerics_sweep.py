@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from fastmimi import dispatch
+from fastmimi.devtools.testing import relative_error
+from fastmimi.devtools.workloads import distinct
 from fastmimi.kernels.cpu import _native
-from fastmimi.testing import relative_error
-from fastmimi.workloads import distinct
+from fastmimi.runtime import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi import InputError, JodioConfig, JodioModel, Mimi, audio, tokens
+from fastmimi import InputError, JodioConfig, JodioModel, Mimi
+from fastmimi.checkpoints.weights import fingerprint, random
 from fastmimi.compat import moshi as moshi_face
-from fastmimi.testing import noise, small_model
-from fastmimi.weights import fingerprint, random
+from fastmimi.devtools.testing import noise, small_model
+from fastmimi.io import audio, tokens
 
 FAST = {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
 MODEL = small_model(**FAST)

@@ -13,7 +13,7 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmimi import audio
+from fastmimi.io import audio
 
 RATE = 24_000
 CODED = {"mp3", "ogg", "oga", "opus"}  # lossy, so that not each sample comes back

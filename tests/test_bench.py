@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from fastmimi.ops import OPS
-from fastmimi.workloads import WORKLOADS
+from fastmimi.devtools.workloads import WORKLOADS
+from fastmimi.runtime.ops import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = """
 import torch
-from fastmimi import memory
+from fastmimi.runtime import packing
 
 def bench_packing(benchmark):
     weight = torch.ones(3)
-    benchmark.pedantic(lambda: memory.packed({weight}, "form", torch.clone), rounds=3, warmup_rounds={warm})
+    benchmark.pedantic(lambda: packing.packed({weight}, "form", torch.clone), rounds=3, warmup_rounds={warm})
 """
 
 

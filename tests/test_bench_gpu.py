@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastmimi import dispatch
-from fastmimi.ops import OPS
+from fastmimi.runtime import dispatch
+from fastmimi.runtime.ops import OPS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu.py"
 

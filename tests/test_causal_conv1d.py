@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastmimi.devtools.testing import assert_as_exact, noise, relative_error
 from fastmimi.reference.causal_conv1d import causal_conv1d as reference
 from fastmimi.reference.causal_conv1d import ieee_convolutions
-from fastmimi.testing import assert_as_exact, noise, relative_error
 
 SHAPES = [  # channels in and out, kernel, stride, dilation, groups
     (1, 8, 7, 1, 1, 1),

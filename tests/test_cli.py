@@ -17,10 +17,10 @@ import typer
 from typer.testing import CliRunner, Result
 
 import fastmimi
-from fastmimi import weights
+from fastmimi.checkpoints import weights
 from fastmimi.cli import app
-from fastmimi.testing import small_model
-from fastmimi.tokens import Tokens
+from fastmimi.devtools.testing import small_model
+from fastmimi.io.tokens import Tokens
 
 CLIP = Path(fastmimi.__file__).parent / "assets" / "198-209-0000.ogg"
 RATE = 44_100
@@ -204,7 +204,7 @@ def test_info(here: Path, models: dict[str, str]) -> None:
 
 def test_explain(here: Path) -> None:
     printed = run("explain", "--impl", "reference").stdout
-    for op in fastmimi.ops.OPS:
+    for op in fastmimi.runtime.ops.OPS:
         assert op in printed
     assert "asked for" in printed
     for device in ("cpu", "cuda"):
@@ -220,7 +220,7 @@ def test_explain_a_model(here: Path, models: dict[str, str]) -> None:
 
 def test_info_takes_what_model_takes(here: Path) -> None:
     printed = run("info", "demo").stdout
-    assert "demo" in printed and fastmimi.weights.fingerprint(fastmimi.load("demo")) in printed
+    assert "demo" in printed and fastmimi.checkpoints.weights.fingerprint(fastmimi.load("demo")) in printed
     assert "random:7" in run("info", "random:7").stdout
 
 

@@ -17,10 +17,11 @@ import torch
 from typer.testing import CliRunner
 
 import fastmimi
-from fastmimi import transcode, weights
+from fastmimi.checkpoints import weights
 from fastmimi.cli import app, work
-from fastmimi.testing import small_model
-from fastmimi.tokens import Tokens
+from fastmimi.devtools.testing import small_model
+from fastmimi.io import transcode
+from fastmimi.io.tokens import Tokens
 
 RATE = 44_100
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastmimi.checkpoints.weights import save_kyutai
 from fastmimi.compat import moshi as face
-from fastmimi.state import StreamState
-from fastmimi.testing import assert_same_codes, lengths, noise, relative_error
-from fastmimi.weights import save_kyutai
+from fastmimi.devtools.testing import assert_same_codes, lengths, noise, relative_error
+from fastmimi.runtime.state import StreamState
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")  # moshi uses it
 

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import fastmimi  # noqa: E402
 from fastmimi.compat import transformers as face  # noqa: E402
-from fastmimi.testing import SMALL, noise  # noqa: E402
+from fastmimi.devtools.testing import SMALL, noise  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ module = sys.modules[name] = module_from_spec(spec)
 exec(compile(source, spec.origin, "exec"), module.__dict__)
 
 import torch, fastmimi
-from fastmimi.testing import SMALL, noise
+from fastmimi.devtools.testing import SMALL, noise
 mine = fastmimi.MimiModel(fastmimi.MimiConfig(**SMALL, use_cache=True)).eval()
 assert isinstance(mine, module.MimiModel) and "encoder_memory" in inspect.signature(mine.encode).parameters
 audio, memory, cache, codes = noise(1, 1, 3840), None, None, []

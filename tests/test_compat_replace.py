@@ -6,7 +6,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import fastmimi  # noqa: E402
-from fastmimi.testing import SMALL, noise, relative_error  # noqa: E402
+from fastmimi.devtools.testing import SMALL, noise, relative_error  # noqa: E402
 
 Codebook = transformers.models.mimi.modeling_mimi.MimiEuclideanCodebook
 

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastmimi import testing, weights
+from fastmimi.checkpoints import weights
 from fastmimi.compat import rustymimi as face
-from fastmimi.config import CodecConfig
-from fastmimi.model import Mimi
-from fastmimi.testing import noise, relative_error
+from fastmimi.devtools import testing
+from fastmimi.devtools.testing import noise, relative_error
+from fastmimi.models.config import CodecConfig
+from fastmimi.models.mimi import Mimi
 
 FRAME = 1920
 

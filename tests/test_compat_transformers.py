@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 import fastmimi  # noqa: E402
 from fastmimi.compat import transformers as face  # noqa: E402
-from fastmimi.testing import CONFIGS, SMALL, noise, relative_error  # noqa: E402
+from fastmimi.devtools.testing import CONFIGS, SMALL, noise, relative_error  # noqa: E402
 
 peer_module = transformers.models.mimi.modeling_mimi
 HALVES = face.HALVES

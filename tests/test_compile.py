@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi.testing import SMALL, noise, relative_error, small_model
+from fastmimi.devtools.testing import SMALL, noise, relative_error, small_model
 
 IMPLS = ["reference", "cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)]
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmimi import CodecConfig, JodioConfig, costs
-from fastmimi.testing import CONFIGS, noise
-from fastmimi.weights import random
+from fastmimi import CodecConfig, JodioConfig
+from fastmimi.checkpoints.weights import random
+from fastmimi.devtools import costs
+from fastmimi.devtools.testing import CONFIGS, noise
 
 
 @pytest.mark.parametrize("config", [

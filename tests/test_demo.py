@@ -10,9 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 import fastmimi
+from fastmimi.checkpoints.weights import DEMO
 from fastmimi.cli import app
 from fastmimi.train.evaluate import measures
-from fastmimi.weights import DEMO
 
 CLIPS = [
     *(Path(__file__).parent / "data" / "audio").glob("*.ogg"),

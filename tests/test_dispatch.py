@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi import dispatch
-from fastmimi.ops import OPS, Ops
-from fastmimi.testing import noise, small_model
+from fastmimi.devtools.testing import noise, small_model
+from fastmimi.runtime import dispatch
+from fastmimi.runtime.ops import OPS, Ops
 
 
 def test_table_has_a_row_per_op_with_reasons():

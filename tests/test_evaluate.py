@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import fastmimi
 from fastmimi.cli import app
-from fastmimi.testing import noise, small_model
+from fastmimi.devtools.testing import noise, small_model
 from fastmimi.train.evaluate import audio_files, evaluate, measures, si_sdr, usage_of
 
 CLIP = "fastmimi/assets/198-209-0000.ogg"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmimi.files import check_input, check_output, replacing
+from fastmimi.io.files import check_input, check_output, replacing
 
 
 def test_the_target_appears_at_the_end(tmp_path: Path) -> None:

@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import fastmimi
-from fastmimi import CodecConfig, InputError, JodioConfig, Mimi, audio
+from fastmimi import CodecConfig, InputError, JodioConfig, Mimi
+from fastmimi.checkpoints.weights import save_kyutai, save_pretrained
 from fastmimi.cli import app
-from fastmimi.config import JodioTransformerConfig
-from fastmimi.testing import SMALL, noise, small_model
-from fastmimi.tokens import Tokens
-from fastmimi.weights import save_kyutai, save_pretrained
+from fastmimi.devtools.testing import SMALL, noise, small_model
+from fastmimi.io import audio
+from fastmimi.io.tokens import Tokens
+from fastmimi.models.config import JodioTransformerConfig
 
 FAST = {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
 MODEL = small_model(**FAST, num_hidden_layers=1)
@@ -230,7 +231,7 @@ def test_configurations(values: dict[str, Any]) -> None:
         return
     assert CodecConfig.from_dict(config.to_dict()) == config
     if config.num_parameters < 300_000 and config.frame_size < 5000 and config.sliding_window < 5000:
-        model = refused_or(lambda: fastmimi.weights.random(config).eval().requires_grad_(False))
+        model = refused_or(lambda: fastmimi.checkpoints.weights.random(config).eval().requires_grad_(False))
         if model is not None and model.encoder is not None and model.decoder is not None:
             sound = noise(1, config.audio_channels, 2 * config.frame_size)
             codes = refused_or(lambda: model.encode(sound))  # reflected padding wants so many samples

@@ -20,52 +20,43 @@ import pytest
 Tree = dict[str, str]
 Rule = Callable[[Tree], list[str]]
 
-ROOMS = ("fastmimi.reference", "fastmimi.kernels")
-ROOM_MAY_USE = {
+BACKENDS = ("fastmimi.reference", "fastmimi.kernels")
+BACKEND_MAY_USE = {
     "reference": {"torch", "einops"},
     "kernels.triton": {"torch", "triton"},
     "kernels.cpu": {"torch"},
     "kernels.onednn": {"torch"},
 }
-FOR_KERNELS = {"memory", "int8"}  # leaves: how tensors and weights lie in memory
-FOR_ALL = {"errors", "validation", "sizes", "masks", *FOR_KERNELS}  # leaves that leaves may use
-LEAVES = {*FOR_ALL, "config", "state", "ops"}
-# The model and its parts import, of ours, one another and nothing around them.
-MODEL_SIDE = {
-    *LEAVES,
-    "model",
-    "jodio",
-    "dispatch",
-    "library",
-    "programs",
-    "errors",
-    "checks",
-    "codec",
-    "quantizer",
-    "ragged",
-    "seanet",
-    "tiles",
-    "transformer",
+FOR_KERNELS = {"runtime.layout", "runtime.packing", "runtime.quantized"}  # which import nothing of ours
+# Each floor imports itself and those before it.
+FLOORS = ("errors", "runtime", "models", "io", "checkpoints", "devtools", "compat", "train", "cli", "__main__")
+DISPATCH, ROOT = "runtime.dispatch", ""  # ROOT: fastmimi/__init__
+UPWARDS = {  # the exceptions, inside functions only
+    ("models.jodio", "checkpoints.weights"),  # JodioModel.from_pretrained and save_pretrained
 }
-STORES_ITSELF = "jodio"  # whose class reads and writes checkpoints, when asked for it
-DOORS = {  # who may import these, beside themselves; "" is fastmimi/__init__
-    "compat": {"cli", ""},
-    "train": {"cli"},
-    "cli": {"__main__"},
-}
+KNOW_VERSION = {"train.loop"}  # fastmimi.__version__, for a run's record
 PEERS = ("transformers", "moshi", "rustymimi")
 KNOW_PEERS = {"compat", "train"}
 COMPUTED = "<computed>"
 
 
 class Import(NamedTuple):
-    where: str  # "fastmimi/model.py:14"
-    part: str  # the part of the house it stands in, see `part_of`
-    name: str  # "fastmimi.ops.OPS", relative imports resolved
+    where: str  # "fastmimi/models/mimi.py:14"
+    module: str  # that imports, without "fastmimi."
+    name: str  # "fastmimi.runtime.ops.OPS", relative imports resolved
     lazy: bool  # inside a function
 
     def __str__(self) -> str:
         return f"{self.where} imports {self.name}"
+
+    @property
+    def floor(self) -> str:
+        return floor_of(f"fastmimi.{self.module}")
+
+    @property
+    def backend(self) -> str | None:
+        """'reference', 'kernels.triton', ... where it stands in one."""
+        return next((name for name in BACKEND_MAY_USE if inside(self.module, name)), None)
 
 
 # ---- reading imports
@@ -77,10 +68,9 @@ def module_of(path: str) -> str:
     return ".".join(["fastmimi", *names] if names[0] in ("kernels", "reference") else names)
 
 
-def part_of(module: str) -> str:
-    """'reference', 'kernels.triton', 'compat', 'model'...; '' for fastmimi itself."""
-    names = module.split(".")[1:]
-    return ".".join(names[:2] if names[:1] == ["kernels"] else names[:1])
+def floor_of(name: str) -> str:
+    """'runtime', 'models', ... of a dotted name; '' for fastmimi itself."""
+    return ".".join(name.split(".")[1:2])
 
 
 def inside(name: str, *packages: str) -> bool:
@@ -92,7 +82,9 @@ def imports_of(path: str, source: str) -> list[Import]:
     module = module_of(path)
     package = module if path.endswith("/__init__.py") else module.rpartition(".")[0]
     found = _walk(ast.parse(source, path), package, lazy=False)
-    return [Import(f"{path}:{line}", part_of(module), name, lazy) for line, name, lazy in found]
+    return [
+        Import(f"{path}:{line}", module.removeprefix("fastmimi").lstrip("."), name, lazy) for line, name, lazy in found
+    ]
 
 
 def _walk(node: ast.AST, package: str, *, lazy: bool) -> Iterator[tuple[int, str, bool]]:
@@ -141,81 +133,78 @@ def in_package(tree: Tree) -> list[Import]:
 # ---- the rules
 
 
-def rooms_are_shut(tree: Tree) -> list[str]:
-    """A room imports torch, its own language and itself; never another room or the house, but how tensors lie."""
+def backends_are_closed(tree: Tree) -> list[str]:
+    """A backend imports torch, its own language and itself; never another one or the package, but FOR_KERNELS."""
     wrong = []
     for found in in_package(tree):
-        allowed = ROOM_MAY_USE.get(found.part)
-        if allowed is None or inside(found.name, f"fastmimi.{found.part}"):
+        if found.backend is None or inside(found.name, f"fastmimi.{found.backend}"):
             continue
-        if found.part.startswith("kernels") and any(inside(found.name, f"fastmimi.{leaf}") for leaf in FOR_KERNELS):
+        if found.backend != "reference" and inside(found.name, *(f"fastmimi.{leaf}" for leaf in FOR_KERNELS)):
             continue
+        allowed = BACKEND_MAY_USE[found.backend]
         if found.name.split(".")[0] not in allowed | sys.stdlib_module_names:
-            wrong.append(f"{found}: {found.part} may use {', '.join(sorted(allowed))} and itself")
+            wrong.append(f"{found}: {found.backend} may use {', '.join(sorted(allowed))} and itself")
     return wrong
 
 
-def only_dispatch_opens_rooms(tree: Tree) -> list[str]:
+def only_dispatch_imports_backends(tree: Tree) -> list[str]:
     """Nothing but dispatch imports reference or kernels, and dispatch does so in functions only."""
     wrong = []
     for found in in_package(tree):
-        room = inside(found.name, *ROOMS) and not inside(f"fastmimi.{found.part}", *ROOMS)
-        if room and found.part != "dispatch":
+        enters = inside(found.name, *BACKENDS) and found.backend is None
+        if enters and found.module != DISPATCH:
             wrong.append(f"{found}: only dispatch chooses implementations")
-        if (room or found.name == COMPUTED) and found.part == "dispatch" and not found.lazy:
-            wrong.append(f"{found}: dispatch imports a room when it is asked for it")
+        if (enters or found.name == COMPUTED) and found.module == DISPATCH and not found.lazy:
+            wrong.append(f"{found}: dispatch imports a backend when it is asked for it")
     return wrong
 
 
 def module_names_are_written_out(tree: Tree) -> list[str]:
     """A computed module name escapes these rules: dispatch and fastmimi/__init__ alone may use one."""
     computed = [found for found in in_package(tree) if found.name == COMPUTED]
-    return [f"{found}: name the module" for found in computed if found.part not in ("dispatch", "")]
+    return [f"{found}: name the module" for found in computed if found.module not in (DISPATCH, ROOT)]
 
 
-def leaves_import_nothing_of_ours(tree: Tree) -> list[str]:
-    ours = [found for found in in_package(tree) if inside(found.name, "fastmimi")]
-    return [
-        f"{found}: {found.part} is a leaf"
-        for found in ours
-        if found.part in LEAVES and part_of(found.name) not in FOR_ALL
-    ]
+def floors_import_downwards(tree: Tree) -> list[str]:
+    wrong = []
+    for found in in_package(tree):
+        if not inside(found.name, "fastmimi") or found.backend is not None or inside(found.name, *BACKENDS):
+            continue
+        if found.module == ROOT:  # whose names are all of the others'
+            continue
+        if found.floor not in FLOORS:
+            wrong.append(f"{found.where} stands on no floor, of {', '.join(FLOORS)}")
+            continue
+        exempt = found.lazy and any(
+            found.module == module and inside(found.name, f"fastmimi.{above}") for module, above in UPWARDS
+        )
+        version = found.name == "fastmimi.__version__" and found.module in KNOW_VERSION
+        public = found.name == "fastmimi" and found.floor in ("cli", "__main__")
+        below = floor_of(found.name) in FLOORS[: FLOORS.index(found.floor) + 1]
+        if not (below or exempt or version or public):
+            wrong.append(f"{found}: {found.floor} is below it")
+    return wrong
+
+
+def what_kernels_use_imports_nothing_of_ours(tree: Tree) -> list[str]:
+    wrong = [found for found in in_package(tree) if found.module in FOR_KERNELS and inside(found.name, "fastmimi")]
+    return [f"{found}: {found.module} is for kernels, which import nothing else of ours" for found in wrong]
 
 
 def only_validation_imports_pydantic(tree: Tree) -> list[str]:
     """Configurations are plain dataclasses, and errors are InputError: no other module sees the library."""
-    wrong = [found for found in in_package(tree) if inside(found.name, "pydantic") and found.part != "validation"]
-    return [f"{found}: ask fastmimi.validation" for found in wrong]
-
-
-def the_model_knows_nothing_around_it(tree: Tree) -> list[str]:
-    """The model's side never imports checkpoints, files, faces, training or the command line."""
-    wrong = []
-    for found in in_package(tree):
-        ours = found.part in MODEL_SIDE and inside(found.name, "fastmimi") and not inside(found.name, *ROOMS)
-        stores = found.part == STORES_ITSELF and part_of(found.name) == "weights" and found.lazy
-        if ours and part_of(found.name) not in {"", *MODEL_SIDE} and not stores:
-            wrong.append(f"{found}: {found.part} is on the model's side, MODEL_SIDE")
-    return wrong
-
-
-def doors_open_outwards(tree: Tree) -> list[str]:
-    """Training is for training, the command line for nobody, the faces for it and the user."""
-    wrong = []
-    for found in in_package(tree):
-        for door, users in DOORS.items():
-            if inside(found.name, f"fastmimi.{door}") and found.part not in {door, *users}:
-                wrong.append(f"{found}: {door} is imported by {', '.join(sorted(users)) or 'nobody'} alone")
-    return wrong
+    wrong = [found for found in in_package(tree) if inside(found.name, "pydantic")]
+    wrong = [found for found in wrong if found.module != "models.validation"]
+    return [f"{found}: ask fastmimi.models.validation" for found in wrong]
 
 
 def the_package_is_lazy(tree: Tree) -> list[str]:
-    """`import fastmimi` loads nothing more; a peer is loaded by its face, transformers on demand too."""
+    """`import fastmimi` loads nothing more; a peer is loaded by its drop-in, transformers on demand too."""
     wrong = []
     for found in in_package(tree):
-        if found.part == "" and not found.lazy and inside(found.name, "fastmimi"):
+        if found.module == ROOT and not found.lazy and inside(found.name, "fastmimi"):
             wrong.append(f"{found}: fastmimi/__init__ loads a module when a name of it is asked for")
-        if inside(found.name, *PEERS) and found.part not in KNOW_PEERS:
+        if inside(found.name, *PEERS) and found.floor not in KNOW_PEERS:
             if not found.lazy:
                 wrong.append(f"{found}: at the top only {' and '.join(sorted(KNOW_PEERS))} import a peer")
             elif not inside(found.name, "transformers"):
@@ -223,7 +212,7 @@ def the_package_is_lazy(tree: Tree) -> list[str]:
     return wrong
 
 
-def top_level_rooms_are_not_imported(tree: Tree) -> list[str]:
+def top_level_packages_are_not_imported(tree: Tree) -> list[str]:
     """`import kernels` means the PyPI package of that name; ours is fastmimi.kernels. In tests too."""
     everywhere = [found for path, source in tree.items() for found in imports_of(path, source)]
     wrong = [found for found in everywhere if inside(found.name, "kernels", "reference")]
@@ -233,72 +222,77 @@ def top_level_rooms_are_not_imported(tree: Tree) -> list[str]:
 # ---- the tests
 
 RULES: list[Rule] = [
-    rooms_are_shut,
-    only_dispatch_opens_rooms,
+    backends_are_closed,
+    only_dispatch_imports_backends,
     module_names_are_written_out,
-    leaves_import_nothing_of_ours,
+    floors_import_downwards,
+    what_kernels_use_imports_nothing_of_ours,
     only_validation_imports_pydantic,
-    the_model_knows_nothing_around_it,
-    doors_open_outwards,
     the_package_is_lazy,
-    top_level_rooms_are_not_imported,
+    top_level_packages_are_not_imported,
 ]
 LAZY = "def f():\n    "
 SOUND: Tree = {
     "fastmimi/__init__.py": LAZY + "from fastmimi.compat import transformers",
-    "fastmimi/ops.py": "import typing\nif typing.TYPE_CHECKING:\n    from .state import StreamState",
-    "fastmimi/dispatch.py": "from .ops import OPS\n" + LAZY + "importlib.import_module(room)",
-    "fastmimi/model.py": "from . import dispatch\nfrom .ops import OPS\n" + LAZY + "import transformers",
-    "fastmimi/compat/moshi.py": "import moshi\nfrom ..model import Mimi",
-    "fastmimi/cli.py": "from .compat import moshi\nfrom . import model",
-    "kernels/cpu/rvq.py": "import torch\nfrom ... import int8, memory\nfrom ._packing import pack",
+    "fastmimi/__main__.py": "from .cli import main",
+    "fastmimi/runtime/ops.py": "import typing\nif typing.TYPE_CHECKING:\n    from ..models.config import CodecConfig",
+    "fastmimi/runtime/dispatch.py": "from .ops import OPS\n" + LAZY + "importlib.import_module(backend)",
+    "fastmimi/models/mimi.py": "from ..runtime import dispatch, layout\n" + LAZY + "import transformers",
+    "fastmimi/models/jodio.py": LAZY + "from ..checkpoints.weights import load",
+    "fastmimi/checkpoints/weights.py": "from ..models.mimi import Mimi",
+    "fastmimi/compat/moshi.py": "import moshi\nfrom ..models.mimi import Mimi",
+    "fastmimi/train/loop.py": "from .. import __version__\nimport transformers",
+    "fastmimi/cli/commands.py": "from ..compat import moshi\nfrom ..models import mimi\nimport fastmimi",
+    "kernels/cpu/rvq.py": "import torch\nfrom ...runtime import packing, quantized\nfrom ._packing import pack",
     "kernels/triton/rvq.py": "import torch\nimport triton.language as tl",
     "reference/rvq.py": "import math\nimport torch\nfrom . import norm\nfrom fastmimi.reference import norm",
     "tests/test_rvq.py": "import moshi\nfrom fastmimi.reference.rvq import rvq",
 }
 BROKEN: list[tuple[Rule, str, str]] = [
-    (rooms_are_shut, "reference/rvq.py", "import triton"),
-    (rooms_are_shut, "reference/rvq.py", LAZY + "import numpy"),
-    (rooms_are_shut, "reference/rvq.py", "from ..ops import OPS"),
-    (rooms_are_shut, "reference/rvq.py", "from fastmimi.kernels.cpu import rvq"),
-    (rooms_are_shut, "kernels/cpu/rvq.py", LAZY + "from ..triton import rvq"),
-    (rooms_are_shut, "kernels/cpu/rvq.py", "import triton.language as tl"),
-    (rooms_are_shut, "kernels/triton/rvq.py", "from fastmimi import reference"),
-    (rooms_are_shut, "kernels/cpu/rvq.py", "from ...ops import OPS"),
-    (rooms_are_shut, "reference/rvq.py", "from fastmimi import memory"),
-    (only_dispatch_opens_rooms, "fastmimi/model.py", "from .reference import rvq"),
-    (only_dispatch_opens_rooms, "fastmimi/model.py", LAZY + "import fastmimi.kernels.cpu.rvq"),
-    (only_dispatch_opens_rooms, "fastmimi/model.py", LAZY + "import_module('fastmimi.reference.rvq')"),
-    (only_dispatch_opens_rooms, "fastmimi/model.py", LAZY + "import_module(f'.kernels.{op}', __package__)"),
-    (only_dispatch_opens_rooms, "fastmimi/compat/moshi.py", "from ..reference.rvq import rvq"),
-    (only_dispatch_opens_rooms, "fastmimi/dispatch.py", "from . import reference"),
-    (only_dispatch_opens_rooms, "fastmimi/dispatch.py", "import_module(name)"),
-    (module_names_are_written_out, "fastmimi/model.py", LAZY + "importlib.import_module(name)"),
-    (module_names_are_written_out, "fastmimi/model.py", LAZY + "import_module(f'fastmimi.{room}')"),
-    (leaves_import_nothing_of_ours, "fastmimi/config.py", LAZY + "from .weights import read"),
-    (leaves_import_nothing_of_ours, "fastmimi/state.py", "import fastmimi.config"),
-    (leaves_import_nothing_of_ours, "fastmimi/ops.py", "from . import state"),
-    (only_validation_imports_pydantic, "fastmimi/config.py", "from pydantic import Field"),
-    (the_model_knows_nothing_around_it, "fastmimi/model.py", LAZY + "from .weights import read"),
-    (the_model_knows_nothing_around_it, "fastmimi/seanet.py", "import fastmimi.audio"),
-    (the_model_knows_nothing_around_it, "fastmimi/jodio.py", "from .weights import load"),
-    (the_model_knows_nothing_around_it, "fastmimi/jodio.py", LAZY + "from .audio import read"),
-    (the_model_knows_nothing_around_it, "fastmimi/dispatch.py", "from .compat import moshi"),
-    (doors_open_outwards, "fastmimi/__init__.py", LAZY + "from fastmimi import train"),
-    (doors_open_outwards, "fastmimi/compat/moshi.py", "from ..cli import main"),
-    (doors_open_outwards, "fastmimi/weights.py", LAZY + "from .train.loop import train"),
-    (doors_open_outwards, "fastmimi/weights.py", "from .compat.transformers import MimiModel"),
-    (the_package_is_lazy, "fastmimi/__init__.py", "from .model import Mimi"),
-    (the_package_is_lazy, "fastmimi/transformer.py", "from transformers import MimiConfig"),
-    (the_package_is_lazy, "fastmimi/weights.py", LAZY + "import moshi"),
-    (top_level_rooms_are_not_imported, "tests/test_rvq.py", "from reference.rvq import rvq"),
-    (top_level_rooms_are_not_imported, "bench/bench_ops.py", LAZY + "import kernels.cpu"),
+    (backends_are_closed, "reference/rvq.py", "import triton"),
+    (backends_are_closed, "reference/rvq.py", LAZY + "import numpy"),
+    (backends_are_closed, "reference/rvq.py", "from ..runtime.ops import OPS"),
+    (backends_are_closed, "reference/rvq.py", "from ..runtime import layout"),
+    (backends_are_closed, "reference/rvq.py", "from fastmimi.kernels.cpu import rvq"),
+    (backends_are_closed, "kernels/cpu/rvq.py", LAZY + "from ..triton import rvq"),
+    (backends_are_closed, "kernels/cpu/rvq.py", "import triton.language as tl"),
+    (backends_are_closed, "kernels/cpu/rvq.py", "from ...runtime.ops import OPS"),
+    (backends_are_closed, "kernels/triton/rvq.py", "from fastmimi import reference"),
+    (only_dispatch_imports_backends, "fastmimi/models/mimi.py", "from ..reference import rvq"),
+    (only_dispatch_imports_backends, "fastmimi/models/mimi.py", LAZY + "import fastmimi.kernels.cpu.rvq"),
+    (only_dispatch_imports_backends, "fastmimi/models/mimi.py", LAZY + "import_module('fastmimi.reference.rvq')"),
+    (only_dispatch_imports_backends, "fastmimi/models/mimi.py", LAZY + "import_module(f'..kernels.{op}', __package__)"),
+    (only_dispatch_imports_backends, "fastmimi/compat/moshi.py", "from ..reference.rvq import rvq"),
+    (only_dispatch_imports_backends, "fastmimi/runtime/dispatch.py", "from .. import reference"),
+    (only_dispatch_imports_backends, "fastmimi/runtime/dispatch.py", "import_module(name)"),
+    (module_names_are_written_out, "fastmimi/models/mimi.py", LAZY + "importlib.import_module(name)"),
+    (module_names_are_written_out, "fastmimi/models/mimi.py", LAZY + "import_module(f'fastmimi.{backend}')"),
+    (floors_import_downwards, "fastmimi/errors.py", "from .runtime import layout"),
+    (floors_import_downwards, "fastmimi/runtime/tiles.py", "import fastmimi.models.config"),
+    (floors_import_downwards, "fastmimi/runtime/tiles.py", LAZY + "from ..models import config"),
+    (floors_import_downwards, "fastmimi/models/mimi.py", LAZY + "from ..checkpoints.weights import read"),
+    (floors_import_downwards, "fastmimi/models/mimi.py", "from .. import __version__"),
+    (floors_import_downwards, "fastmimi/models/seanet.py", "import fastmimi.io.audio"),
+    (floors_import_downwards, "fastmimi/models/jodio.py", "from ..checkpoints.weights import load"),
+    (floors_import_downwards, "fastmimi/models/jodio.py", LAZY + "from ..io.audio import read"),
+    (floors_import_downwards, "fastmimi/runtime/dispatch.py", "from ..compat import moshi"),
+    (floors_import_downwards, "fastmimi/compat/moshi.py", "from ..cli import main"),
+    (floors_import_downwards, "fastmimi/checkpoints/weights.py", LAZY + "from ..train.loop import train"),
+    (floors_import_downwards, "fastmimi/checkpoints/weights.py", "from ..compat.transformers import MimiModel"),
+    (floors_import_downwards, "fastmimi/odds/ends.py", "from ..errors import InputError"),
+    (what_kernels_use_imports_nothing_of_ours, "fastmimi/runtime/packing.py", "from ..errors import InputError"),
+    (only_validation_imports_pydantic, "fastmimi/models/config.py", "from pydantic import Field"),
+    (the_package_is_lazy, "fastmimi/__init__.py", "from .models.mimi import Mimi"),
+    (the_package_is_lazy, "fastmimi/models/transformer.py", "from transformers import MimiConfig"),
+    (the_package_is_lazy, "fastmimi/checkpoints/weights.py", LAZY + "import moshi"),
+    (top_level_packages_are_not_imported, "tests/test_rvq.py", "from reference.rvq import rvq"),
+    (top_level_packages_are_not_imported, "bench/bench_ops.py", LAZY + "import kernels.cpu"),
 ]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_repository_keeps_the_rule(rule: Rule, repository: Tree) -> None:
-    assert {"fastmimi/dispatch.py", "fastmimi/model.py", "reference/__init__.py"} <= repository.keys()
+    assert {"fastmimi/runtime/dispatch.py", "fastmimi/models/mimi.py", "reference/__init__.py"} <= repository.keys()
     assert rule(repository) == []
 
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi import dispatch, int8
+from fastmimi.devtools.testing import STREAMABLE, as_function, assert_as_exact, longest_sum, noise, small_model
 from fastmimi.kernels.cpu import _native, _pack
-from fastmimi.testing import STREAMABLE, as_function, assert_as_exact, longest_sum, noise, small_model
+from fastmimi.runtime import dispatch, quantized
 
 needs_library = pytest.mark.skipif(not _native.variants(), reason="the native library is not built here")
 
 
 @pytest.fixture
 def every_layer(monkeypatch):
-    monkeypatch.setattr(int8, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(quantized, "LEAST_WEIGHTS", 1)
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def packed(monkeypatch):
 
 def rounded(name="small", **changes):
     model = small_model(name, **changes)
-    int8.round_weights(model)
+    quantized.round_weights(model)
     return model
 
 
@@ -36,28 +36,28 @@ def test_rounding(shape, channel, scale):
     weight = noise(*shape, scale=scale)
     weight.select(channel, 1).zero_()
     weight.select(channel, 2).neg_().abs_().neg_()  # the largest may be negative
-    near = int8.round_to_grid(weight, channel)
+    near = quantized.round_to_grid(weight, channel)
     largest = weight.abs().amax([d for d in range(weight.dim()) if d != channel], keepdim=True)
     assert ((near - weight).abs() <= largest / 127 * 0.501).all()
-    assert torch.equal(int8.round_to_grid(near, channel), near)
-    whole, steps = int8.integers(near, channel)
+    assert torch.equal(quantized.round_to_grid(near, channel), near)
+    whole, steps = quantized.integers(near, channel)
     assert whole.dtype == torch.int8 and torch.equal(whole * steps, near)
     others = [d for d in range(weight.dim()) if d != channel]
     assert ((whole.abs().amax(others) == 127) == (weight.abs().amax(others) > 0)).all()
 
 
 def test_weights_off_the_grid_are_told_from_those_on_it():
-    weight = int8.round_to_grid(noise(8, 20))
-    assert int8.integers(weight) is not None
-    assert int8.integers(weight, 1) is None
-    assert int8.integers(weight.bfloat16()) is None
+    weight = quantized.round_to_grid(noise(8, 20))
+    assert quantized.integers(weight) is not None
+    assert quantized.integers(weight, 1) is None
+    assert quantized.integers(weight.bfloat16()) is None
     weight[5, 7] += 1e-6
-    assert int8.integers(weight) is None
-    assert int8.integers(noise(8, 20)) is None
+    assert quantized.integers(weight) is None
+    assert quantized.integers(noise(8, 20)) is None
 
 
 def test_only_large_layers_are_rounded(monkeypatch):
-    monkeypatch.setattr(int8, "LEAST_WEIGHTS", 1000)
+    monkeypatch.setattr(quantized, "LEAST_WEIGHTS", 1000)
     model, before = rounded(), small_model()
     for (name, mine), theirs in zip(model.named_parameters(), before.parameters(), strict=True):
         large = mine.dim() > 1 and mine.numel() >= 1000
@@ -69,8 +69,8 @@ def test_what_is_rounded(every_layer):
     """fp64 becomes fp32; grouped transposed convolutions, whose output channels are not one dimension, stay."""
     layers = torch.nn.ModuleList([torch.nn.Linear(5, 3).double(), torch.nn.ConvTranspose1d(4, 4, 4, groups=2)])
     before = layers[1].weight.detach().clone()
-    int8.round_weights(layers)
-    assert int8.integers(layers[0].weight.detach()) is not None
+    quantized.round_weights(layers)
+    assert quantized.integers(layers[0].weight.detach()) is not None
     assert torch.equal(layers[1].weight, before)
 
 
@@ -93,7 +93,7 @@ def test_every_variant_reads_integers(every_layer, packed, variant):
 @pytest.mark.parametrize("variant", _native.variants())
 def test_rows_of_any_size(variant):
     """Each time step has its own scale: small ones beside large ones keep their digits; NaN stays where it is."""
-    conv, weight = dispatch.implementation("causal_conv1d", "cpu"), int8.round_to_grid(noise(37, 51, 1, scale=1.0))
+    conv, weight = dispatch.implementation("causal_conv1d", "cpu"), quantized.round_to_grid(noise(37, 51, 1, scale=1.0))
     sizes = torch.tensor([0.0, 1e-25, 1e-6, 1.0, 3e4, 1e25, torch.nan, 1.0, 2.0])
     x = noise(1, 51, 9, scale=1.0) * sizes
     with _native.using(variant):
@@ -123,7 +123,7 @@ def _as_exact_as_the_reference(name, **changes):
 @needs_library
 def test_a_unit_of_which_half_is_on_the_grid(packed, monkeypatch):
     """A residual unit's two convolutions run in one kernel: both as integers, or both as they are."""
-    monkeypatch.setattr(int8, "LEAST_WEIGHTS", 64)
+    monkeypatch.setattr(quantized, "LEAST_WEIGHTS", 64)
     mine, plain = rounded("residual_layers"), rounded("residual_layers")
     plain.impl = "reference"
     audio = noise(1, 1, 4 * mine.frame_size)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import fastmimi
-from fastmimi import JodioConfig, JodioModel, weights
-from fastmimi.config import JodioTransformerConfig
-from fastmimi.testing import assert_same_codes, chunks, noise, relative_error
+from fastmimi import JodioConfig, JodioModel
+from fastmimi.checkpoints import weights
+from fastmimi.devtools.testing import assert_same_codes, chunks, noise, relative_error
+from fastmimi.models.config import JodioTransformerConfig
 
 FRAME = 1920
 ROOMS = ["reference", "cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)]
@@ -219,7 +220,7 @@ def test_ragged_rows_are_as_alone():
 
 
 def test_tiles_equal_the_whole(monkeypatch):
-    from fastmimi import tiles
+    from fastmimi.runtime import tiles
 
     model, audio = small(), noise(1, 1, 12 * FRAME)
     monkeypatch.setattr(tiles, "PIECE_SAMPLES", 100 * FRAME)
@@ -306,7 +307,7 @@ def test_misfits_are_listed(tmp_path):
 
 
 def test_weight_norm_is_computed_once_and_again_after_an_edit():
-    from fastmimi.seanet import weight_of
+    from fastmimi.models.seanet import weight_of
 
     model = small()
     conv = model.encoder.conv_blocks[0].layers[0][0]
@@ -321,7 +322,7 @@ def test_weight_norm_is_computed_once_and_again_after_an_edit():
 def test_weight_norm_along_any_dimension():
     from torch.nn.utils.parametrizations import weight_norm
 
-    from fastmimi.seanet import weight_of
+    from fastmimi.models.seanet import weight_of
 
     conv = torch.nn.Conv1d(3, 5, 4).requires_grad_(False)
     before = conv.weight.clone()

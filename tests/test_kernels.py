@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from fastmimi import dispatch
-from fastmimi.errors import InputError
-from fastmimi.testing import (
+from fastmimi.devtools.testing import (
     as_function,
     assert_as_exact,
     assert_same_codes,
@@ -16,6 +14,8 @@ from fastmimi.testing import (
     relative_error,
     small_model,
 )
+from fastmimi.errors import InputError
+from fastmimi.runtime import dispatch
 
 SHORT = {"upsampling_ratios": [4, 3, 2], "frame_rate": 500}  # frames of 48 samples
 
@@ -80,7 +80,7 @@ def test_streams(pair, name):
 
 @torch.no_grad()
 def test_tiles_of_long_audio(pair, monkeypatch):
-    from fastmimi import tiles
+    from fastmimi.runtime import tiles
 
     mine, theirs = pair(**SHORT)
     audio = noise(2, 1, 3000).to(mine.device)

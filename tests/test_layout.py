@@ -36,8 +36,8 @@ def op_files(tree: Tree, room: str) -> dict[str, str]:
 
 
 def ops_of(tree: Tree) -> list[str]:
-    """The names in `OPS` of fastmimi/ops.py, a dict or a tuple written out there."""
-    for statement in ast.parse(tree.get("fastmimi/ops.py", "")).body:
+    """The names in `OPS` of fastmimi/runtime/ops.py, a dict or a tuple written out there."""
+    for statement in ast.parse(tree.get("fastmimi/runtime/ops.py", "")).body:
         match statement:
             case ast.Assign([ast.Name("OPS")], value):
                 return list(ast.literal_eval(value))
@@ -57,7 +57,7 @@ def ops_have_reference_and_test(tree: Tree) -> list[str]:
 
 def files_in_rooms_are_ops(tree: Tree) -> list[str]:
     files = op_files(tree, "reference") | op_files(tree, "kernels/*")
-    return [f"{path} is no op of fastmimi/ops.py" for path, op in files.items() if op not in ops_of(tree)]
+    return [f"{path} is no op of fastmimi/runtime/ops.py" for path, op in files.items() if op not in ops_of(tree)]
 
 
 def functions_have_the_files_name(tree: Tree) -> list[str]:
@@ -109,7 +109,7 @@ RULES: list[Rule] = [
 ]
 DOC = '"""What it is."""\n'
 SOUND: Tree = {
-    "fastmimi/ops.py": "OPS: dict[str, str] = {'rvq': 'search'}",
+    "fastmimi/runtime/ops.py": "OPS: dict[str, str] = {'rvq': 'search'}",
     "kernels/cpu/_packing.py": "",
     "kernels/cpu/rvq.py": "from ._packing import unsupported\ndef rvq(): ...",
     "reference/rvq.py": "def rvq(): ...",
@@ -119,9 +119,9 @@ SOUND: Tree = {
 }
 # The rule, the file that breaks it, its source; None takes the file away.
 BROKEN: list[tuple[Rule, str, str | None]] = [
-    (ops_have_reference_and_test, "fastmimi/ops.py", None),
-    (ops_have_reference_and_test, "fastmimi/ops.py", "OPS = ()"),
-    (ops_have_reference_and_test, "fastmimi/ops.py", "OPS = ('rvq', 'norm')"),
+    (ops_have_reference_and_test, "fastmimi/runtime/ops.py", None),
+    (ops_have_reference_and_test, "fastmimi/runtime/ops.py", "OPS = ()"),
+    (ops_have_reference_and_test, "fastmimi/runtime/ops.py", "OPS = ('rvq', 'norm')"),
     (ops_have_reference_and_test, "reference/rvq.py", None),
     (ops_have_reference_and_test, "tests/test_rvq.py", None),
     (files_in_rooms_are_ops, "reference/norm.py", "def norm(): ..."),
@@ -162,7 +162,7 @@ def test_every_rule_is_broken_somewhere() -> None:
 
 
 def test_ops_are_read_as_python_reads_them(repository: Tree) -> None:
-    from fastmimi.ops import OPS
+    from fastmimi.runtime.ops import OPS
 
     assert ops_of(repository) == list(OPS)
 

@@ -8,11 +8,11 @@ import torch
 import transformers
 
 import fastmimi
-from fastmimi import memory
 from fastmimi.compat.moshi import get_mimi
-from fastmimi.config import CodecConfig
-from fastmimi.dispatch import Target, implementation, why_not
-from fastmimi.testing import SMALL, noise, small_model
+from fastmimi.devtools.testing import SMALL, noise, small_model
+from fastmimi.models.config import CodecConfig
+from fastmimi.runtime import layout, packing
+from fastmimi.runtime.dispatch import Target, implementation, why_not
 
 
 def test_weights_are_packed_once():
@@ -24,32 +24,32 @@ def test_weights_are_packed_once():
 
     weight = torch.nn.Parameter(noise(3, 3))
     for _ in range(3):
-        memory.packed(weight, "form", pack)
+        packing.packed(weight, "form", pack)
     assert len(count) == 1
     with torch.no_grad():
         weight.mul_(2)
-    assert torch.equal(memory.packed(weight, "form", pack), weight)
+    assert torch.equal(packing.packed(weight, "form", pack), weight)
     weight.data = noise(3, 3, seed=5)
-    assert torch.equal(memory.packed(weight, "form", pack), weight)
+    assert torch.equal(packing.packed(weight, "form", pack), weight)
     assert len(count) == 3
     weight.grad = torch.ones_like(weight)
     torch.optim.AdamW([weight], lr=0.1, fused=True).step()  # counts no version
-    assert torch.equal(memory.packed(weight, "form", pack), weight)
+    assert torch.equal(packing.packed(weight, "form", pack), weight)
 
 
 def test_a_round_trip_that_loses_digits_is_seen():
     layer = torch.nn.Linear(64, 64)  # a round trip that loses digits, perhaps to the same address
-    memory.packed(layer.weight, "form", torch.clone)
+    packing.packed(layer.weight, "form", torch.clone)
     layer.half().float()
-    assert torch.equal(memory.packed(layer.weight, "form", torch.clone), layer.weight)
+    assert torch.equal(packing.packed(layer.weight, "form", torch.clone), layer.weight)
 
 
 def test_tensors_of_inference_mode_are_packed_each_time():
     with torch.inference_mode():
         fresh = noise(3, 3)
-        memory.packed(fresh, "form", torch.clone)
+        packing.packed(fresh, "form", torch.clone)
         fresh.mul_(2)
-        assert torch.equal(memory.packed(fresh, "form", torch.clone), fresh)
+        assert torch.equal(packing.packed(fresh, "form", torch.clone), fresh)
 
 
 def loaded(folder):
@@ -118,10 +118,10 @@ def test_models_made_or_moved_in_inference_mode_pack_once(make, impl, tmp_path):
         getattr(model, "core", model).impl = impl
         frame = noise(1, 1, 1920)
         for _ in range(2):
-            before = memory.preparations()
+            before = packing.preparations()
             codes = model.encode(frame)
             model.decode(codes if isinstance(codes, torch.Tensor) else codes.audio_codes)
-        assert memory.preparations() == before
+        assert packing.preparations() == before
 
 
 @pytest.mark.parametrize("candidate", ["cpu", "onednn"])
@@ -131,43 +131,43 @@ def test_grouped_convolutions_pack_once(op, candidate):
         pytest.skip(why)
     x, weight, bias = noise(1, 6, 9), noise(6, 2, 3, seed=1), noise(6, seed=2)
     for _ in range(2):
-        before = memory.preparations()
+        before = packing.preparations()
         implementation(op, candidate)(x, weight, bias, groups=3)
-    assert memory.preparations() == before
+    assert packing.preparations() == before
 
 
 def test_what_cannot_be_packed_once_is_said_once():
-    memory._warn_of_inference_tensors.cache_clear()
+    packing._warn_of_inference_tensors.cache_clear()
     with torch.inference_mode():
         weight = noise(3, 3)
         with pytest.warns(UserWarning, match="made inside torch.inference_mode"):
-            memory.packed(weight, "form", torch.clone)
+            packing.packed(weight, "form", torch.clone)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            memory.packed(weight, "form", torch.clone)
+            packing.packed(weight, "form", torch.clone)
 
 
 def test_any_of_several_tensors_counts():
     first, second = noise(3), noise(3, seed=1)
-    memory.packed((first, second), "sum", torch.add)
+    packing.packed((first, second), "sum", torch.add)
     second.mul_(2)
-    assert torch.equal(memory.packed((first, second), "sum", torch.add), first + second)
-    assert torch.equal(memory.packed((first, noise(3, seed=2)), "sum", torch.add), first + noise(3, seed=2))
+    assert torch.equal(packing.packed((first, second), "sum", torch.add), first + second)
+    assert torch.equal(packing.packed((first, noise(3, seed=2)), "sum", torch.add), first + noise(3, seed=2))
 
 
 def test_a_form_dies_with_its_first_tensor():
     gc.collect()
-    before = len(memory._forms)
+    before = len(packing._forms)
     weight = noise(3)
-    memory.packed(weight, "form", torch.clone)
-    assert len(memory._forms) == before + 1
+    packing.packed(weight, "form", torch.clone)
+    assert len(packing._forms) == before + 1
     del weight
     gc.collect()
-    assert len(memory._forms) == before
+    assert len(packing._forms) == before
 
 
 def test_time_major():
     x = noise(2, 3, 5)
-    y = memory.time_major(x)
-    assert torch.equal(x, y) and y.stride() == (15, 1, 3) and memory.time_major(y) is y
-    assert memory.empty_time_major(x, 4, 7).stride() == (28, 1, 4)
+    y = layout.channels_last(x)
+    assert torch.equal(x, y) and y.stride() == (15, 1, 3) and layout.channels_last(y) is y
+    assert layout.empty_channels_last(x, 4, 7).stride() == (28, 1, 4)

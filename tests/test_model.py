@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi.model import Mimi
-from fastmimi.testing import SMALL, noise, relative_error, small_model
+from fastmimi.devtools.testing import SMALL, noise, relative_error, small_model
+from fastmimi.models.mimi import Mimi
 
 FAST = {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
 
@@ -48,7 +48,7 @@ def test_tiles_equal_one_pass(model, frames, monkeypatch):
     audio = noise(2, 1, 48 * 60 + 5)
     codes = model.encode(audio)
     layers, decoded = model.encode(audio, last_frame="layers"), model.decode(codes)
-    monkeypatch.setattr("fastmimi.tiles.TILE_SAMPLES", frames * 2 * 48)
+    monkeypatch.setattr("fastmimi.runtime.tiles.TILE_SAMPLES", frames * 2 * 48)
     assert torch.equal(model.encode(audio), codes)
     assert torch.equal(model.encode(audio, last_frame="layers"), layers)
     assert relative_error(model.decode(codes), decoded) < 1e-5
@@ -87,7 +87,7 @@ def test_gradients_reach_everything(model):
 def test_gradients_of_long_audio_equal_those_of_one_pass(model, monkeypatch):
     """Tiles write state in place: with gradients there are none."""
     mine = copy.deepcopy(model).requires_grad_(True)
-    monkeypatch.setattr("fastmimi.tiles.TILE_SAMPLES", 48)
+    monkeypatch.setattr("fastmimi.runtime.tiles.TILE_SAMPLES", 48)
     mine.encode_to_latent(noise(1, 1, 480)).sum().backward()
     assert all(p.grad is not None for p in mine.encoder.parameters())
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi import dispatch, int8, workloads
+from fastmimi.devtools import workloads
+from fastmimi.devtools.testing import assert_as_exact, assert_nearest, noise, small_model
 from fastmimi.kernels.cpu import _native
-from fastmimi.ops import OPS
-from fastmimi.testing import assert_as_exact, assert_nearest, noise, small_model
+from fastmimi.runtime import dispatch, quantized
+from fastmimi.runtime.ops import OPS
 
 pytestmark = pytest.mark.skipif(not _native.variants(), reason="the native library is not built here")
 ROWS = {"rvq_encode": [1, 37], "rvq_decode": [5]}  # at least, in tests of the models' shapes
@@ -59,9 +60,9 @@ def test_variants_compute_functions_to_rounding(variant, function):
 @pytest.mark.parametrize("on_grid", [False, True])
 def test_the_number_of_threads_changes_nothing(variant, threads, on_grid, monkeypatch):
     model = small_model(num_hidden_layers=1)
-    monkeypatch.setattr(int8, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(quantized, "LEAST_WEIGHTS", 1)
     if on_grid:
-        int8.round_weights(model)
+        quantized.round_weights(model)
     audio = noise(2, 1, 3 * model.frame_size + 11)
     codes = model.encode(audio)
     sound, before = model.decode(codes), torch.get_num_threads()
@@ -137,14 +138,14 @@ def test_what_scratch_holds_from_before_is_not_seen(variant, kind):
     if kind == "int8":
         for module in model.modules():
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d)):
-                module.weight = torch.nn.Parameter(int8.round_to_grid(module.weight), requires_grad=False)
+                module.weight = torch.nn.Parameter(quantized.round_to_grid(module.weight), requires_grad=False)
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     model = model.to(dtype)
     for frames in (1, 7):
         audio, latents = noise(1, 1, frames * model.frame_size).to(dtype), noise(1, 34, frames).to(dtype)
         first = model.encode_to_latent(audio), model.decode_latent(latents)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fastmimi.checks.finite", lambda x: x)
+            patch.setattr("fastmimi.models.checks.finite", lambda x: x)
             for longer in (0, 1, 2, 5):  # lays the scratch out otherwise
                 nothing = torch.full((1, 1, (frames + longer) * model.frame_size), torch.nan, dtype=dtype)
                 assert model.encode_to_latent(nothing).isnan().all()

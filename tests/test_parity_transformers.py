@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from fastmimi.config import CodecConfig
-from fastmimi.model import Mimi
-from fastmimi.testing import CONFIGS, assert_same_codes, lengths, noise, relative_error
-from fastmimi.weights import fill, to_flat
+from fastmimi.checkpoints.weights import fill, to_flat
+from fastmimi.devtools.testing import CONFIGS, assert_same_codes, lengths, noise, relative_error
+from fastmimi.models.config import CodecConfig
+from fastmimi.models.mimi import Mimi
 
 transformers = pytest.importorskip("transformers")
 NEWER = hasattr(transformers.models.mimi.modeling_mimi, "create_sliding_window_causal_mask")  # than 4

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmimi import plot
+from fastmimi.io import plot
 
 
 def test_a_picture_shows_the_beginning_of_long_audio(tmp_path: Path) -> None:

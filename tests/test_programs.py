@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 
-from fastmimi import InputError, memory
+from fastmimi import InputError
+from fastmimi.devtools.testing import noise, small_model
 from fastmimi.kernels.cpu import _native
-from fastmimi.testing import noise, small_model
+from fastmimi.runtime import packing
 
 pytestmark = pytest.mark.skipif(not _native.variants(), reason="the native library is not built here")
 FRAMES = 7
@@ -174,10 +175,10 @@ def test_a_stream_records_nothing_by_itself():
     model = small_model(num_hidden_layers=1)
     state, audio = model.new_state(1), noise(1, 1, model.frame_size)
     model.decode(model.encode(audio, state=state), state=state)
-    before = memory.preparations()
+    before = packing.preparations()
     for _ in range(20):
         model.decode(model.encode(audio, state=state), state=state)
-    assert memory.preparations() == before and programs(model) == 0
+    assert packing.preparations() == before and programs(model) == 0
 
 
 @pytest.mark.parametrize("impl", ["auto", "onednn", "reference"])
@@ -186,10 +187,10 @@ def test_after_a_warm_up_no_frame_waits(impl):
     model.impl = impl
     state, audio = model.new_state(2), noise(2, 1, model.frame_size)
     model.warm_up(state, num_codebooks=4)
-    before = memory.preparations()
+    before = packing.preparations()
     for _ in range(20):
         model.decode(model.encode(audio, state=state, num_codebooks=4), state=state)
-    assert memory.preparations() == before and programs(model) == (2 if impl == "auto" else 0)
+    assert packing.preparations() == before and programs(model) == (2 if impl == "auto" else 0)
 
 
 def test_a_warm_up_leaves_the_state_alone():

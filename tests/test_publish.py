@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi.testing import noise, relative_error
+from fastmimi.devtools.testing import noise, relative_error
 from fastmimi.train.loop import train
 from fastmimi.train.publish import one_after_another, publish
 

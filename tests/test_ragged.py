@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmimi.testing import CONFIGS, noise, relative_error, small_model
+from fastmimi.devtools.testing import CONFIGS, noise, relative_error, small_model
 
 FAST = {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
 
@@ -62,7 +62,7 @@ MODEL = small_model(**FAST)
 def test_any_lengths_also_in_tiles(items, side, tile):
     audio, mask = batch(MODEL, items, side, fill=float("nan"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastmimi.tiles.TILE_SAMPLES", tile * 48 * len(items))
+        patch.setattr("fastmimi.runtime.tiles.TILE_SAMPLES", tile * 48 * len(items))
         for last_frame in ("waveform", "layers"):
             codes = MODEL.encode(audio, padding_mask=mask, last_frame=last_frame)
             for row, length in enumerate(items):

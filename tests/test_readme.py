@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi.config import CodecConfig
-from fastmimi.testing import noise
-from fastmimi.weights import random
+from fastmimi.checkpoints.weights import random
+from fastmimi.devtools.testing import noise
+from fastmimi.models.config import CodecConfig
 
 README = Path(__file__).parent.parent / "README.md"
 KYUTAI = "tokenizer-e351c8d8-checkpoint125.safetensors"

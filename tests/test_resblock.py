@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastmimi.devtools.testing import assert_as_exact, noise, relative_error
 from fastmimi.reference.resblock import resblock as reference
-from fastmimi.testing import assert_as_exact, noise, relative_error
 
 
 def case(dilation, shortcut, dtype=torch.float32):

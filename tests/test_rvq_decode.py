@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastmimi.devtools.testing import noise, relative_error
 from fastmimi.reference.rvq_decode import rvq_decode as reference
-from fastmimi.testing import noise, relative_error
 
 
 @pytest.mark.parametrize("levels", [1, 3, 8])

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from fastmimi.dispatch import implementation
+from fastmimi.devtools.testing import assert_nearest, noise
 from fastmimi.reference import rvq_encode as module
 from fastmimi.reference.rvq_encode import rvq_encode as reference
-from fastmimi.testing import assert_nearest, noise
+from fastmimi.runtime.dispatch import implementation
 
 
 def exhaustive(x, codebooks):

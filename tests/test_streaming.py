@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from fastmimi.testing import STREAMABLE, chunks, noise, relative_error, small_model
+from fastmimi.devtools.testing import STREAMABLE, chunks, noise, relative_error, small_model
 
 FAST = {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
 MODEL = small_model(**FAST)

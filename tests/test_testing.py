@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from fastmimi.devtools.testing import Errors, as_function, assert_as_exact, errors, longest_sum, noise, small_model
 from fastmimi.reference.causal_conv1d import causal_conv1d
 from fastmimi.reference.causal_conv_transpose1d import causal_conv_transpose1d
 from fastmimi.reference.resblock import resblock
 from fastmimi.reference.transformer_layer import transformer_layer
 from fastmimi.reference.window_attention import window_attention
-from fastmimi.testing import Errors, as_function, assert_as_exact, errors, longest_sum, noise, small_model
 
 
 class Products(TorchFunctionMode):

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 
-from fastmimi.tokens import Tokens, bits_for, is_tokens, pack, read_metadata, smallest_type, unpack
+from fastmimi.io.tokens import Tokens, bits_for, is_tokens, pack, read_metadata, smallest_type, unpack
 
 SHAPES = npst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=17)
 
@@ -122,7 +122,7 @@ def test_others_can_read_a_plain_file(tmp_path: Path) -> None:
         np.testing.assert_array_equal(file.get_tensor("codes"), written.codes)
         assert file.get_tensor("codes").dtype == np.int16
         assert file.metadata() == {
-            "format": "fastmimi.tokens",
+            "format": "fastmimi.io.tokens",
             "version": "1",
             "codebook_size": "2048",
             "sample_rate": "24000",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import fastmimi
-from fastmimi.testing import noise, relative_error
+from fastmimi.devtools.testing import noise, relative_error
 from fastmimi.train import losses, processes
 from fastmimi.train.config import DiscriminatorConfig, DistillationConfig
 from fastmimi.train.data import Batch
@@ -144,7 +144,7 @@ def test_a_frozen_name_must_be_there(tiny_training):
 
 @pytest.mark.parametrize("kind", ["cpu", "onednn", "triton"])
 def test_fused_ops_train_as_the_reference(steps, kind, request, monkeypatch):
-    from fastmimi import dispatch
+    from fastmimi.runtime import dispatch
 
     if kind == "triton" and not request.config.getoption("--kernels"):
         pytest.skip("runs Triton kernels: pass --kernels")

@@ -7,8 +7,8 @@ import pytest
 import soundfile
 import torch
 
-from fastmimi.audio import Forward
-from fastmimi.testing import noise
+from fastmimi.devtools.testing import noise
+from fastmimi.io.audio import Forward
 from fastmimi.train import data, synthesis
 from fastmimi.train.config import DataConfig
 from fastmimi.train.data import HEARD, Folder, Table, Windows, batches, source_of

@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 import fastmimi
-from fastmimi.testing import noise
+from fastmimi.devtools.testing import noise
 from fastmimi.train import loop
 from fastmimi.train.data import HEARD, Batch, Folder
 from fastmimi.train.loop import checkpoints, train
@@ -53,7 +53,7 @@ def test_it_learns_a_sentence_by_heart(tiny_training, monkeypatch, whole):
     import soxr
 
     if not whole:
-        from fastmimi.quantizer import ResidualQuantizer
+        from fastmimi.models.quantizer import ResidualQuantizer
 
         through = ResidualQuantizer.unproject
         monkeypatch.setattr(ResidualQuantizer, "unproject", lambda self, x, *rest: through(self, x.detach(), *rest))

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmimi.ops import Call
-from fastmimi.testing import noise, relative_error
+from fastmimi.devtools.testing import noise, relative_error
+from fastmimi.runtime.ops import Call
 from fastmimi.train.quantizer import TrainedQuantizer, kmeans
 from fastmimi.train.step import Generator
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from fastmimi import transcode
-from fastmimi.testing import small_model
+from fastmimi.devtools.testing import small_model
+from fastmimi.io import transcode
 
 
 def test_a_stream_is_not_read_ahead() -> None:

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmimi import memory
+from fastmimi.devtools.testing import assert_as_exact, noise, relative_error
 from fastmimi.reference.transformer_layer import transformer_layer as reference
 from fastmimi.reference.window_attention import window_attention as attention
-from fastmimi.testing import assert_as_exact, noise, relative_error
+from fastmimi.runtime import packing
 
 WIDTH, HIDDEN = 24, 50
 FREQUENCIES = 13  # their place among the op's tensors; they are fp32 in every precision
@@ -16,7 +16,7 @@ FREQUENCIES = 13  # their place among the op's tensors; they are fp32 in every p
 @pytest.fixture(params=["reference", "cpu", "onednn"])
 def op(request, where_it_runs):
     """Triton has no kernel of its own: there the reference runs, with Triton's attention in it."""
-    from fastmimi.dispatch import implementation
+    from fastmimi.runtime.dispatch import implementation
 
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
     yield where_it_runs(implementation("transformer_layer", request.param), "transformer_layer", request.param)
@@ -160,9 +160,9 @@ def test_some_biases_only(op):
     some = [*weights[:13], weights[13], None, weights[15], None]
     options = {"window": 3, "eps": 1e-5}
     assert relative_error(op(x, *some, **options), reference(x, *some, **options)) < 1e-6
-    forms = set(memory._forms.values())
+    forms = set(packing._forms.values())
     op(x, *some, **options)
-    assert set(memory._forms.values()) <= forms, "weights are packed once"
+    assert set(packing._forms.values()) <= forms, "weights are packed once"
 
 
 def test_a_width_that_no_vector_divides(op):

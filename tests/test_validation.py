@@ -15,9 +15,9 @@ import torch
 
 import fastmimi
 from fastmimi import CodecConfig, InputError, JodioConfig, JodioModel, Mimi
-from fastmimi.config import JodioTransformerConfig
-from fastmimi.testing import CONFIGS, SMALL, noise, small_model
-from fastmimi.validation import ROPES, read_json
+from fastmimi.devtools.testing import CONFIGS, SMALL, noise, small_model
+from fastmimi.models.config import JodioTransformerConfig
+from fastmimi.models.validation import ROPES, read_json
 
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 LLAMA = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 100}
@@ -165,7 +165,7 @@ def test_a_configuration_of_another_size_is_not_built(
     fastmimi.save_pretrained(model, tmp_path)
     values = {**model.config.to_dict(), **change}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    monkeypatch.setattr(fastmimi.weights, "Mimi", None)  # not called
+    monkeypatch.setattr(fastmimi.checkpoints.weights, "Mimi", None)  # not called
     described, held = CodecConfig.from_dict(values).num_parameters, model.config.num_parameters
     with pytest.raises(InputError, match=f"a model of {described:,} parameters, and .* holds {held:,}"):
         fastmimi.load(tmp_path)

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastmimi
-from fastmimi import kyutai, weights
-from fastmimi.testing import CONFIGS, noise, relative_error, small_model
+from fastmimi.checkpoints import kyutai, weights
+from fastmimi.devtools.testing import CONFIGS, noise, relative_error, small_model
 
 FAST = {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from fastmimi.devtools.testing import assert_as_exact, noise, relative_error
 from fastmimi.reference import window_attention as module
 from fastmimi.reference.window_attention import window_attention as reference
-from fastmimi.testing import assert_as_exact, noise, relative_error
 
 
 def frequencies(dim=8):

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from ..files import check_input, replacing
+from ..io.files import check_input, replacing
 from .errors import Sentences
 
 HUB = "kyutai/mimi"
@@ -86,7 +86,7 @@ def encode(
     plot: Plot = None,
 ) -> None:
     """Audio to a token file."""
-    from ..audio import probe
+    from ..io.audio import probe
     from . import report, work
 
     work.check_paths([source, Path(model)], [target, plot])
@@ -122,8 +122,8 @@ def decode(
     plot: Plot = None,
 ) -> None:
     """A token file to audio, at the codec's rate and of the original length."""
-    from ..audio import output_format
-    from ..tokens import Tokens
+    from ..io.audio import output_format
+    from ..io.tokens import Tokens
     from . import report, work
 
     work.check_paths([source, Path(model)], [target, plot])
@@ -162,7 +162,7 @@ def roundtrip(
     plot: Plot = None,
 ) -> None:
     """Audio to codes and back, to hear what the codes keep."""
-    from ..audio import output_format, probe
+    from ..io.audio import output_format, probe
     from . import report, work
 
     work.check_paths([source, Path(model)], [target, tokens, plot])
@@ -192,8 +192,8 @@ def roundtrip(
 @app.command()
 def info(source: AnyIn, device: Device = "cpu") -> None:
     """What a token file, an audio file, or a model holds; of `mimi` and `jodio`, what each part costs."""
-    from ..audio import probe
-    from ..tokens import Tokens, is_tokens
+    from ..io.audio import probe
+    from ..io.tokens import Tokens, is_tokens
     from . import report, work
 
     if str(source) in work.ARCHITECTURES and not source.exists():
@@ -211,7 +211,7 @@ def info(source: AnyIn, device: Device = "cpu") -> None:
 @app.command()
 def explain(model: OneModel = None, device: Device = "cpu", dtype: Dtype = "float32", impl: Impl = "auto") -> None:
     """Which implementation runs each op, why, and why faster ones do not."""
-    from ..dispatch import explain
+    from ..runtime.dispatch import explain
     from . import report, work
 
     kind, title = work.device_type(device), f"{device}, {dtype}, impl={impl}"

@@ -9,13 +9,13 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from .. import plot
 from ..errors import InputError
-from ..files import check_output, replacing
+from ..io import plot
+from ..io.files import check_output, replacing
 from . import report, work
 
 if TYPE_CHECKING:
-    from ..codec import Codec
+    from ..models.codec import Codec
     from ..train.evaluate import Evaluation, Result
 
 NEEDED = ("accelerate", "omegaconf", "pesq", "pystoi", "scipy", "tensorboard")

@@ -17,11 +17,11 @@ from rich.table import Table
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..audio import AudioFile
-    from ..costs import Stage
-    from ..dispatch import Choice
-    from ..tokens import Tokens
-    from ..transcode import Clock
+    from ..devtools.costs import Stage
+    from ..io.audio import AudioFile
+    from ..io.tokens import Tokens
+    from ..io.transcode import Clock
+    from ..runtime.dispatch import Choice
 
 Rows = list[tuple[str, str]]
 Blocks = Iterable["np.ndarray"]
@@ -149,7 +149,7 @@ def audio(file: AudioFile) -> None:
 
 
 def checkpoint(source: str) -> None:
-    from ..weights import fingerprint, load
+    from ..checkpoints.weights import fingerprint, load
 
     with busy(f"loading {source}"):
         codec = load(source)
@@ -191,7 +191,7 @@ def dispatch(choices: list[Choice], title: str) -> None:
 
 def costs(architectures: dict[str, list[Stage]], ceilings: dict[str, float], device: str) -> None:
     """A table for each architecture: its stages, for a second of audio."""
-    from ..costs import total
+    from ..devtools.costs import total
 
     for name, stages in architectures.items():
         table = Table(title=f"{name}: both directions, for one second of audio", title_justify="left")

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import checks, dispatch, plot, transcode, weights
-from ..audio import AudioFile, AudioWriter, read_blocks
-from ..codec import Codec
-from ..config import CodecConfig, JodioConfig
+from ..checkpoints import weights
 from ..errors import InputError
-from ..files import check_output
-from ..tokens import Tokens
+from ..io import plot, transcode
+from ..io.audio import AudioFile, AudioWriter, read_blocks
+from ..io.files import check_output
+from ..io.tokens import Tokens
+from ..models import checks
+from ..models.codec import Codec
+from ..models.config import CodecConfig, JodioConfig
+from ..runtime import dispatch
 from . import report
 
 if TYPE_CHECKING:
-    from ..costs import Stage
+    from ..devtools.costs import Stage
 
 ARCHITECTURES = {"mimi": CodecConfig, "jodio": JodioConfig}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,7 +108,7 @@ def load(model: str, device: str, dtype: str, impl: str, codebooks: int | None =
 
 def costs(device: str) -> tuple[dict[str, list[Stage]], dict[str, float], str]:
     """Of each architecture the stages; what the device can do, and its name."""
-    from .. import costs
+    from ..devtools import costs
 
     where = checks.device(device)
     with report.busy("counting, and measuring this machine"):

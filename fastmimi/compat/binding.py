@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import CodecConfig
-from ..model import Mimi
+from ..models.config import CodecConfig
+from ..models.mimi import Mimi
 
 NESTED = (  # flat path -> path in transformers >= 5.20, whose halves are models of their own
     (r"^(encoder|decoder)\.layers\.", r"\1.\1_seanet.layers."),

@@ -15,7 +15,7 @@ moshi's, audio is moshi's to fp32 rounding. What differs, on purpose:
   `freeze_quantizer`, penalty 0 and no metrics.
 - `get_streaming_state` is one `StreamState` under the name "", not one object for each module.
 - Weights come from safetensors only; without a file they are random, not empty. `state_dict` has fastmimi's names;
-  `fastmimi.weights.save_kyutai(model.core, path)` writes moshi's.
+  `fastmimi.checkpoints.weights.save_kyutai(model.core, path)` writes moshi's.
 - Wrong arguments raise InputError, calls out of order RuntimeError (moshi: AssertionError, or none at all).
 """
 
@@ -30,12 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, kyutai, masks, shapes, weights
-from ..config import CodecConfig
+from ..checkpoints import kyutai, shapes, weights
 from ..errors import InputError
-from ..memory import Packable
-from ..model import Mimi
-from ..state import StreamState
+from ..models import checks
+from ..models.config import CodecConfig
+from ..models.mimi import Mimi
+from ..runtime import masks
+from ..runtime.packing import Packable
+from ..runtime.state import StreamState
 
 SAMPLE_RATE = 24_000  # Hz
 FRAME_RATE = 12.5  # Hz

@@ -37,9 +37,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checkpoints.weights import load
 from ..errors import InputError
-from ..state import StreamState
-from ..weights import load
+from ..runtime.state import StreamState
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 

@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.mimi import modeling_mimi as peer
 
-from .. import checks
-from ..dispatch import Impl
 from ..errors import InputError
-from ..memory import Packable, leave_inference_mode
-from ..model import Mimi
-from ..ops import Call
-from ..quantizer import apply_in_full_precision, centroids
-from ..ragged import Ragged
+from ..models import checks
+from ..models.mimi import Mimi
+from ..models.quantizer import apply_in_full_precision, centroids
+from ..runtime.dispatch import Impl
+from ..runtime.ops import Call
+from ..runtime.packing import Packable, leave_inference_mode
+from ..runtime.ragged import Ragged
 from .binding import Binding
 from .naming import CACHE, DECODER_CACHE, ENCODER_CACHE, signature_of
 

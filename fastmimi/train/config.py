@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import InputError, named, shown
-from ..files import check_input, path_of
-from ..validation import naming
+from ..io.files import check_input, path_of
+from ..models.validation import naming
 
 # transformers' `get_scheduler`; those that need no more than a number of steps
 SCHEDULES = ["constant_with_warmup", "linear", "cosine", "polynomial"]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..audio import SUFFIXES, UNKNOWN, Forward, files_below
 from ..errors import InputError
+from ..io.audio import SUFFIXES, UNKNOWN, Forward, files_below
 from .config import DataConfig
 
 TRIES = 100  # files in a row that cannot be read

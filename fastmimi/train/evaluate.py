@@ -19,9 +19,9 @@ import numpy as np
 import soxr
 import torch
 
-from ..audio import AudioFile, files_below, probe, read_blocks
-from ..codec import Codec
 from ..errors import InputError
+from ..io.audio import AudioFile, files_below, probe, read_blocks
+from ..models.codec import Codec
 from .losses import mel_distance
 
 WIDE = 16_000  # Hz, of wide-band PESQ

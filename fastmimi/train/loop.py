@@ -37,9 +37,9 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import get_scheduler
 
 from .. import __version__
-from ..codec import Codec
+from ..checkpoints.weights import save_pretrained
 from ..errors import InputError
-from ..weights import save_pretrained
+from ..models.codec import Codec
 from . import data
 from .config import TrainConfig
 from .data import Batch, Windows, source_of

@@ -18,12 +18,12 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from .. import plot
-from ..codec import Codec
-from ..config import CodecConfig
+from ..checkpoints.weights import load
 from ..errors import InputError
-from ..files import replacing
-from ..weights import load
+from ..io import plot
+from ..io.files import replacing
+from ..models.codec import Codec
+from ..models.config import CodecConfig
 from .config import TrainConfig
 
 CURVES = ("mel", "l1", "features", "adversarial", "discriminator", "cosine", "commitment", "explained", "used")

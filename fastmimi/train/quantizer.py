@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..codec import Codec
 from ..errors import InputError
-from ..ops import Call
-from ..quantizer import ResidualQuantizer
+from ..models.codec import Codec
+from ..models.quantizer import ResidualQuantizer
+from ..runtime.ops import Call
 from .config import QuantizerConfig
 from .processes import of_first, place, rows_of_all, sum_of_all
 

@@ -13,13 +13,13 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from ..codec import Codec
-from ..config import AnyConfig, CodecConfig, JodioConfig
+from ..checkpoints.weights import load
 from ..errors import InputError
-from ..jodio import JodioModel
-from ..model import Mimi
-from ..ops import Call
-from ..weights import load
+from ..models.codec import Codec
+from ..models.config import AnyConfig, CodecConfig, JodioConfig
+from ..models.jodio import JodioModel
+from ..models.mimi import Mimi
+from ..runtime.ops import Call
 from . import losses
 from .config import ModelConfig, OptimizerConfig, TrainConfig
 from .data import Batch

@@ -25,7 +25,7 @@ import typer
 from scipy.signal import fftconvolve, lfilter
 
 from ..errors import InputError
-from ..files import replacing
+from ..io.files import replacing
 
 PASSAGE = (60, 260)  # characters, 4 to 18 s
 TEXTS = Path("/usr/share/common-licenses")  # on every Debian

@@ -1,7 +1,7 @@
 """Weights as the native library reads them: panels of outputs next to each other (native/gemm.h), made once and kept.
 
-fp32 weights stay fp32, but where they lie on a grid that eight bits hold (fastmimi/int8.py) they become int8: no bit is
-lost. bf16 weights stay bf16, in pairs of channels where the processor multiplies those.
+fp32 weights stay fp32, but where they lie on a grid that eight bits hold (fastmimi/runtime/quantized.py) they become
+int8: no bit is lost. bf16 weights stay bf16, in pairs of channels where the processor multiplies those.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import int8, memory
+from ...runtime import packing, quantized
 from ._native import DTYPES, KINDS, Weights, native
 
 
@@ -78,14 +78,14 @@ def panels(
         return Panels((packed, values, steps), Weights(*pointers), KINDS[kind_of(packed.dtype)])
 
     tensors = (weight,) if bias is None else (weight, bias)
-    return memory.packed(tensors, f"{form} {native().name} {rounded} {group}/{groups}", pack)
+    return packing.packed(tensors, f"{form} {native().name} {rounded} {group}/{groups}", pack)
 
 
 def packed_weight(
     weight: Tensor, arrange: Callable[[Tensor], Tensor], channel: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """The panels of arrange(weight), and if they are integers of a grid along `channel`, the step of each output."""
-    found = None if channel is None else int8.integers(weight, channel)
+    found = None if channel is None else quantized.integers(weight, channel)
     if found is None:
         return in_panels(arrange(weight)), None
     whole, steps = map(arrange, found)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import memory
+from ...runtime import layout
 from ._native import ENTRIES, MOST_ARGUMENTS, native, recording
 
 WORD = 8
@@ -36,7 +36,7 @@ class Program:
         variant = native()
         calls: list[tuple[str, tuple[Any, ...]]] = []
         kept: list[Any] = []
-        self.input = memory.empty_time_major(x, x.shape[1], x.shape[2]).copy_(x)
+        self.input = layout.empty_channels_last(x, x.shape[1], x.shape[2]).copy_(x)
         with recording(variant, calls, kept):
             self.results = step(self.input)
         self.kept, self.count, self.run_calls = kept, len(calls), variant.run

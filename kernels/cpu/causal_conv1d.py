@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import memory
+from ...runtime import layout
 from ._native import ACTIVATIONS, DTYPES, MOST_ROWS, PAD_MODES, Input, Output, native, unsupported  # noqa: F401
 from ._pack import Panels, address, agree, fits, multiplies, panels
 
@@ -37,12 +37,12 @@ def causal_conv1d(
         fits("history", history, (*x.shape[:2], pad[0]))
     out, per_group, kernel = weight.shape
     multiplies(x, per_group * groups, out, bias)
-    x = memory.time_major(x)
+    x = layout.channels_last(x)
     length = (x.shape[2] + pad[0] + pad[1] - (kernel - 1) * dilation - 1) // stride + 1
-    y = memory.empty_time_major(x, out, length)
+    y = layout.empty_channels_last(x, out, length)
     if not y.numel():
         return y
-    residual = None if residual is None else memory.time_major(residual.expand(y.shape))
+    residual = None if residual is None else layout.channels_last(residual.expand(y.shape))
     state = (history, first, active)
     for group in range(groups):
         inputs, outputs = (slice(group * n, (group + 1) * n) for n in (per_group, out // groups))

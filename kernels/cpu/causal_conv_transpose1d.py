@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import memory
+from ...runtime import layout, packing
 from ._native import ACTIVATIONS, DTYPES, Output, native, unsupported  # noqa: F401
 from ._pack import address, agree, fits, multiplies, panels
 from .causal_conv1d import input_of, output_of
@@ -33,7 +33,7 @@ def causal_conv_transpose1d(
     agree(x, weight, overlap)
     out, kernel = weight.shape[1] * groups, weight.shape[2]
     multiplies(x, weight.shape[0], out, bias)
-    x = memory.time_major(x)
+    x = layout.channels_last(x)
     batch, _, length = x.shape
     taps = -(-kernel // stride)
     if overlap is not None:
@@ -65,8 +65,8 @@ def _multiply(
     pad = (taps - 1, max(0, rows + beyond - x.shape[2]))
     threads = torch.get_num_threads()
     if groups == channels and per_group == 1:
-        taps_first = memory.packed(weight, f"depthwise {stride}", lambda w: _by_taps(w, stride, taps).float())
-        offset = None if bias is None else memory.packed(bias, "fp32", lambda b: b.float().contiguous())
+        taps_first = packing.packed(weight, f"depthwise {stride}", lambda w: _by_taps(w, stride, taps).float())
+        offset = None if bias is None else packing.packed(bias, "fp32", lambda b: b.float().contiguous())
         native().keep(x, taps_first, offset, y, tail)
         target = Output(y=y.data_ptr(), rows=rows, tail=address(tail))
         native().depthwise(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import memory
+from ...runtime import layout
 from ._native import native, unsupported  # noqa: F401
 from ._pack import agree, fits, multiplies, panels
 from .causal_conv1d import by_taps, causal_conv1d, input_of, output_of
@@ -36,9 +36,9 @@ def resblock(
         fits("history", history, (*x.shape[:2], pad[0]))
     multiplies(x, weight1.shape[1], len(weight1), bias1)
     multiplies(x, len(weight2), len(weight2), bias2)
-    x = memory.time_major(x)
+    x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
-    y = memory.empty_time_major(x, x.shape[1], x.shape[2] + sum(pad) - (weight1.shape[2] - 1) * dilation)
+    y = layout.empty_channels_last(x, x.shape[1], x.shape[2] + sum(pad) - (weight1.shape[2] - 1) * dilation)
     if y.shape[2] != x.shape[2]:
         raise ValueError(f"the padding must keep the length {x.shape[2]}, got {y.shape[2]}")
     if not y.numel():

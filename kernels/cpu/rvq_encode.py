@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import memory
+from ...runtime import packing
 from ._native import DTYPES, native, unsupported  # noqa: F401
 
 
@@ -31,7 +31,7 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
         books = F.pad(books, (0, 0, 0, -size % width)).view(levels, -1, width, dim)
         return books.transpose(2, 3).contiguous(), norms
 
-    packed, norms = memory.packed(codebooks, f"search in panels of {width}", pack)
+    packed, norms = packing.packed(codebooks, f"search in panels of {width}", pack)
     native().keep(x, codebooks, packed, norms, codes)
     if codes.numel():
         native().rvq_encode(

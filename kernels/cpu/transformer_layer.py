@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import memory
+from ...runtime import packing
 from ._native import ACTIVATIONS, DTYPES, KINDS, Attention, Layer, Linear, native, unsupported  # noqa: F401
 from ._pack import address, agree, fits, in_row, kind_of, packed_weight
 
@@ -58,7 +58,7 @@ def transformer_layer(
     rows = (norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, q_bias, k_bias, v_bias, o_bias)
     there = tuple(row is not None for row in rows)
     weights = (q, k, v, o, fc1, fc2, *(row for row in rows if row is not None))
-    packed = memory.packed(weights, f"layer {native().name} {there}", partial(_pack, there))
+    packed = packing.packed(weights, f"layer {native().name} {there}", partial(_pack, there))
     native().keep(x, packed, inv_freq, y)
     dim = 2 * len(inv_freq)
     if cache_k is not None and cache_v is not None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import memory
+from ...runtime import layout, packing
 
 DTYPES = (torch.float32, torch.bfloat16)
 FUSED = {  # activations that a product takes along: oneDNN's name and algorithm
@@ -100,7 +100,7 @@ def conv(
 ) -> Tensor:  # fmt: skip
     """x [B, C, T], time-major, and weight [C_out, C / groups, K] -> [B, C_out, T_out], time-major, + residual."""
     kernel = weight.shape[2]
-    residual = None if residual is None else memory.time_major(residual)
+    residual = None if residual is None else layout.channels_last(residual)
     long_sums = stride > 1 or len(weight) == 1 or weight[0].numel() > LONGEST_SUM  # whose digits a convolution loses
     # oneDNN's own strided convolutions of few channels are wrong in bf16 on processors with AMX (PyTorch 2.6 to 2.14).
     as_product = weight.dtype == torch.float32 or weight.shape[1] < FEW_CHANNELS
@@ -109,13 +109,13 @@ def conv(
         length = (x.shape[2] - (kernel - 1) * dilation - 1) // stride + 1
         batch_step, _, step = x.stride()
         rows = x.as_strided((x.shape[0], length, kernel, x.shape[1]), (batch_step, stride * step, dilation * step, 1))
-        by_taps = memory.packed(weight, "onednn by taps", lambda w: lay_out(w.transpose(1, 2).flatten(1), least=least))
+        by_taps = packing.packed(weight, "onednn by taps", lambda w: lay_out(w.transpose(1, 2).flatten(1), least=least))
         other = None if residual is None else residual.transpose(1, 2)
         whole_taps = len(by_taps) == kernel > 1  # which need no copy of what they share
         pieces = rows.unbind(2) if whole_taps else rows.flatten(2).tensor_split(len(by_taps), dim=-1)
         return _sum_of_products(pieces, by_taps, bias, other).transpose(1, 2)
     geometry = [0, 0], [1, stride], [1, dilation], groups
-    laid_out = memory.packed(
+    laid_out = packing.packed(
         weight, f"onednn {geometry}", lambda w: onednn._reorder_convolution_weight(w.unsqueeze(2), *geometry)
     )
     # Of one channel or one time, strides tell no layout, and PyTorch up to 2.11 fails to fuse the addition.
@@ -126,7 +126,7 @@ def conv(
         y = onednn._convolution_pointwise.binary(
             x.unsqueeze(2), residual.unsqueeze(2), laid_out, bias, *geometry, "add", None, None, [], None
         )
-    y = memory.time_major(y.squeeze(2))
+    y = layout.channels_last(y.squeeze(2))
     return y + residual if residual is not None and either_layout else y
 
 
@@ -141,9 +141,9 @@ def padded(
 ) -> Tensor:  # [B, C, pad[0] + T + pad[1]], activated, time-major
     """What a convolution reads: the input between what stands before and after it. The history moves on."""
     if pad == (0, 0) and pre == "none":
-        return memory.time_major(x)
+        return layout.channels_last(x)
     (left, right), length = pad, x.shape[2]
-    y = memory.empty_time_major(x, x.shape[1], left + length + right)
+    y = layout.empty_channels_last(x, x.shape[1], left + length + right)
     y[..., left : left + length] = x
     if history is not None and left:
         assert first is not None and active is not None, "a history comes with `first` and `active`"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import memory
+from ...runtime import layout
 from ._prepacked import IN_PLACE, conv, padded, unsupported  # noqa: F401
 
 
@@ -32,7 +32,7 @@ def causal_conv1d(
     out, _, kernel = weight.shape
     length = (x.shape[2] - (kernel - 1) * dilation - 1) // stride + 1
     if not x.shape[0] or length < 1:
-        return memory.empty_time_major(x, out, max(length, 0))
+        return layout.empty_channels_last(x, out, max(length, 0))
     residual = None if residual is None else residual.expand(x.shape[0], out, length)
     fused = residual if post == "none" else None
     y = conv(x, weight, bias, stride=stride, dilation=dilation, groups=groups, residual=fused)

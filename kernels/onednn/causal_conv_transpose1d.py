@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import memory
+from ...runtime import layout, packing
 from ._prepacked import conv, padded, unsupported  # noqa: F401
 
 
@@ -36,7 +36,7 @@ def causal_conv_transpose1d(
         rows = -(-(total + trim[0]) // stride)
         y = _upsampled(x, weight, bias, stride, groups, pre, (taps - 1, max(0, rows - x.shape[2])))
         y = y[..., trim[0] : trim[0] + total]
-        return y if trim[0] == 0 and total % stride == 0 else memory.time_major(y.contiguous())
+        return y if trim[0] == 0 and total % stride == 0 else layout.channels_last(y.contiguous())
     y = _upsampled(x, weight, None, stride, groups, pre, (taps - 1, taps - 1))
     total = x.shape[2] * stride
     if tail := overlap.shape[2]:
@@ -53,14 +53,14 @@ def _upsampled(
     """[B, C, T] -> [B, C_out, (sum(pad) + T - taps + 1) * stride], time-major."""
     batch, out = x.shape[0], weight.shape[1] * groups
     form = f"onednn upsampling {stride} {groups}"
-    as_conv = memory.packed(weight, form, lambda w: _as_convolution(w, stride, groups))
+    as_conv = packing.packed(weight, form, lambda w: _as_convolution(w, stride, groups))
     offset = None
     if bias is not None:
-        offset = memory.packed(bias, form, lambda b: b.view(groups, 1, -1).expand(-1, stride, -1).flatten())
+        offset = packing.packed(bias, form, lambda b: b.view(groups, 1, -1).expand(-1, stride, -1).flatten())
     x = padded(x, pad, pre=pre)
     rows = x.shape[2] - as_conv.shape[2] + 1
     if not batch or rows < 1:
-        return memory.empty_time_major(x, out, max(rows, 0) * stride)
+        return layout.empty_channels_last(x, out, max(rows, 0) * stride)
     y = conv(x, as_conv, offset, groups=groups).transpose(1, 2)  # [B, rows, groups * stride * C_out / groups]
     y = y.unflatten(2, (groups, stride, -1)).transpose(2, 3)
     return y.reshape(batch, rows * stride, out).transpose(1, 2)

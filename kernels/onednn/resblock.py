@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import memory
+from ...runtime import layout
 from ._prepacked import IN_PLACE, unsupported  # noqa: F401
 from .causal_conv1d import causal_conv1d
 
@@ -25,7 +25,7 @@ def resblock(
     first: Tensor | None = None,  # [B] bool
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C, T], channels next to each other in memory
-    x = memory.time_major(x)
+    x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
     hidden = causal_conv1d(
         x, weight1, bias1, dilation=dilation, pad=pad, pad_mode=pad_mode, pre="elu",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import memory
+from ...runtime import packing
 from ._prepacked import lay_out, linear, unsupported  # noqa: F401
 
 ROWS = 8192  # rows per distance matrix: [ROWS, S] fp32 is 64 MB at S = 2048
@@ -16,7 +16,7 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     if codebooks.dtype != torch.float32:
         raise TypeError(f"the search is fp32, got codebooks of {codebooks.dtype}")
     codes = torch.empty(len(codebooks), len(x), dtype=torch.int64)
-    products, norms = memory.packed(codebooks, "onednn search", _pack)
+    products, norms = packing.packed(codebooks, "onednn search", _pack)
     for residual, found in zip(x.float().split(ROWS), codes.split(ROWS, dim=1), strict=True):
         for level, book in enumerate(codebooks):
             code = linear(residual, products[level], norms[level]).argmin(dim=-1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import memory
+from ...runtime import packing
 from ._prepacked import lay_out, linear, unsupported  # noqa: F401
 from .window_attention import window_attention
 
@@ -52,7 +52,7 @@ def transformer_layer(
     rows = (scale1, scale2, q_bias, k_bias, v_bias, o_bias)
     there = tuple(row is not None for row in rows)
     weights = (q, k, v, o, fc1, fc2, *(row for row in rows if row is not None))
-    packed = memory.packed(weights, f"onednn layer {there}", partial(_pack, there))
+    packed = packing.packed(weights, f"onednn layer {there}", partial(_pack, there))
     dim = 2 * len(inv_freq)
     normal = _normalized(x, norm1_weight, norm1_bias, eps, norm)
     heads = linear(normal, packed.qkv, packed.qkv_bias).unflatten(-1, (-1, dim)).transpose(1, 2)  # [B, H, T, D]

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import memory
+from ...runtime import packing
 
 # Arguments that vary from call to call: Triton is not to compile anew for their alignment.
 LENGTHS = ("B", "T", "T_out", "mirror", "seg", "per_tile")
@@ -130,7 +130,7 @@ def output_length(length: int, kernel: int, stride: int, dilation: int, pad: tup
 
 def by_taps(weight: Tensor) -> Tensor:
     """A convolution's weight [O, C, K] as [O, K, C]."""
-    return memory.packed(weight, "by_taps", lambda w: w.permute(0, 2, 1).contiguous())
+    return packing.packed(weight, "by_taps", lambda w: w.permute(0, 2, 1).contiguous())
 
 
 def mirrored_length(length: int, pad: tuple[int, int], pad_mode: str) -> int:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import memory
+from ...runtime import layout
 from . import _launch
 from ._conv import (
     LENGTHS,
@@ -90,8 +90,8 @@ def causal_conv1d(
 ) -> Tensor:  # [B, C_out, T_out], time-major
     (batch, _, length), (out, _, kernel) = x.shape, weight.shape
     total = output_length(length, kernel, stride, dilation, pad)
-    x, y = memory.time_major(x), memory.empty_time_major(x, out, total)
-    residual = None if residual is None else memory.time_major(residual)
+    x, y = layout.channels_last(x), layout.empty_channels_last(x, out, total)
+    residual = None if residual is None else layout.channels_last(residual)
     if not total or not batch:
         return y
     for g in range(groups):

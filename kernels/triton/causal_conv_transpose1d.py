@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import memory
+from ...runtime import layout, packing
 from . import _launch
 from ._conv import LENGTHS, activate, blocks, convolve, rows_of, segments
 from ._launch import unsupported  # noqa: F401
@@ -119,14 +119,14 @@ def causal_conv_transpose1d(
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C_out, T_out], time-major
     (batch, channels, length), (_, per_group, kernel) = x.shape, weight.shape
-    x = memory.time_major(x)
+    x = layout.channels_last(x)
     total = length * stride if overlap is not None else max(0, (length - 1) * stride + kernel - sum(trim))
     if not total or not batch:
-        return memory.empty_time_major(x, per_group * groups, total)
+        return layout.empty_channels_last(x, per_group * groups, total)
     if groups == channels and per_group == 1:
         return _depthwise(x, weight, bias, stride, trim, pre, overlap, active, total)
     if groups > 1:
-        y = memory.empty_time_major(x, per_group * groups, total)
+        y = layout.empty_channels_last(x, per_group * groups, total)
         for g in range(groups):
             px, pw = x.chunk(groups, 1)[g], weight.chunk(groups, 0)[g]
             pb = None if bias is None else bias.chunk(groups, 0)[g]
@@ -139,7 +139,7 @@ def causal_conv_transpose1d(
     # rows of s outputs, as many as reach the last one that is kept
     rows = triton.cdiv(trim[0] + total, stride)
     taps, packed = _taps(kernel, stride), _pack(weight, stride)
-    spread = None if bias is None else memory.packed(bias, f"x{stride}", lambda v: v.repeat(stride))
+    spread = None if bias is None else packing.packed(bias, f"x{stride}", lambda v: v.repeat(stride))
     y = causal_conv1d(x, packed, spread, pad=(taps - 1, rows - length), pre=pre)
     y = y.transpose(1, 2).reshape(batch, rows * stride, per_group)
     return y[:, trim[0] : trim[0] + total].contiguous().transpose(1, 2)  # a copy only where the left is trimmed
@@ -157,19 +157,19 @@ def _pack(weight: Tensor, stride: int) -> Tensor:
         w = torch.nn.functional.pad(w, (0, taps * stride - w.shape[2]))
         return w.unflatten(2, (taps, stride)).flip(2).permute(3, 1, 0, 2).flatten(0, 1).contiguous()
 
-    return memory.packed(weight, f"stride {stride}", pack)
+    return packing.packed(weight, f"stride {stride}", pack)
 
 
 def _step(x, weight, bias, stride, pre, overlap, active):
     (batch, channels, length), (_, out, kernel) = x.shape, weight.shape
     taps = _taps(kernel, stride)
-    y = memory.empty_time_major(x, out, length * stride)
+    y = layout.empty_channels_last(x, out, length * stride)
     tile = blocks(batch * (length + taps - 1), channels, stride * out, taps, x)
     for name in ("BLOCK_T", "BLOCK_O"):
         tile[name] = min(tile[name], 64)  # addresses of the overlap take registers
     seg, per_tile, groups, tiles = _tiles(batch, length + taps - 1, taps, tile)
     packed = _pack(weight, stride)
-    by_taps = memory.packed(packed, "by_taps", lambda w: w.permute(0, 2, 1).contiguous())
+    by_taps = packing.packed(packed, "by_taps", lambda w: w.permute(0, 2, 1).contiguous())
     _launch.launch(
         "causal_conv_transpose1d", causal_conv_transpose1d_step_kernel,
         (groups * tiles * triton.cdiv(stride * out, tile["BLOCK_O"]),),
@@ -186,9 +186,9 @@ def _depthwise(x, weight, bias, stride, trim, pre, overlap, active, total):
     taps, stream = _taps(kernel, stride), overlap is not None
     missing = 0 if stream else triton.cdiv(trim[0] + total, stride) - (x.shape[2] + taps - 1)
     if missing > 0:  # outputs that no input reaches, where the stride is longer than the kernel
-        x = memory.time_major(F.pad(x, (0, missing)))
+        x = layout.channels_last(F.pad(x, (0, missing)))
     batch, channels, length = x.shape
-    y = memory.empty_time_major(x, channels, total)
+    y = layout.empty_channels_last(x, channels, total)
     tile = {"BLOCK_T": 16, "BLOCK_C": min(64, triton.next_power_of_2(channels)), "num_warps": 4}
     seg, per_tile, groups, tiles = _tiles(batch, length + taps - 1, taps, tile)
     o, a = (overlap, active) if stream else (x, x)

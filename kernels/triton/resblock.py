@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import memory
+from ...runtime import layout
 from . import _launch
 from ._conv import (
     LENGTHS,
@@ -110,7 +110,7 @@ def resblock(
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C, T], time-major
     (batch, channels, length), (hidden, _, kernel) = x.shape, weight1.shape
-    x = memory.time_major(x)
+    x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
     if hidden > WIDEST[x.dtype] or output_length(length, kernel, 1, dilation, pad) != length:
         wide = causal_conv1d(
@@ -118,7 +118,7 @@ def resblock(
             history=history, first=first, active=active,
         )  # fmt: skip
         return causal_conv1d(wide, weight2, bias2, residual=skip)
-    y = memory.empty_time_major(x, channels, length)
+    y = layout.empty_channels_last(x, channels, length)
     if not length or not batch:
         return y
     stream = history is not None and pad[0] > 0

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import memory
+from ...runtime import packing
 from . import _launch
 from ._launch import unsupported  # noqa: F401
 
@@ -120,4 +120,4 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
 
 def _norms(codebooks: Tensor) -> Tensor:
     """|c|^2 [L, S]."""
-    return memory.packed(codebooks, "norms", lambda books: books.square().sum(dim=-1))
+    return packing.packed(codebooks, "norms", lambda books: books.square().sum(dim=-1))

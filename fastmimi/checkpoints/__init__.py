@@ -1,0 +1,1 @@
+"""Weights from and to files: transformers' layout and Kyutai's."""

@@ -1,0 +1,163 @@
+"""Kyutai's checkpoint layout (`tokenizer-*.safetensors`), as moshi and rustymimi read it, to and from the flat one.
+
+Names differ, q, k and v are one matrix, and the rows of q and k are in another order: Kyutai rotates neighbouring
+pairs (2i, 2i + 1), transformers the pairs (i, i + head_dim / 2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, named
+from ..models.config import CodecConfig
+
+FILE_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"  # in Kyutai's hub repositories
+
+SPELLINGS = (  # spellings of released files -> the one of moshi's modules today
+    (r"\.in_proj_weight$", ".in_projs.0.weight"),
+    (r"\.in_proj\.weight$", ".in_projs.0.weight"),
+    (r"\.out_proj\.weight$", ".out_projs.0.weight"),
+    (r"\._codebook\.inited$", "._codebook._initialized"),
+    (r"\._codebook\.cluster_size$", "._codebook.cluster_usage"),
+    (r"\._codebook\.embed_(avg|sum)$", "._codebook.embedding_sum"),
+)
+NAMES = (  # Kyutai -> flat; the way back is written out in `_kyutai_name`
+    (r"^(encoder|decoder)\.model\.(\d+)\.convtr\.convtr\.", r"\1.layers.\2.conv."),
+    (r"^(encoder|decoder)\.model\.(\d+)\.(block\.\d+\.|shortcut\.|)conv\.conv\.", r"\1.layers.\2.\3conv."),
+    (r"^downsample\.conv\.conv\.conv\.", "downsample.conv."),
+    (r"^upsample\.convtr\.convtr\.convtr\.", "upsample.conv."),
+    (r"^(\w+_transformer)\.transformer\.layers\.", r"\1.layers."),
+    (r"\.out_projs\.0\.", ".o_proj."),
+    (r"\.norm1\.", ".input_layernorm."),
+    (r"\.norm2\.", ".post_attention_layernorm."),
+    (r"\.linear1\.", ".mlp.fc1."),
+    (r"\.linear2\.", ".mlp.fc2."),
+    (r"\.layer_scale_1\.", ".self_attn_layer_scale."),
+    (r"\.layer_scale_2\.", ".mlp_layer_scale."),
+    (r"^quantizer\.rvq_first\.", "quantizer.semantic_residual_vector_quantizer."),
+    (r"^quantizer\.rvq_rest\.", "quantizer.acoustic_residual_vector_quantizer."),
+    (r"\.vq\.layers\.", ".layers."),
+    (r"\._codebook\._initialized$", ".codebook.initialized"),
+    (r"\._codebook\.cluster_usage$", ".codebook.cluster_usage"),
+    (r"\._codebook\.embedding_sum$", ".codebook.embed_sum"),
+)
+BACK = (  # flat -> Kyutai, except the convolutions of SEANet
+    (r"^downsample\.conv\.", "downsample.conv.conv.conv."),
+    (r"^upsample\.conv\.", "upsample.convtr.convtr.convtr."),
+    (r"^(\w+_transformer)\.layers\.", r"\1.transformer.layers."),
+    (r"\.o_proj\.", ".out_proj."),
+    (r"\.input_layernorm\.", ".norm1."),
+    (r"\.post_attention_layernorm\.", ".norm2."),
+    (r"\.mlp\.fc1\.", ".linear1."),
+    (r"\.mlp\.fc2\.", ".linear2."),
+    (r"\.self_attn_layer_scale\.", ".layer_scale_1."),
+    (r"\.mlp_layer_scale\.", ".layer_scale_2."),
+    (r"^(quantizer\.\w+)\.layers\.", r"\1.vq.layers."),
+    (r"^quantizer\.semantic_residual_vector_quantizer\.", "quantizer.rvq_first."),
+    (r"^quantizer\.acoustic_residual_vector_quantizer\.", "quantizer.rvq_rest."),
+    (r"\.codebook\.initialized$", "._codebook._initialized"),
+    (r"\.codebook\.cluster_usage$", "._codebook.cluster_usage"),
+    (r"\.codebook\.embed_sum$", "._codebook.embedding_sum"),
+)
+
+
+def is_kyutai(state: Mapping[str, Any]) -> bool:
+    return any(name.startswith("encoder.model.") for name in state)
+
+
+def to_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Tensor]:
+    """Kyutai's state dict, in any of its spellings -> the flat one."""
+    flat: dict[str, Tensor] = {}
+    rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    for name, tensor in state.items():
+        name = _substitute(_substitute(name, SPELLINGS), NAMES)
+        if (
+            name.endswith(".in_projs.0.weight") and tensor.dim() == 2 and len(tensor) == rows
+        ):  # else `weights.fill` lists it
+            base = name.removesuffix("in_projs.0.weight")
+            flat |= {f"{base}{part}_proj.weight": t for part, t in _split_projections(tensor, config).items()}
+        else:
+            flat[name] = tensor
+    return flat
+
+
+def shapes_of_flat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flat names to tensors of the right shapes, before a configuration is known: q and k are not permuted."""
+    flat: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        name = _substitute(_substitute(name, SPELLINGS), NAMES)
+        if name.endswith(".in_projs.0.weight"):
+            base = name.removesuffix("in_projs.0.weight")
+            width = tensor.shape[-1] if tensor.dim() == 2 else 0
+            narrow, odd = divmod(len(tensor) - width if width else -1, 2)
+            if narrow < 1 or odd:
+                raise InputError(
+                    f"{named(name)} must hold rows for queries, keys and values, got {tuple(tensor.shape)}"
+                )
+            parts = zip("qkv", tensor.split([width, narrow, narrow]), strict=True)
+            flat |= {f"{base}{part}_proj.weight": t for part, t in parts}
+        else:
+            flat[name] = tensor
+    return flat
+
+
+def from_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Tensor]:
+    """The flat state dict -> Kyutai's, in the spelling of the released files, which moshi and rustymimi share."""
+    if config.attention_bias or config.num_attention_heads * config.head_dim != config.hidden_size:
+        raise InputError(
+            "Kyutai's layout has no attention biases and heads that fill the width; got attention_bias="
+            f"{config.attention_bias}, {config.num_attention_heads} heads of {config.head_dim} for {config.hidden_size}"
+        )
+    transposed = _transposed_layers(config)
+    out = {}
+    for name, tensor in state.items():
+        if name.endswith(".q_proj.weight"):
+            base = name.removesuffix("q_proj.weight")
+            rows = [_to_pairs(state[f"{base}{part}_proj.weight"], config.head_dim) for part in "qk"]
+            out[_kyutai_name(base, transposed) + "in_proj_weight"] = torch.cat([*rows, state[f"{base}v_proj.weight"]])
+        elif not name.endswith((".k_proj.weight", ".v_proj.weight")):
+            out[_kyutai_name(name, transposed)] = tensor
+    return out
+
+
+def _split_projections(weight: Tensor, config: CodecConfig) -> dict[str, Tensor]:
+    """[(H + 2 H_kv) * D, hidden] -> q, k (rows permuted) and v."""
+    narrow = config.num_key_value_heads * config.head_dim
+    q, k, v = weight.split([weight.shape[0] - 2 * narrow, narrow, narrow])
+    return {"q": _to_halves(q, config.head_dim), "k": _to_halves(k, config.head_dim), "v": v}
+
+
+def _to_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of each head from pairs (2i, 2i + 1) to halves (i, i + D / 2)."""
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _to_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of each head from halves (i, i + D / 2) to pairs (2i, 2i + 1)."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _transposed_layers(config: CodecConfig) -> set[str]:
+    """Numbers of the transposed convolutions among the decoder's layers: each follows an activation."""
+    step = 2 + config.num_residual_layers
+    return {str(2 + i * step) for i in range(len(config.upsampling_ratios))}
+
+
+def _kyutai_name(name: str, transposed: set[str]) -> str:
+    match = re.match(r"^(encoder|decoder)\.layers\.(\d+)\.(block\.\d+\.|shortcut\.|)conv\.(.+)$", name)
+    if match is None:
+        return _substitute(name, BACK)
+    half, layer, inner, parameter = match.groups()
+    kind = "convtr" if half == "decoder" and not inner and layer in transposed else "conv"
+    return f"{half}.model.{layer}.{inner}{kind}.{kind}.{parameter}"
+
+
+def _substitute(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name

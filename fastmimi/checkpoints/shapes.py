@@ -1,0 +1,92 @@
+"""What the shapes in a checkpoint tell: its configuration, and whether one fits. No values are read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..errors import InputError
+from ..models.config import AnyConfig, CodecConfig
+from . import kyutai
+
+TOLERATED = 4  # times more or fewer parameters: then the model is built, and every key that does not fit is named
+
+
+def check_size(config: AnyConfig, state: Mapping[str, Tensor], source: object) -> None:
+    """Raise InputError where the configuration is of a much larger or smaller model than the checkpoint holds.
+
+    So that a configuration cannot make `load` build, for minutes, what no checkpoint fills.
+    """
+    described, held = config.num_parameters, sum(tensor.numel() for tensor in state.values())
+    if not held <= TOLERATED * described or not described <= TOLERATED * held:
+        raise InputError(
+            f"the configuration describes a model of {described:,} parameters, and {source} holds {held:,}"
+        )
+
+
+def infer_config(state: Mapping[str, Tensor]) -> CodecConfig:
+    """The configuration that the shapes tell; what they do not (heads of 64, window, RoPE base) is Mimi's."""
+    if kyutai.is_kyutai(state):
+        state = kyutai.shapes_of_flat(state)
+    first = _shape(state, "encoder.layers.0.conv.weight", 3)
+    hidden = _shape(state, "decoder.layers.0.conv.weight", 3)[1]
+    *upsampling, last = [
+        name for name, number in _layers(state, r"decoder\.layers\.(\d+)\.conv\.weight") if number
+    ] or [""]
+    ratios = [_shape(state, name, 3)[2] // 2 for name in upsampling]
+    blocks = [name for name, _ in _layers(state, r"decoder\.layers\.(\d+)\.block\.1\.conv\.weight")]
+    block = _shape(state, blocks[0] if blocks else "decoder.layers.3.block.1.conv.weight", 3)
+    q_proj = _shape(state, "encoder_transformer.layers.0.self_attn.q_proj.weight", 2)
+    k_proj = _shape(state, "encoder_transformer.layers.0.self_attn.k_proj.weight", 2)
+    fc1 = _shape(state, "encoder_transformer.layers.0.mlp.fc1.weight", 2)
+    semantic = len(_layers(state, r"quantizer\.semantic\w+\.layers\.(\d+)\.codebook\.embed_sum"))
+    acoustic = len(_layers(state, r"quantizer\.acoustic\w+\.layers\.(\d+)\.codebook\.embed_sum"))
+    codebook = _shape(state, "quantizer.semantic_residual_vector_quantizer.layers.0.codebook.embed_sum", 2)
+    if not ratios:
+        raise InputError("this is not a Mimi checkpoint: its decoder has no transposed convolutions")
+    head_dim = 64 if q_proj[0] % 64 == 0 else q_proj[0] // CodecConfig.num_attention_heads
+    resampled = "upsample.conv.weight" in state
+    return CodecConfig(
+        audio_channels=first[1],
+        hidden_size=hidden,
+        num_filters=first[0],
+        num_residual_layers=len(blocks) // len(ratios),
+        upsampling_ratios=ratios,
+        kernel_size=first[2],
+        last_kernel_size=_shape(state, last, 3)[2],
+        residual_kernel_size=block[2],
+        compress=block[1] // block[0],
+        codebook_size=codebook[0],
+        codebook_dim=codebook[1],
+        vector_quantization_hidden_dimension=codebook[1],
+        num_quantizers=semantic + acoustic,
+        num_semantic_quantizers=semantic,
+        use_conv_shortcut=any(".shortcut." in name for name in state),
+        upsample_groups=hidden // _shape(state, "upsample.conv.weight", 3)[1] if resampled else hidden,
+        num_hidden_layers=len(_layers(state, r"encoder_transformer\.layers\.(\d+)\.self_attn\.q_proj\.weight")),
+        intermediate_size=fc1[0],
+        num_attention_heads=q_proj[0] // max(head_dim, 1),
+        num_key_value_heads=k_proj[0] // max(head_dim, 1),
+        head_dim=head_dim,
+        attention_bias="encoder_transformer.layers.0.self_attn.q_proj.bias" in state,
+        frame_rate=0.0 if resampled else CodecConfig.sampling_rate / math.prod(ratios),
+    )
+
+
+def _shape(state: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, ...]:
+    """The shape of a tensor, which must be of this rank and hold something."""
+    if name not in state:
+        raise InputError(f"this is not a Mimi checkpoint: it has no {name} and no config.json stands beside")
+    shape = tuple(state[name].shape)
+    if len(shape) != rank or 0 in shape:
+        raise InputError(f"this is not a Mimi checkpoint: {name} must have {rank} dimensions, got {shape}")
+    return shape
+
+
+def _layers(state: Mapping[str, Tensor], pattern: str) -> list[tuple[str, int]]:
+    """Names that match, with the number of their layer, in its order."""
+    found = [(name, int(match[1])) for name in state if (match := re.fullmatch(pattern, name)) and len(match[1]) < 5]
+    return sorted(found, key=lambda item: item[1])

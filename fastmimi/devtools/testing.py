@@ -1,0 +1,263 @@
+"""What tests and benchmarks share: configurations, random models, inputs, measures of agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ..checkpoints.weights import random
+from ..errors import InputError
+from ..models.config import CodecConfig
+from ..models.mimi import Mimi
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_filters": 4,
+    "codebook_size": 64,
+    "codebook_dim": 16,
+    "vector_quantization_hidden_dimension": 16,
+    "num_quantizers": 6,
+    "upsample_groups": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "sliding_window": 24,
+}
+
+# Arguments of transformers' `MimiConfig`, each turning one thing of the architecture.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mimi": {},
+    "small": SMALL,
+    "ratios": {**SMALL, "upsampling_ratios": [5, 4, 2], "kernel_size": 5, "last_kernel_size": 5},
+    "residual_layers": {**SMALL, "num_residual_layers": 3, "dilation_growth_rate": 3, "residual_kernel_size": 5},
+    "shortcut": {**SMALL, "use_conv_shortcut": True, "compress": 4},
+    "semantic": {**SMALL, "num_semantic_quantizers": 2, "num_quantizers": 5},
+    "attention": {**SMALL, "num_key_value_heads": 2, "attention_bias": True, "head_dim": 12, "hidden_act": "relu"},
+    "rope": {**SMALL, "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
+    "unprojected": {**SMALL, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32, "upsample_groups": 1},
+    "stereo": {**SMALL, "audio_channels": 2},
+    "replicate": {**SMALL, "pad_mode": "replicate"},
+    "reflect": {**SMALL, "pad_mode": "reflect"},
+    "not_causal": {**SMALL, "use_causal_conv": False},
+    "not_causal_reflect": {**SMALL, "use_causal_conv": False, "pad_mode": "reflect"},
+    "trim": {**SMALL, "trim_right_ratio": 0.5},
+}
+STREAMABLE = [name for name, values in CONFIGS.items() if name != "mimi" and CodecConfig.from_dict(values).streamable]
+
+
+def lengths(frame_size: int, sample_rate: int = 24_000) -> list[int]:
+    """Samples that try the edges of frames, and 10.5 s, longer than the attention window."""
+    return [1, frame_size - 1, frame_size, frame_size + 1, int(10.5 * sample_rate)]
+
+
+def small_model(name: str = "small", seed: int = 0, **changes: Any) -> Mimi:
+    """A codec of one of the `CONFIGS`, random weights, ready for inference."""
+    return random(CodecConfig.from_dict({**CONFIGS[name], **changes}), seed).eval().requires_grad_(False)
+
+
+def noise(*shape: int, seed: int = 0, scale: float = 0.3) -> Tensor:
+    """Normal noise, the same for the same seed whatever the device, on the default device."""
+    x = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") * scale
+    return x.to(torch.get_default_device())
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    """Largest difference over the truth's peak."""
+    assert x.shape == truth.shape, f"{tuple(x.shape)} is not {tuple(truth.shape)}"
+    if not truth.numel():
+        return 0.0
+    return ((x.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest errors against fp64, over its peak; `assert_as_exact` says how they are compared."""
+
+    mine: float
+    plain: float  # of plain PyTorch in the same dtype
+    bound: float  # of the reference in fp64 with perturbed operands
+    eps: float
+
+    @property
+    def allowed(self) -> float:
+        return min(max(2 * self.plain, self.bound), 2 * self.bound) + self.eps
+
+    def check(self) -> None:
+        assert self.mine <= self.allowed, f"off by {self.mine:.2e} of the peak, {self.allowed:.2e} allowed: {self}"
+
+
+def assert_as_exact(op: Callable[..., Tensor], reference: Callable[..., Tensor], operands: Sequence[Any],
+                    *, longest: int, fixed: Collection[int] = (), **options: Any) -> None:  # fmt: skip
+    """AssertionError unless the rounding errors of `op` are of the size that its sums, or plain PyTorch, explain.
+
+    Its error against the reference in fp64 may be one unit in the last place more than the larger of
+
+    - the bound: how far the reference in fp64 moves when every element of every operand is off by sqrt(n) + 2 unit
+      roundoffs, up or down at random. n is the number of terms of the longest sum; the largest of three draws counts;
+    - twice the error of plain PyTorch, the reference in the operands' dtype, but no more than twice the bound: on some
+      processors PyTorch is wrong, and what agrees with it is too.
+
+    PyTorch's error depends on the processor, the bound does not. It is a backward error: a sum of n products rounded
+    in any order is, with high probability, the exact sum of products that are each off by at most lambda sqrt(n) unit
+    roundoffs, where lambda is a small constant (Higham and Mary, "A New Approach to Probabilistic Rounding Error
+    Analysis", SIAM J. Sci. Comput. 41(5), 2019). Here lambda is 1, and the signs are independent, which suits
+    products of mean zero, such as those with random weights ("Sharper Probabilistic Backward Error Analysis for Basic
+    Linear Algebra Kernels with Random Data", by the same, 42(5), 2020). The 2 accounts for activations, biases and
+    residuals, which are not sums. In half precision sums are still in fp32: sqrt(n) counts fp32's unit roundoff, 2 the
+    dtype's.
+
+    tests/test_testing.py shows what this accepts and refuses, `make numerics` how near to it the implementations are.
+
+    `operands` are positional. None, integers and those at the indices in `fixed` are neither widened nor perturbed.
+    """
+    errors(op, reference, operands, longest=longest, fixed=fixed, **options).check()
+
+
+def errors(op: Callable[..., Tensor], reference: Callable[..., Tensor], operands: Sequence[Any],
+           *, longest: int, fixed: Collection[int] = (), **options: Any) -> Errors:  # fmt: skip
+    """The errors that `assert_as_exact` compares."""
+    mine, plain = op(*operands, **options), reference(*operands, **options)
+    assert mine.dtype == plain.dtype
+    truth, bound = exact(reference, operands, mine.dtype, longest=longest, fixed=fixed, **options)
+    return Errors(relative_error(mine, truth), relative_error(plain, truth), bound, torch.finfo(mine.dtype).eps)
+
+
+def exact(reference: Callable[..., Tensor], operands: Sequence[Any], dtype: torch.dtype,
+          *, longest: int, fixed: Collection[int] = (), **options: Any) -> tuple[Tensor, float]:  # fmt: skip
+    """The reference in fp64, and the bound of `assert_as_exact` for computing it in `dtype`."""
+    rounded = [i for i, t in enumerate(operands) if i not in fixed and t is not None and t.is_floating_point()]
+
+    def in_fp64(factors: Sequence[Tensor | float]) -> Tensor:
+        given = list(operands)
+        for i, factor in zip(rounded, factors, strict=True):
+            given[i] = given[i].double() * factor
+        return reference(*given, **options)
+
+    truth, bound = in_fp64([1.0] * len(rounded)), 0.0
+    size = longest**0.5 * torch.finfo(torch.float32).eps / 2 + torch.finfo(dtype).eps
+    generator = torch.Generator("cpu").manual_seed(0)
+    for _ in range(3):
+        factors = [1 + size * _signs(operands[i], generator).double() for i in rounded]
+        bound = max(bound, relative_error(in_fp64(factors), truth))
+    return truth, bound
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """1 or -1 at random."""
+    signs = torch.randint(0, 2, like.shape, generator=generator, device="cpu", dtype=torch.int8) * 2 - 1
+    return signs.to(like.device)
+
+
+def as_function(model: Mimi, method: str) -> Callable[..., Tensor]:
+    """A method of the model as a function of its input and all the model's parameters, in their dtype."""
+
+    class Method(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(self.model, method)(x)
+
+    module = Method()
+    names = [name for name, _ in module.named_parameters()]
+    return lambda x, *parameters: functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
+
+
+def longest_sum(model: torch.nn.Module) -> int:
+    """Terms of the longest sum in the model's linear and convolutional layers."""
+    lengths = [0]
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv1d):
+            lengths.append(layer.weight[0].numel())
+        elif isinstance(layer, torch.nn.ConvTranspose1d):
+            taps = -(-layer.kernel_size[0] // layer.stride[0])  # that reach an output
+            lengths.append(layer.in_channels // layer.groups * taps)
+    return max(lengths)
+
+
+def assert_nearest(codes: Tensor, x: Tensor, codebooks: Tensor) -> None:
+    """Codes [L, N] of x [N, D] are, level by level, of the nearest entries in fp64, or of one as near to 1e-6."""
+    for rows, code_rows in zip(x.double().split(8192), codes.split(8192, dim=1), strict=True):
+        residual = rows
+        for code, book in zip(code_rows, codebooks.double(), strict=True):
+            nearest = torch.cdist(residual, book).square().amin(dim=1)
+            residual = residual - book[code]
+            assert (residual.square().sum(dim=1) <= nearest * (1 + 1e-6) + 1e-20).all(), "an entry was nearer"
+
+
+def assert_same_codes(mine: Tensor, theirs: Tensor, latents: Tensor, core: Mimi) -> None:
+    """Codes [B, K, T] are identical, or where a residual chain parts, the two entries are equally near.
+
+    Equally: in fp64, on the `latents` [B, hidden, T] that `core` quantized, to 1e-6 of their squared distance.
+    """
+    assert mine.shape == theirs.shape, f"{tuple(mine.shape)} is not {tuple(theirs.shape)}"
+    semantic, split = core.config.num_semantic_quantizers, core.quantizer
+    parts = (split.semantic_residual_vector_quantizer, split.acoustic_residual_vector_quantizer)
+    for part, levels in zip(parts, (slice(0, semantic), slice(semantic, None)), strict=True):
+        for row, _, frame in (mine[:, levels] != theirs[:, levels]).nonzero().tolist():
+            a, b = mine[row, levels, frame], theirs[row, levels, frame]
+            level, books = int((a != b).nonzero()[0]), part.codebooks().double()
+            latent = latents[row : row + 1, :, frame : frame + 1]
+            residual = (latent if part.input_proj is None else part.input_proj(latent))[0, :, 0].double()
+            for i in range(level):
+                residual = residual - books[i, a[i]]
+            near, far = sorted(float((residual - books[level, code[level]]).square().sum()) for code in (a, b))
+            assert far - near <= 1e-6 * far, f"row {row}, frame {frame}, level {level}: no tie"
+
+
+def chunks(total: int, seed: int, longest: int) -> list[int]:
+    """Random chunk lengths from 0 to `longest` that add up to `total`."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes: list[int] = []
+    while sum(sizes) < total:
+        size = int(torch.randint(0, longest + 1, (1,), generator=generator))
+        sizes.append(min(size, total - sum(sizes)))
+    return sizes
+
+
+def check_interpreter(triton: str, numpy: str) -> None:
+    """Raise InputError unless the interpreter of this version of Triton runs with this version of NumPy."""
+    first_two = [tuple(int(part) for part in version.split(".")[:2]) for version in (triton, numpy)]
+    if first_two[0] < (3, 7) and first_two[1] >= (2, 4):
+        raise InputError(
+            f"the interpreter of Triton {triton} fails with NumPy 2.4 and later, and NumPy {numpy} is installed: "
+            "pip install 'numpy<2.4', or 'triton>=3.7'"
+        )
+
+
+def mend_interpreter() -> None:
+    """Make Triton's interpreter compute in bfloat16 as GPUs do.
+
+    Up to Triton 3.9 it multiplies bit patterns as integers, and rounds to bfloat16 by cutting off. Raises InputError
+    where it cannot run beside the installed NumPy.
+    """
+    import numpy as np
+    import triton
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    check_interpreter(triton.__version__, np.__version__)
+    builder = interpreter.InterpreterBuilder
+    original_dot, original_cast = builder.create_dot, builder.cast_impl
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        return original_dot(self, a, b, *rest)
+
+    def cast_impl(self: Any, x: Any, dtype: Any) -> Any:
+        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return original_cast(self, x, dtype)
+        bits = np.ascontiguousarray(x.data).view(np.uint32)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties to even
+        halves = np.where(np.isnan(x.data), 0x7FC0, nearest).astype(np.uint16)
+        return interpreter.TensorHandle(halves, tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl

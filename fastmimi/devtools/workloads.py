@@ -1,0 +1,230 @@
+"""What the models ask of each op, with the least bytes and FLOPs it takes: shared by tests and benchmarks.
+
+A workload says its op, makes its inputs on a device, and counts: bytes are each input read and each output written
+once; FLOPs count a multiplication and an addition as two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime import dispatch, layout
+from ..runtime.ops import SCHEMAS
+from ..runtime.tiles import PIECE_SAMPLES
+from .testing import assert_as_exact, assert_nearest, exact, noise
+
+SECONDS = 10  # of audio
+NEAR_AUDIO = 200  # Hz; layers with more samples a second run in pieces on a CPU (seanet.py)
+CPU_FLOPS = 2e9  # that take a CPU about 10 ms
+HEAD = 64  # head dimension of the transformers
+FREQUENCIES = {"window_attention": 3, "transformer_layer": 13}  # where RoPE's frequencies stand among the tensors
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call of an op: shapes by name, options, and the FLOPs per element of `rows` (its time or frames)."""
+
+    op: str
+    name: str
+    rows: int  # samples, positions or frames that the op runs over, at full size
+    shapes: Callable[[int], list[tuple[int, ...]]]  # of the tensors, for so many rows
+    flops: Callable[[int], float]
+    options: dict[str, Any]
+    longest: int  # terms of the op's longest sum
+    rate: int | None = None  # of the input's samples, in Hz
+
+    @property
+    def cpu_rows(self) -> int:
+        """Rows for a CPU: what a model hands over at once there (tiles.py), cut to what takes about 10 ms."""
+        rows = self.rows
+        if self.rate is not None and self.rate > NEAR_AUDIO:
+            rows = self.rate * PIECE_SAMPLES // 24_000
+        affordable = int(rows * CPU_FLOPS / self.flops(rows))
+        return rows if rows <= affordable else max(16, affordable // 16 * 16)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def tensors(self, dtype: torch.dtype, rows: int | None = None, seed: int = 0) -> list[Tensor]:
+        """The inputs, on the default device; weights are small, so that outputs stay near 1."""
+        shapes = self.shapes(rows or self.rows)
+        if self.op.startswith("rvq"):
+            dtype = torch.float32
+        made = [noise(*shape, seed=seed + i, scale=0.3 if i == 0 else 0.1).to(dtype)
+                for i, shape in enumerate(shapes)]  # fmt: skip
+        if "conv" in self.op or self.op == "resblock":
+            made[0] = layout.channels_last(made[0])  # as layers leave it
+        if self.op == "window_attention":
+            made = [t.transpose(1, 2) * 5 for t in made]  # as projections leave them
+        if self.op in FREQUENCIES:
+            dim = made[0].shape[-1] if self.op == "window_attention" else HEAD
+            made.append(1.0 / 10_000.0 ** (torch.arange(0, dim, 2) / dim))
+        if self.op == "rvq_decode":
+            made[0] = made[0].mul(1e4).long() % made[1].shape[1]
+        return made
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes read and written at full size if each tensor moves once."""
+        with torch.device("meta"):
+            inputs = self.meta_tensors(dtype)
+            output = SCHEMAS[self.op].fake(*inputs, **self.options)
+        return sum(t.numel() * t.element_size() for t in (*inputs, output))
+
+    def meta_tensors(self, dtype: torch.dtype) -> list[Tensor]:
+        kinds = {"rvq_encode": [torch.float32] * 2, "rvq_decode": [torch.int64, torch.float32]}
+        shapes = self.shapes(self.rows)
+        inputs = [
+            torch.empty(shape, dtype=kind, device="meta")
+            for shape, kind in zip(shapes, kinds.get(self.op, [dtype] * len(shapes)), strict=True)
+        ]
+        if self.op == "window_attention":
+            inputs = [t.transpose(1, 2) for t in inputs]
+        return inputs
+
+    def run(self, candidate: str, tensors: list[Tensor]) -> Tensor:
+        """The op's answer by a candidate of the dispatcher."""
+        return dispatch.implementation(self.op, candidate)(*tensors, **self.options)
+
+    def check(self, candidate: str, dtype: torch.dtype, rows: int | None = None) -> None:
+        """AssertionError unless the candidate is as exact as `testing.assert_as_exact` asks."""
+        tensors = self.tensors(dtype, rows)
+        if self.op == "rvq_encode":
+            assert_nearest(self.run(candidate, tensors), *tensors)
+        else:
+            op, reference = (dispatch.implementation(self.op, name) for name in (candidate, "reference"))
+            assert_as_exact(op, reference, tensors, **self.sums, **self.options)
+
+    def exact(self, tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, float]:
+        """The result in fp64, and the bound of `testing.assert_as_exact` for computing it in `dtype`."""
+        return exact(dispatch.implementation(self.op, "reference"), tensors, dtype, **self.sums, **self.options)
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """What `testing.assert_as_exact` has to know; RoPE's frequencies are fp32 in every precision."""
+        return {"longest": self.longest, "fixed": [FREQUENCIES[self.op]] if self.op in FREQUENCIES else []}
+
+
+def _conv(
+    name: str, channels: tuple[int, int], kernel: int, rate: int, *, stride: int = 1, dilation: int = 1, **options: Any
+) -> Workload:
+    (c, o), left = channels, (kernel - 1) * dilation + 1 - stride
+    return Workload(
+        "causal_conv1d",
+        name,
+        SECONDS * rate,
+        lambda n: [(1, c, n), (o, c, kernel), (o,)],
+        lambda n: 2.0 * n / stride * c * o * kernel,
+        {"stride": stride, "dilation": dilation, "pad": (left, 0), **options},
+        c * kernel,
+        rate,
+    )
+
+
+def _upsampling(name: str, channels: tuple[int, int], stride: int, rate: int, groups: int = 1) -> Workload:
+    (c, o), pre = channels, "none" if groups > 1 else "elu"
+    return Workload(
+        "causal_conv_transpose1d",
+        name,
+        SECONDS * rate,
+        lambda n: [(1, c, n), (c, o // groups, 2 * stride), *([] if groups > 1 else [(o,)])],
+        lambda n: 4.0 * n * c * o // groups * stride,
+        {"stride": stride, "groups": groups, "trim": (0, stride), "pre": pre},
+        2 * c // groups,
+        rate,
+    )
+
+
+def _resblock(channels: int, rate: int) -> Workload:
+    c, h = channels, channels // 2
+    return Workload(
+        "resblock",
+        f"{c} channels at {rate} Hz",
+        SECONDS * rate,
+        lambda n: [(1, c, n), (h, c, 3), (h,), (c, h, 1), (c,)],
+        lambda n: 8.0 * n * c * h,
+        {"pad": (2, 0)},
+        3 * c,
+        rate,
+    )
+
+
+def _attention(positions: int, heads: int = 8, dim: int = 64, window: int = 250) -> Workload:
+    return Workload(
+        "window_attention",
+        f"{positions} positions, {heads} heads of {dim}",
+        positions,
+        lambda n: [(1, n, heads, dim)] * 3,
+        lambda n: 4.0 * n * min(n, window) * heads * dim,
+        {"window": window},
+        max(dim, min(positions, window)),
+    )
+
+
+def _layer(positions: int, width: int = 512, hidden: int = 2048, window: int = 250) -> Workload:
+    square, vector = (width, width), (width,)
+    return Workload(
+        "transformer_layer",
+        f"{positions} positions of {width}",
+        positions,
+        lambda n: [
+            (1, n, width),
+            vector,
+            vector,
+            *[square] * 4,
+            *[vector] * 3,
+            (hidden, width),
+            (width, hidden),
+            vector,
+        ],
+        lambda n: 2.0 * n * (4 * width * width + 2 * width * hidden) + 4.0 * n * min(n, window) * width,
+        {"window": window, "eps": 1e-5},
+        hidden,
+    )
+
+
+def _rvq(op: str, name: str, frames: int, levels: int, dim: int) -> Workload:
+    encode = op == "rvq_encode"
+    return Workload(
+        op,
+        name,
+        frames,
+        lambda n: [(n, dim) if encode else (levels, n), (levels, 2048, dim)],
+        lambda n: n * levels * dim * (2.0 * 2048 if encode else 1.0),
+        {},
+        dim if encode else levels,
+    )
+
+
+WORKLOADS: list[Workload] = [  # 10 s of audio, or as named
+    _conv("first, 1 to 64, k7", (1, 64), 7, 24_000),
+    _conv("down, 64 to 128, k8 s4", (64, 128), 8, 24_000, stride=4, pre="elu"),
+    _conv("last, 64 to 1, k3", (64, 1), 3, 24_000, pre="elu"),
+    _conv("wide, 896 to 896, k3, SiLU", (896, 896), 3, 2_400, post="silu"),
+    _conv("wide, dilated by 4", (896, 896), 3, 2_400, dilation=4, post="silu"),
+    _upsampling("128 to 64, stride 4", (128, 64), 4, 6_000),
+    _upsampling("1024 to 512, stride 8", (1024, 512), 8, 25),
+    _upsampling("depthwise 512, stride 2", (512, 512), 2, 25, groups=512),
+    _resblock(64, 24_000),
+    _resblock(128, 6_000),
+    _resblock(256, 1_200),
+    _attention(250),
+    _attention(3_000),
+    _attention(30_000),
+    _layer(2),
+    _layer(250),
+    _rvq("rvq_encode", "7 levels, 125 frames", 125, 7, 256),
+    _rvq("rvq_encode", "8 levels, 100,000 frames", 100_000, 8, 256),
+    _rvq("rvq_encode", "8 levels of 1028, 1,000 frames", 1_000, 8, 1028),
+    _rvq("rvq_decode", "31 levels, 10,000 frames", 10_000, 31, 256),
+]
+
+
+def distinct() -> list[Workload]:
+    """One workload for each op and shape of weights, without the wide ones."""
+    cases = {(w.op, str(w.shapes(1))): w for w in WORKLOADS if "wide" not in w.name and "1028" not in w.name}
+    return list(cases.values())

@@ -1,0 +1,1 @@
+"""Files: audio, tokens, pictures, and encoding from one to another."""

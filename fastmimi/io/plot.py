@@ -1,0 +1,199 @@
+"""Pictures: waveforms and spectrograms before and after, and the codes between them; how codebooks are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SECONDS = 30.0  # of longer audio, what is drawn
+RANGE_DB = 80.0  # of the spectrograms, below the loudest point
+WINDOW = 0.032  # seconds of audio under one column of a spectrogram
+COLUMNS = 1500  # of a spectrogram, at most
+BANDS = 192  # rows of a spectrogram, equally spaced on the mel scale
+TICKS = (250, 500, 1000, 2000, 4000, 8000)  # Hz
+BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#4a5568"
+
+
+@dataclass
+class Track:
+    """The beginning of some audio, kept while its blocks pass on their way: at most `limit` samples."""
+
+    limit: int
+    total: int = 0  # samples that passed
+    _parts: list[np.ndarray] = field(default_factory=list)
+
+    def tee(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same blocks [n, channels]."""
+        for block in blocks:
+            if self.total < self.limit:
+                self._parts.append(block[: self.limit - self.total].mean(axis=1))
+            self.total += len(block)
+            yield block
+
+    @property
+    def audio(self) -> np.ndarray:
+        """[n] float32, the mean of the channels."""
+        return np.concatenate(self._parts) if self._parts else np.zeros(0, np.float32)
+
+
+def check(path: Path) -> str:
+    """The picture's format, from its suffix. Raises InputError where matplotlib lacks it or is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "matplotlib":
+            raise
+        raise InputError("pictures need matplotlib: pip install 'fastmimi[plot]'") from None
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    kind = path.suffix[1:].lower()
+    if kind not in kinds:
+        raise InputError(
+            f"cannot draw {path}: its suffix must be one of {', '.join(sorted(kinds))}, got {path.suffix!r}"
+        )
+    return kind
+
+
+def draw(
+    path: Path,
+    kind: str,
+    codes: np.ndarray,
+    tracks: dict[str, np.ndarray],
+    *,
+    sample_rate: int,
+    frame_size: int,
+    codebook_size: int,
+    title: str,
+) -> None:
+    """Write the picture, in matplotlib's format `kind`.
+
+    codes: [K, T]; tracks: a name ("original", "decoded") to mono audio [n] at `sample_rate`, drawn in that
+    order; what lies beyond `SECONDS` is left away, and the title says so. All panels share one time axis.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    seconds = codes.shape[1] * frame_size / sample_rate
+    if seconds > SECONDS:
+        title += f" (the first {SECONDS:g} of {seconds:.1f} s)"
+    shown = min(seconds, SECONDS)
+    tracks = {name: audio[: round(shown * sample_rate)] for name, audio in tracks.items()}
+    codes = codes[:, : -(-round(shown * sample_rate) // frame_size)]
+    code_height = min(2.6, 0.9 + 0.06 * len(codes))
+    heights = [*(h for _ in tracks for h in (0.8, 1.7)), code_height]
+    figure = Figure(figsize=(12, 0.9 + sum(heights) * 1.15), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11, color=GREY)
+    grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    peak = max((float(np.abs(audio).max(initial=0)) for audio in tracks.values()), default=0.0)
+    images = {name: spectrogram(audio, sample_rate) for name, audio in tracks.items()}
+    loudest = max((float(image.max()) for image in images.values()), default=0.0)
+    for row, (name, audio) in enumerate(tracks.items()):
+        colour = ORANGE if row else BLUE
+        _waveform(grid[2 * row], name, audio, sample_rate, peak or 1.0, colour)
+        _spectrogram(figure, grid[2 * row + 1], images[name], len(audio) / sample_rate, sample_rate, loudest)
+    _codes(figure, grid[-1], codes, frame_size / sample_rate, codebook_size)
+    grid[-1].set_xlabel("time (s)")
+    grid[-1].set_xlim(0, shown)
+    figure.savefig(path, format=kind)
+
+
+def draw_usage(path: Path, used: list[float], perplexity: list[float]) -> None:
+    """Write a PNG: for each codebook the share of its entries that occur [K], and its perplexity [K]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    levels = range(1, len(used) + 1)
+    for axes, values, title, colour in ((left, used, "share of entries used", BLUE),
+                                        (right, perplexity, "perplexity", ORANGE)):  # fmt: skip
+        axes.bar(levels, values, color=colour)
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=colour)
+        axes.set_xlabel("codebook")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png")
+
+
+def spectrogram(audio: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Mono audio [n] -> dB [BANDS, columns], rows equally spaced on the mel scale up to half the rate."""
+    size = round(WINDOW * sample_rate)
+    hop = max(size // 4, -(-len(audio) // COLUMNS))
+    padded = np.pad(audio.astype(np.float64), (size // 2, size // 2 + hop))
+    starts = range(0, len(padded) - size, hop)
+    window = np.hanning(size) / np.hanning(size).sum() * 2  # a sine of amplitude 1 is 0 dB
+    frames = np.stack([padded[start : start + size] * window for start in starts])
+    power = np.abs(np.fft.rfft(frames, 2 * size)) ** 2  # [columns, size + 1]
+    hz = _hz(np.linspace(0, _mel(sample_rate / 2), BANDS))
+    position = hz / sample_rate * 2 * size
+    below = np.floor(position).astype(int).clip(0, size - 1)
+    mixed = power[:, below] + (position - below) * (power[:, below + 1] - power[:, below])
+    return 10 * np.log10(mixed.T + 1e-14)
+
+
+def _waveform(axes: Axes, name: str, audio: np.ndarray, rate: int, peak: float, colour: str) -> None:
+    """The range that each of some 3000 columns spans, and its level (RMS) in a darker shade."""
+    hop = max(1, len(audio) // 3000)
+    columns = np.pad(audio, (0, -len(audio) % hop), mode="edge" if len(audio) else "constant").reshape(-1, hop)
+    time = (np.arange(len(columns)) + 0.5) * hop / rate
+    level = np.sqrt((columns.astype(np.float64) ** 2).mean(axis=1))
+    axes.fill_between(time, columns.min(axis=1), columns.max(axis=1), color=colour, alpha=0.45, linewidth=0.6)
+    axes.fill_between(time, -level, level, color=colour, linewidth=0)
+    axes.axhline(0, color=GREY, linewidth=0.4)
+    axes.set_ylim(-1.05 * peak, 1.05 * peak)
+    axes.set_ylabel("amplitude")
+    axes.set_title(name, loc="left", fontsize=10, fontweight="bold", color=colour)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _spectrogram(figure: Figure, axes: Axes, image: np.ndarray, seconds: float, rate: int, loudest: float) -> None:
+    drawn = axes.imshow(
+        image,
+        extent=(0, seconds, 0, _mel(rate / 2)),
+        vmin=loudest - RANGE_DB,
+        vmax=loudest,
+        **_IMAGE,
+        cmap="magma",
+    )
+    ticks = [tick for tick in TICKS if tick < 0.9 * rate / 2]
+    axes.set_yticks([_mel(tick) for tick in ticks], [f"{tick / 1000:g}" for tick in ticks])
+    axes.set_ylabel("frequency (kHz)")
+    figure.colorbar(drawn, ax=axes, label="dB", pad=0.01, fraction=0.03, aspect=18)
+
+
+def _codes(figure: Figure, axes: Axes, codes: np.ndarray, frame_seconds: float, size: int) -> None:
+    count, frames = codes.shape
+    drawn = axes.imshow(
+        codes,
+        extent=(0, frames * frame_seconds, 0.5, count + 0.5),
+        vmin=0,
+        vmax=size - 1,
+        **_IMAGE,
+        cmap="viridis",
+    )
+    axes.set_yticks(sorted({1, *range(8, count + 1, 8), count} if count > 8 else range(1, count + 1)))
+    axes.invert_yaxis()
+    axes.set_ylabel("codebook")
+    axes.set_title("codes", loc="left", fontsize=10, fontweight="bold", color=GREY)
+    figure.colorbar(drawn, ax=axes, label="entry", pad=0.01, fraction=0.03, aspect=18)
+
+
+_IMAGE: dict[str, Any] = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
+
+
+def _mel(hz: Any) -> Any:
+    return 2595 * np.log10(1 + np.asarray(hz) / 700)
+
+
+def _hz(mel: np.ndarray) -> np.ndarray:
+    return 700 * (10 ** (mel / 2595) - 1)

@@ -1,0 +1,336 @@
+"""JODIO, a wider and deeper relative of Mimi, from the same ops: a module tree made to run (see `JodioConfig`).
+
+Names, classes and arguments of the modules are those of the tree. They own parameters; the ops compute, and what
+streams is Mimi's (seanet.py, transformer.py, quantizer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from ..errors import InputError
+from ..runtime import dispatch
+from ..runtime.ops import Call
+from ..runtime.ragged import Ragged
+from ..runtime.state import Lane
+from . import checks, transformer
+from .codec import Codec
+from .config import JodioConfig, JodioTransformerConfig
+from .quantizer import EPSILON, ResidualQuantizer, SplitQuantizer
+from .seanet import PaddedConv1d, PaddedConvTranspose1d, Streaming
+
+
+class Conv1d(PaddedConv1d, nn.Conv1d):  # type: ignore[misc]
+    """A convolution of the tree, causal unless `config.as_printed_padding`: [B, C_in, T] -> [B, C_out, T / stride]."""
+
+    def __init__(
+        self, config: JodioConfig, channels: tuple[int, int], *, stride: int = 1, dilation: int = 1,
+        padding: int | None = None, post: str = "none",
+    ):  # fmt: skip
+        around = (config.kernel_size - 1) * dilation if padding is None else padding
+        super().__init__(*channels, config.kernel_size, stride, padding=around, dilation=dilation)
+        self.around = around
+        self.printed = config.as_printed_padding
+        self.post = post
+
+    @property
+    def conv(self) -> nn.Conv1d:  # type: ignore[override]
+        return self
+
+    def sides(self, length: int) -> tuple[int, int]:
+        return (self.around, self.around) if self.printed else ((self.kernel_size[0] - 1) * self.dilation[0], 0)
+
+
+class ConvTranspose1d(PaddedConvTranspose1d, nn.ConvTranspose1d):  # type: ignore[misc]
+    """A transposed convolution of the tree: [B, C, T] -> [B, C, T * stride]."""
+
+    def __init__(self, config: JodioConfig, stride: int):
+        width, kernel = config.channels, config.kernel_size
+        beyond = stride - 1
+        super().__init__(width, width, kernel, stride, padding=kernel - 1, output_padding=beyond)
+        self.trim = (kernel - 1, kernel - 1 - beyond) if config.as_printed_padding else (0, kernel - stride)
+
+    @property
+    def conv(self) -> nn.ConvTranspose1d:  # type: ignore[override]
+        return self
+
+
+def _dilated(config: JodioConfig, dilations: Sequence[int]) -> nn.ModuleList:
+    """Convolutions under weight norm, SiLU in each one's op."""
+    width = config.channels, config.channels
+    return nn.ModuleList(
+        nn.Sequential(weight_norm(Conv1d(config, width, dilation=dilation, post="silu")), nn.SiLU())
+        for dilation in dilations
+    )
+
+
+def _run(layers: Sequence[Any], x: Tensor, call: Call) -> Tensor:
+    for layer in layers:
+        x = layer[0](x, call) if isinstance(layer, nn.Sequential) else layer(x, call)
+    return x
+
+
+class ConvBlock(nn.Module):
+    """[B, C, T] -> [B, C, ceil(T / stride)]."""
+
+    def __init__(self, config: JodioConfig, stride: int):
+        super().__init__()
+        self.layers = _dilated(config, config.dilations)
+        self.downsample = Conv1d(config, (config.channels, config.channels), stride=stride)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        return self.downsample(_run(self.layers, x, call), call)  # type: ignore[arg-type]
+
+
+class TransposedConvBlock(nn.Module):
+    """[B, C, T] -> [B, C, T * stride]."""
+
+    def __init__(self, config: JodioConfig, stride: int):
+        super().__init__()
+        self.upsample = ConvTranspose1d(config, stride)
+        self.layers = _dilated(config, config.dilations[::-1])
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        return _run(self.layers, self.upsample(x, call), call)  # type: ignore[arg-type]
+
+
+class SeaNetEncoder(nn.Module):
+    """Audio [B, channels, N] -> [B, C, ceil(N / frame_size)]."""
+
+    def __init__(self, config: JodioConfig):
+        super().__init__()
+        width = config.channels
+        centred = (config.kernel_size - 1) // 2  # as printed
+        self.input_proj = Conv1d(config, (config.audio_channels, width), padding=centred)
+        self.conv_blocks = nn.ModuleList(ConvBlock(config, stride) for stride in config.strides)
+        self.final_conv = Conv1d(config, (width, width), stride=config.final_stride)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        return _run([self.input_proj, *self.conv_blocks, self.final_conv], x, call)
+
+
+class SeaNetDecoder(nn.Module):
+    """[B, C, T] -> audio [B, channels, T * frame_size]."""
+
+    def __init__(self, config: JodioConfig):
+        super().__init__()
+        self.initial_upsample = ConvTranspose1d(config, config.final_stride)
+        self.conv_blocks = nn.ModuleList(TransposedConvBlock(config, stride) for stride in config.strides[::-1])
+        self.final_proj = Conv1d(config, (config.channels, config.audio_channels))
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        return _run([self.initial_upsample, *self.conv_blocks, self.final_proj], x, call)
+
+
+class RMSNorm(nn.Module):
+    """Over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class Attention(transformer.Rings, nn.Module):
+    """The parameters of self-attention over the last `sliding_window` frames; width -> heads * head_dim -> width."""
+
+    def __init__(self, config: JodioTransformerConfig, whole: JodioConfig):
+        super().__init__()
+        self.head_dim, self.kv_heads, self.window = config.head_dim, config.num_attention_heads, whole.sliding_window
+        width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, inner, bias=False)
+        self.v_proj = nn.Linear(width, inner, bias=False)
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.dropout = nn.Dropout(whole.dropout)
+
+
+class MultiLayerPerception(nn.Module):
+    """The parameters width -> intermediate_size -> width."""
+
+    def __init__(self, config: JodioTransformerConfig, whole: JodioConfig):
+        super().__init__()
+        self.linear1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.linear2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.dropout = nn.Dropout(whole.dropout)
+
+
+class TransformerBlock(nn.Module):
+    """[B, T, width] -> the same: one op; the modules own its parameters."""
+
+    def __init__(self, config: JodioTransformerConfig, whole: JodioConfig):
+        super().__init__()
+        self.attention = Attention(config, whole)
+        self.feed_forward = MultiLayerPerception(config, whole)
+        self.attention_norm = RMSNorm(config.hidden_size, whole.norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, whole.norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, float], call: Call) -> Tensor:
+        attn, mlp, norm1, norm2 = self.attention, self.feed_forward, self.attention_norm, self.mlp_norm
+        dropout, residual_dropout = (part.dropout.p if self.training else 0.0 for part in (attn, mlp))
+        return call.ops.transformer_layer(
+            x, norm1.weight, None, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight, attn.out_proj.weight,
+            None, norm2.weight, None, mlp.linear1.weight, mlp.linear2.weight, None, rope[0], window=attn.window,
+            eps=norm1.eps, norm="rms", rope_scale=rope[1], dropout=dropout, residual_dropout=residual_dropout,
+            **attn.state(call),
+        )  # fmt: skip
+
+
+class Transformer(transformer.Transformer):
+    """[B, width, T] -> the same, normalised."""
+
+    def __init__(self, config: JodioTransformerConfig, whole: JodioConfig):
+        super().__init__(config, lambda config: TransformerBlock(config, whole))
+        self.norm = RMSNorm(config.hidden_size, whole.norm_eps)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        return self.norm(super().forward(x, call).transpose(1, 2)).transpose(1, 2)
+
+
+class Embedding(nn.Embedding):
+    """A codebook's entries [S, D], fp32 in half-precision models too."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Embedding:
+        before = self.weight.detach()
+        super()._apply(fn, recurse)
+        if self.weight.element_size() < 4:
+            exact = before.to(self.weight.device, torch.float32)
+            self.weight = nn.Parameter(exact, self.weight.requires_grad)
+        return self
+
+
+class VectorQuantizer(nn.Module):
+    """One level."""
+
+    def __init__(self, config: JodioConfig):
+        super().__init__()
+        self.codebook = Embedding(config.codebook_size, config.hidden_size)
+
+
+class ResidualVectorQuantizer(ResidualQuantizer):
+    """Latents [B, hidden, T] -> codes [B, L, T], in the latents' own space, and back."""
+
+    def __init__(self, config: JodioConfig, levels: int):
+        nn.Module.__init__(self)
+        self.quantizers = nn.ModuleList(VectorQuantizer(config) for _ in range(levels))
+        self.input_proj = self.output_proj = None
+
+    def __len__(self) -> int:
+        return len(self.quantizers)
+
+    def _stored(self) -> tuple[Tensor, ...]:
+        levels: list[Any] = [*self.quantizers]
+        return tuple(level.codebook.weight for level in levels)
+
+    @staticmethod
+    def _entries(*books: Tensor) -> Tensor:
+        return torch.stack(books)
+
+    def usage(self) -> Tensor:
+        return torch.ones(self.codebooks().shape[:2], device=self.codebooks().device)
+
+    @torch.no_grad()
+    def learned(self, sums: Tensor, usage: Tensor) -> None:
+        for book, entries in zip(self._stored(), sums / usage.clamp(min=EPSILON)[..., None], strict=True):
+            book.copy_(entries)
+
+
+class _Quantizer(SplitQuantizer):
+    """Both quantizers of a model, which stand in it under names of their own."""
+
+    def __init__(self, semantic: ResidualVectorQuantizer, acoustic: ResidualVectorQuantizer):
+        nn.Module.__init__(self)
+        self.semantic_residual_vector_quantizer = semantic
+        self.acoustic_residual_vector_quantizer = acoustic
+
+
+class JodioModel(Codec):
+    """The codec: 24 kHz mono to 12.5 Hz frames of up to 10 codes, and back; used as `Mimi` is.
+
+    encoder -> pre_vq_proj -> encoder transformer -> semantic and acoustic RVQ side by side, summed ->
+    quantizer_out_proj -> decoder transformer -> post_vq_proj -> decoder. Arguments as for `Codec`. No trained weights
+    of it are published.
+    """
+
+    encoder: SeaNetEncoder
+    decoder: SeaNetDecoder
+
+    @torch.inference_mode(False)  # inference tensors could not be packed once (memory.py)
+    def __init__(
+        self, config: JodioConfig | None = None, *, impl: dispatch.Impl = "auto", num_codebooks: int | None = None
+    ):
+        config = checks.config(config, JodioConfig)
+        super().__init__(config, impl, num_codebooks)
+        self.config: JodioConfig = config
+        before, after = config.encoder_transformer, config.decoder_transformer
+        self.encoder = SeaNetEncoder(config)
+        self.encoder_transformer = Transformer(before, config)
+        self.pre_vq_proj = nn.Linear(config.channels, before.hidden_size)
+        self.semantic_rvq = ResidualVectorQuantizer(config, config.num_semantic_quantizers)
+        self.acoustic_rvq = ResidualVectorQuantizer(config, config.num_acoustic_quantizers)
+        self.quantizer_out_proj = nn.Linear(before.hidden_size, after.hidden_size)
+        self.post_vq_proj = nn.Linear(after.hidden_size, config.channels)
+        self.decoder_transformer = Transformer(after, config)
+        self.decoder = SeaNetDecoder(config)
+        self.__dict__["quantizer"] = _Quantizer(self.semantic_rvq, self.acoustic_rvq)  # not twice in the tree
+        Streaming.named(self)
+
+    def _a_parameter(self) -> Tensor:
+        return self.pre_vq_proj.weight
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> JodioModel:
+        """`fastmimi.load(source, **options)`, where that is a JODIO."""
+        from ..checkpoints.weights import load
+
+        model = load(source, **options)
+        if not isinstance(model, cls):
+            raise InputError(f"{str(source)!r} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """`fastmimi.save_pretrained(self, directory)`: `config.json` and `model.safetensors`."""
+        from ..checkpoints.weights import save_pretrained
+
+        save_pretrained(self, directory)
+
+    def _ragged(self, padding_mask: Tensor, x: Tensor) -> Ragged:
+        if self.config.as_printed_padding:
+            raise InputError("padding_mask needs lengths that are kept, and as_printed_padding=True changes them")
+        return super()._ragged(padding_mask, x)
+
+    def parts(self, direction: str) -> list[nn.Module | None]:
+        if direction == "encode":
+            return [self.encoder, self.pre_vq_proj, self.encoder_transformer]
+        return [self.quantizer_out_proj, self.decoder_transformer, self.post_vq_proj, self.decoder]
+
+    def _encode_step(self, audio: Tensor, lane: Lane | None, lengths: Tensor | None = None) -> Tensor:
+        call = Call(self._ops(), lane, lengths)
+        x = _linear(self.pre_vq_proj, self.encoder(audio, call))
+        x = self.encoder_transformer(x, call)
+        if lane is not None:
+            lane.advance(x.shape[-1])
+        return x
+
+    def _decode_step(self, latents: Tensor, lane: Lane | None) -> Tensor:
+        call = Call(self._ops(), lane)
+        x = self.decoder_transformer(_linear(self.quantizer_out_proj, latents), call)
+        audio = self.decoder(_linear(self.post_vq_proj, x), call)
+        if lane is not None:
+            lane.advance(latents.shape[-1])
+        return audio
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """[B, C, T] -> [B, C_out, T], of x's dtype under autocast too: the ops take what the weights are."""
+    return layer(x.transpose(1, 2)).to(x.dtype).transpose(1, 2)

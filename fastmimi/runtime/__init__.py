@@ -1,0 +1,1 @@
+"""How it runs: ops and their implementations, packed weights, streaming state, batches and tiles. Knows no model."""

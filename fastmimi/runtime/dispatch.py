@@ -1,0 +1,179 @@
+"""The only file that chooses implementations of ops, and the one that says why.
+
+For each op the candidates are asked in order; each answers why it cannot run, in one sentence, or takes the op. What
+was chosen and what was passed over stands in a table of `Choice` rows, which `fastmimi explain` prints.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from ..errors import InputError, shown
+from . import torch_ops
+from .ops import OPS, Ops
+
+CANDIDATES = {  # the fastest first, at every shape of bench/bench_ops.py
+    "triton": "fastmimi.kernels.triton",
+    "cpu": "fastmimi.kernels.cpu",
+    "onednn": "fastmimi.kernels.onednn",
+    "reference": "fastmimi.reference",
+}
+ORDER = ", ".join(CANDIDATES)
+# Ops whose reference is written in terms of another: a room without a kernel for one runs that, with its kernel of the
+# other in it
+COMPOSED = {"transformer_layer": "window_attention"}
+Impl = str | dict[str, str]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an implementation is asked to run on."""
+
+    device: str  # device type: "cpu", "cuda", ...
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of the table: the implementation of an op, and the sentence of each candidate passed over.
+
+    `inside` names the op that runs within a composed one as a call of its own, and that op's implementation.
+    """
+
+    op: str
+    chosen: str
+    reason: str
+    passed_over: tuple[tuple[str, str], ...]
+    inside: tuple[str, str] | None = None
+
+
+def check_impl(impl: Impl) -> None:
+    """Raise InputError, naming the value, unless `impl` is 'auto', a candidate, or a dict from ops to those."""
+    wanted = impl if isinstance(impl, dict) else dict.fromkeys(OPS, impl)
+    for op, name in wanted.items():
+        if op not in OPS:
+            raise InputError(f"impl names an unknown op {shown(op)}; the ops are {', '.join(OPS)}")
+        if not isinstance(name, str) or name not in ("auto", *CANDIDATES):
+            raise InputError(
+                f"impl must be 'auto', {', '.join(map(repr, CANDIDATES))}, or a dict per op, got {shown(name)}"
+            )
+
+
+def bind(device: str, dtype: torch.dtype, impl: Impl = "auto") -> Ops:
+    """The implementation of every op for a device type and a dtype; the same object for the same arguments.
+
+    Raises InputError where `impl` is not a choice, or asks for a kernel that cannot run.
+    """
+    return _tables[_tabled(device, dtype, impl)]
+
+
+_tables: dict[str, Ops] = {}
+
+
+def _tabled(device: str, dtype: torch.dtype, impl: Impl) -> str:
+    """The key of a table in `_tables`, made where it is new."""
+    key = f"{device} {dtype} {sorted(impl.items()) if isinstance(impl, dict) else impl}"
+    if key not in _tables:
+        ops = {row.op: implementation(row.op, row.chosen) for row in explain(device, dtype, impl)}
+        if ops["transformer_layer"] is implementation("transformer_layer", "reference"):
+            ops["transformer_layer"] = partial(ops["transformer_layer"], attention=ops["window_attention"])
+        _tables[key] = Ops(**ops)
+    return key
+
+
+# torch.compile is to look the table up and not to trace its making. This is all that
+# `torch.compiler.assume_constant_result` does, which takes a second to import on its way.
+_tabled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def explain(device: str = "cpu", dtype: torch.dtype = torch.float32, impl: Impl = "auto") -> list[Choice]:
+    """The dispatch table: for each op what runs, why, and why each earlier candidate does not."""
+    check_impl(impl)
+    _check_target(device, dtype)
+    rows = {op: _choose(op, Target(device, dtype), impl) for op in OPS}
+    for outer, inner in COMPOSED.items():
+        if rows[outer].chosen == "reference":
+            rows[outer] = replace(rows[outer], inside=(inner, rows[inner].chosen))
+    return list(rows.values())
+
+
+def _check_target(device: str, dtype: torch.dtype) -> None:
+    try:
+        known = isinstance(device, str) and torch.device(device).type == device
+    except RuntimeError:
+        known = False
+    if not known:
+        raise InputError(f"device must be a type of device, such as 'cpu' or 'cuda', got {shown(device)}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype must be one of floating point, such as torch.float32, got {shown(dtype)}")
+
+
+@cache
+def implementation(op: str, candidate: str) -> Callable[..., Any]:
+    """The op's function in a candidate's room; a kernel comes as a PyTorch op (torch_ops.py)."""
+    reference, chosen = (
+        getattr(importlib.import_module(f"{CANDIDATES[room]}.{op}"), op) for room in ("reference", candidate)
+    )
+    if candidate == "reference":
+        return reference
+    from ..reference.causal_conv1d import ieee_convolutions
+
+    return torch_ops.register(op, candidate, chosen, reference, ieee_convolutions)
+
+
+def recorder(ops: Ops) -> Any:
+    """What records a step with these implementations (kernels/cpu/_program.py); None where not all are the CPU's."""
+    if not all(function is implementation(op, "cpu") for op, function in ops._asdict().items()):
+        return None
+    from ..kernels.cpu import _program
+
+    return _program
+
+
+def _choose(op: str, target: Target, impl: Impl) -> Choice:
+    wanted = impl.get(op, "auto") if isinstance(impl, dict) else impl
+    if wanted == "auto":
+        return _fastest(op, target)
+    sentence = why_not(wanted, op, target)
+    if sentence is None:
+        return Choice(op, wanted, "asked for by impl=", ())
+    if wanted == impl and op in COMPOSED and is_absent(op, wanted):  # asked for as a whole, not for this op by name
+        return Choice(op, "reference", f"composed of {COMPOSED[op]} and PyTorch's own ops", ((wanted, sentence),))
+    raise InputError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
+
+
+def _fastest(op: str, target: Target) -> Choice:
+    """The first candidate that can run."""
+    passed_over: list[tuple[str, str]] = []
+    for name in CANDIDATES:
+        sentence = why_not(name, op, target)
+        if sentence is None and name == "triton" and target.device == "cpu":
+            sentence = "Triton's interpreter is for tests; it runs if asked for by impl="
+        if sentence is None:
+            reason = "no kernel can run here" if name == "reference" else f"first of {ORDER} that can run here"
+            return Choice(op, name, reason, tuple(passed_over))
+        passed_over.append((name, sentence))
+    raise AssertionError("the reference runs everywhere")
+
+
+def is_absent(op: str, candidate: str) -> bool:
+    """Whether this version of fastmimi has no such implementation of the op."""
+    return importlib.util.find_spec(f"{CANDIDATES[candidate]}.{op}") is None
+
+
+def why_not(candidate: str, op: str, target: Target) -> str | None:
+    """None if the candidate can run the op on the target, else one sentence."""
+    if candidate == "reference":
+        return None
+    if is_absent(op, candidate):
+        return f"this version of fastmimi has no {candidate} kernel for {op}"
+    if candidate == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return importlib.import_module(f"{CANDIDATES[candidate]}.{op}").unsupported(target)

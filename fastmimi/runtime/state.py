@@ -1,0 +1,202 @@
+"""StreamState: everything that a batch of streams carries, explicit and owned by the caller. A leaf: torch only.
+
+Buffers are allocated once and keep their addresses; implementations change them in place. Each direction (audio to
+codes, codes to audio) is a `Lane`: the named buffers of its layers and, per stream, how many positions its transformer
+has seen. Audio that does not fill a frame yet waits in `pending`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, named
+from . import masks
+
+LISTED = 20  # misfits that an error names before it only counts
+MOST_POSITIONS = 1 << 53  # that a stream counts: beyond a million years
+
+
+@dataclass
+class Lane:
+    """The state of one direction of a batch of streams.
+
+    `buffers` maps a layer's name to a tensor whose first dimension is the batch; `offset` [B] int64 counts transformer
+    positions seen; `active` [B] bool says which rows the step at hand advances.
+    """
+
+    buffers: dict[str, Tensor]
+    offset: Tensor
+    active: Tensor
+
+    @classmethod
+    def of(cls, parts: Iterable[nn.Module | None], batch: int, device: torch.device, dtype: torch.dtype) -> Lane:
+        """The state of `batch` fresh streams, for all layers in `parts` that carry any."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in parts:
+            for module in part.modules() if part is not None else ():
+                if hasattr(module, "state_shapes"):
+                    layer: Any = module
+                    shapes |= layer.state_shapes(batch)
+        return cls(
+            {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()},
+            offset=torch.zeros(batch, dtype=torch.int64, device=device),
+            active=torch.ones(batch, dtype=torch.bool, device=device),
+        )
+
+    def clone(self) -> Lane:
+        """An independent copy."""
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return Lane(buffers, self.offset.clone(), self.active.clone())
+
+    @property
+    def first(self) -> Tensor:
+        """[B] bool: streams that have seen nothing yet."""
+        return self.offset == 0
+
+    def advance(self, positions: int) -> None:
+        """Count `positions` more for the active rows, once all layers have run."""
+        self.offset += self.active * positions
+
+    def reset(self, mask: Tensor) -> None:
+        """Bring the rows of `mask` [B] bool back to the start of a stream."""
+        for buffer in self.buffers.values():
+            buffer[mask] = 0
+        self.offset[mask] = 0
+
+
+class StreamState:
+    """Both directions of `batch_size` streams; made by `Mimi.new_state`.
+
+    exec_mask: [B] bool, set by the caller: rows that are False are left as they are by encode, decode and flush; what
+        comes out for them is -1 (codes) or 0 (audio). Assigning copies, so that its address stays.
+    pending: [B, C, frame_size] samples waiting for their frame to fill; pending_length: [B] int64, on the CPU.
+    config: of the model that the state is for, where it is known.
+    """
+
+    def __init__(self, encode: Lane, decode: Lane, pending: Tensor, config: Any = None):
+        self.config = config
+        self.encode = encode
+        self.decode = decode
+        self.pending = pending
+        self.pending_length = torch.zeros(pending.shape[0], dtype=torch.int64)
+        self._exec_mask = torch.ones(pending.shape[0], dtype=torch.bool, device=pending.device)
+
+    @property
+    def exec_mask(self) -> Tensor:
+        return self._exec_mask
+
+    @exec_mask.setter
+    def exec_mask(self, mask: Tensor) -> None:
+        self._exec_mask.copy_(masks.of_streams(mask, "exec_mask", self.batch_size))
+
+    @property
+    def batch_size(self) -> int:
+        return self.pending.shape[0]
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Start the streams of `mask` [B] bool anew (all of them without it); their `exec_mask` becomes True."""
+        if mask is None:
+            mask = torch.ones(self.batch_size, dtype=torch.bool)
+        mask = masks.of_streams(mask, "mask", self.batch_size)
+        here = mask.to(self.exec_mask.device)
+        self.encode.reset(here)
+        self.decode.reset(here)
+        self.pending[here] = 0
+        self.exec_mask[here] = True
+        self.pending_length[mask.cpu()] = 0
+
+    def push(self, audio: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Take audio [B, C, N] in and give whole frames out: [B, C, T * frame_size] and frames per row [B] on the CPU.
+
+        None for the frames says that every row has all T. Rows whose `exec_mask` is False take nothing and give 0.
+        """
+        size, held = self.pending.shape[-1], int(self.pending_length[0])
+        in_step = bool((self.pending_length == held).all())
+        if in_step and held == 0 and audio.shape[-1] % size == 0:
+            return audio, None
+        active = self.exec_mask.cpu()
+        if not (in_step and active.all()):
+            return self._push_drifted(audio, active)
+        buffer = torch.cat([self.pending[..., :held], audio], dim=-1)
+        left = buffer.shape[-1] % size
+        self.pending[..., :left] = buffer[..., buffer.shape[-1] - left :]
+        self.pending_length.fill_(left)
+        return buffer[..., : buffer.shape[-1] - left], None
+
+    def _push_drifted(self, audio: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """`push` for rows that hold different numbers of samples, or of which some (not `active`) take none."""
+        size, device = self.pending.shape[-1], audio.device
+        have = torch.where(active, self.pending_length + audio.shape[-1], 0)
+        frames = have // size  # 0 where not active
+        buffer = torch.cat([self.pending, audio], dim=-1)  # of `pending`, the first `held` samples count
+        held = self.pending_length.to(device)[:, None]
+        steps = torch.arange(int(frames.max()) * size, device=device)
+        whole = _pick(buffer, torch.where(steps < held, steps, steps - held + size))
+        steps = torch.arange(size, device=device) + (frames * size).to(device)[:, None]
+        rest = _pick(buffer, torch.where(steps < held, steps, steps - held + size))
+        self.pending.copy_(torch.where(self.exec_mask[:, None, None], rest, self.pending))
+        self.pending_length.copy_(torch.where(active, have - frames * size, self.pending_length))
+        return whole, frames
+
+    def pop_partial(self) -> tuple[Tensor, Tensor]:
+        """The samples held back, completed with zeros: [B, C, frame_size] and frames per row (0 or 1) on the CPU."""
+        active = self.exec_mask.cpu()
+        frames = (active & (self.pending_length > 0)).long()
+        inside = torch.arange(self.pending.shape[-1]) < self.pending_length[:, None]
+        audio = torch.where(inside[:, None].to(self.pending.device), self.pending, 0)
+        self.pending_length.copy_(torch.where(active, 0, self.pending_length))
+        return audio[..., : int(frames.max()) * audio.shape[-1]], frames
+
+    def clone(self) -> StreamState:
+        """An independent copy: both go on from here without seeing one another."""
+        copy = StreamState(self.encode.clone(), self.decode.clone(), self.pending.clone(), self.config)
+        copy.pending_length.copy_(self.pending_length)
+        copy.exec_mask.copy_(self.exec_mask)
+        return copy
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors by name, ready for `safetensors.torch.save_file`. They are the state's own, not copies."""
+        tensors = {"pending": self.pending, "pending_length": self.pending_length, "exec_mask": self.exec_mask}
+        for prefix, lane in (("encode", self.encode), ("decode", self.decode)):
+            tensors[f"{prefix}.offset"] = lane.offset
+            tensors |= {f"{prefix}.{name}": buffer for name, buffer in lane.buffers.items()}
+        return tensors
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the values of a `state_dict()` of the same model, batch and dtype; nothing changes on error."""
+        own = self.state_dict()
+        if not isinstance(tensors, dict):
+            raise InputError(f"a state must be a dictionary of tensors by name, got {type(tensors).__name__}")
+        wrong = [f"missing {name}" for name in own.keys() - tensors.keys()]
+        wrong += [f"unknown {named(name)}" for name in tensors.keys() - own.keys()]
+        for name in own.keys() & tensors.keys():
+            mine, theirs = own[name], tensors[name]
+            if not isinstance(theirs, Tensor) or theirs.device.type == "meta" or theirs.layout != torch.strided:
+                got = (
+                    f"a {theirs.layout} one on {theirs.device}" if isinstance(theirs, Tensor) else type(theirs).__name__
+                )
+                wrong.append(f"{name} must be a tensor with values, got {got}")
+            elif mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+                wrong.append(
+                    f"{name} must be {mine.dtype} {tuple(mine.shape)}, got {theirs.dtype} {tuple(theirs.shape)}"
+                )
+            elif name in ("pending_length", "encode.offset", "decode.offset"):
+                most = self.pending.shape[-1] - 1 if name == "pending_length" else MOST_POSITIONS
+                if bool(((theirs < 0) | (theirs > most)).any()):  # kernels take them for addresses
+                    wrong.append(f"{name} must lie in [0, {most}], got {theirs.tolist()}")
+        if wrong:
+            more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+            raise InputError(f"this state does not fit: {'; '.join(sorted(wrong)[:LISTED])}{more}")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def _pick(buffer: Tensor, index: Tensor) -> Tensor:
+    """Samples of buffer [B, C, N] at index [B or 1, M], indices past the end clamped."""
+    index = index.clamp(max=buffer.shape[-1] - 1)[:, None].expand(buffer.shape[0], buffer.shape[1], -1)
+    return buffer.gather(2, index)
