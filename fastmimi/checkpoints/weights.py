@@ -38,7 +38,7 @@ NESTED = (  # state dicts of transformers >= 5.20 -> flat
     (r"^encoder\.(encoder_transformer|downsample)\.", r"\1."),
     (r"^decoder\.(decoder_transformer|upsample)\.", r"\1."),
 )
-DEMO = Path(__file__).parent / "assets" / "demo"
+DEMO = Path(__file__).parent.parent / "assets" / "demo"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 LISTED = 20  # keys an error names before it only counts
 
