@@ -223,11 +223,11 @@ def test_tiles_equal_the_whole(monkeypatch):
     from fastmimi.runtime import tiles
 
     model, audio = small(), noise(1, 1, 12 * FRAME)
-    monkeypatch.setattr(tiles, "PIECE_SAMPLES", 100 * FRAME)
+    monkeypatch.setattr(tiles, "SUBTILE_SAMPLES", 100 * FRAME)
     codes = model.encode(audio)
     sound = model.decode(codes)
     monkeypatch.setattr(tiles, "TILE_SAMPLES", 3 * FRAME)
-    monkeypatch.setattr(tiles, "PIECE_SAMPLES", FRAME)
+    monkeypatch.setattr(tiles, "SUBTILE_SAMPLES", FRAME)
     assert torch.equal(model.encode(audio), codes)
     assert relative_error(model.decode(codes), sound) < 1e-5
 

@@ -19,10 +19,10 @@ CHANGES = [
 
 
 class Plain:
-    """In the place of Programs: steps of the model itself."""
+    """In the place of CpuGraphs: steps of the model itself."""
 
-    def step(self, ops, step, x, lane, *options):
-        return step(x, lane, *options)
+    def run(self, ops, step, x, state, kind):
+        return step(x, state)
 
     def record(self, *arguments):
         pass
@@ -43,12 +43,12 @@ class Louder(torch.nn.Module):
 def pair(**changes):
     """Two models of the same weights: one records programs, one does not."""
     models = [small_model(num_hidden_layers=2, **changes) for _ in range(2)]
-    models[1]._programs = {"encode": Plain(), "decode": Plain()}
+    models[1].graphs = {"encode": Plain(), "decode": Plain()}
     return models
 
 
 def programs(model):
-    return sum(len(idle) for programs in model._programs.values() for idle in programs._idle.values())
+    return sum(len(idle) for programs in model.graphs.values() for idle in programs._idle.values())
 
 
 def stream(models, frames=FRAMES, batch=1, before=None):
@@ -74,7 +74,7 @@ def assert_equal(results):
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
-def test_programs_give_the_models_bits(batch, changes):
+def testgraphs_give_the_models_bits(batch, changes):
     models = pair(**changes)
     assert_equal(stream(models, batch=batch))
     assert programs(models[0]) == 2
@@ -209,7 +209,7 @@ def test_steps_of_several_frames(frames):
     states = [model.new_state(1) for model in models]
     models[0].warm_up(states[0], frames=frames)
     taken = []
-    for recorded in models[0]._programs.values():
+    for recorded in models[0].graphs.values():
         [[(program, _)]] = recorded._idle.values()
         run = program.run
         program.run = lambda *arguments, run=run: taken.append(1) or run(*arguments)
@@ -221,7 +221,7 @@ def test_steps_of_several_frames(frames):
     assert len(taken) == 6
 
 
-def test_as_many_programs_as_threads():
+def test_as_manygraphs_as_threads():
     model = small_model(num_hidden_layers=1)
     model.warm_up(model.new_state(1), threads=3)
     assert programs(model) == 6
@@ -280,7 +280,7 @@ def test_hooks_are_called():
     assert len(calls) == 6
 
 
-def test_moved_models_hold_no_programs():
+def test_moved_models_hold_nographs():
     models = pair()
     stream(models)
     models[0].bfloat16()

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from fastmimi.devtools.testing import noise, relative_error
-from fastmimi.runtime.ops import Call
 from fastmimi.train.quantizer import TrainedQuantizer, kmeans
 from fastmimi.train.step import Generator
 
@@ -15,20 +14,20 @@ def quantizer_of(config, seed=0):
     generator = Generator(config)
     codec, latents = generator.codec, noise(4, generator.codec.config.hidden_size, 30, seed=seed)
     trained = generator.quantizer
-    trained(codec, latents, Call(codec._ops()), 0)
+    trained(codec, latents, codec.forward_context(len(latents)), 0)
     trained.update(codec, 0)
     return codec, trained, latents
 
 
 def test_raw_sequences_pass_as_they_are(tiny_training):
     codec, trained, latents = quantizer_of(tiny_training(raw=1.0))
-    assert torch.equal(trained(codec, latents, Call(codec._ops()), 1).latents, latents)
+    assert torch.equal(trained(codec, latents, codec.forward_context(len(latents)), 1).latents, latents)
 
 
 @pytest.mark.parametrize("architecture", ["mimi", "jodio"])
 def test_quantized_sequences_are_what_the_codes_say(tiny_training, architecture):
     codec, trained, latents = quantizer_of(tiny_training(raw=0.0, dropout=False, architecture=architecture))
-    made = trained(codec, latents, Call(codec._ops()), 1)
+    made = trained(codec, latents, codec.forward_context(len(latents)), 1)
     assert torch.equal(made.codes, codec.quantize(latents))
     assert relative_error(made.latents, codec.dequantize(made.codes)) < 1e-5
     assert relative_error(made.semantic, codec.dequantize(made.codes[:, : codec.config.num_semantic_quantizers])) < 1e-5
@@ -39,7 +38,7 @@ def test_levels_are_dropped_for_each_sequence(tiny_training):
     kept = set()
     for seed in range(12):
         torch.manual_seed(seed)
-        made = trained(codec, latents, Call(codec._ops()), 1)
+        made = trained(codec, latents, codec.forward_context(len(latents)), 1)
         for row, codes in zip(made.latents, made.codes, strict=True):
             fits = [n for n in range(1, 5) if relative_error(row, codec.dequantize(codes[None, :n])[0]) < 1e-5]
             assert fits
@@ -52,7 +51,7 @@ def test_half_of_the_sequences_are_raw(tiny_training):
     torch.manual_seed(0)
     raw = 0
     for _ in range(50):
-        made = trained(codec, latents, Call(codec._ops()), 1)
+        made = trained(codec, latents, codec.forward_context(len(latents)), 1)
         raw += sum(torch.equal(row, latent) for row, latent in zip(made.latents, latents, strict=True))
     assert 70 < raw < 130
 
@@ -61,7 +60,7 @@ def test_distillation_hears_the_latents_until_there_are_entries(tiny_training):
     """Of zeros, its gradient would never fade, and the latents would grow without end."""
     torch.manual_seed(0)
     generator = Generator(tiny_training(begin=5))
-    codec, latents, call = generator.codec, noise(4, 32, 30), Call(generator.codec._ops())
+    codec, latents, call = generator.codec, noise(4, 32, 30), generator.codec.forward_context(4)
     semantic = generator.quantizer(codec, latents, call, 0).semantic
     part = codec.quantizer.parts(4)[0][0]
     assert relative_error(semantic, part.unproject(part.project(latents, call), call)) < 1e-6
@@ -71,20 +70,23 @@ def test_raw_sequences_are_as_loud_as_quantized_ones(tiny_training):
     """Where nothing is projected, and what both quantizers give back is added up."""
     config = tiny_training(raw=0.0, dropout=False, architecture="jodio", kmeans_latents=120)
     codec, trained, latents = quantizer_of(config)
-    quantized = trained(codec, latents, Call(codec._ops()), 1).latents
+    quantized = trained(codec, latents, codec.forward_context(len(latents)), 1).latents
     trained.config.raw = 1.0
-    raw = trained(codec, latents, Call(codec._ops()), 1).latents
+    raw = trained(codec, latents, codec.forward_context(len(latents)), 1).latents
     assert 0.7 < quantized.norm() / raw.norm() < 1.1
 
 
 def test_gradients_pass_the_quantizer_straight(tiny_training):
     codec, trained, latents = quantizer_of(tiny_training(raw=0.0, dropout=False))
     latents.requires_grad_()
-    made = trained(codec, latents, Call(codec._ops()), 1)
+    made = trained(codec, latents, codec.forward_context(len(latents)), 1)
     made.latents.sum().backward()
     parts = [part for part, _ in codec.quantizer.parts(4)]
     again = latents.detach().requires_grad_()
-    sum(part.unproject(part.project(again, Call(codec._ops())), Call(codec._ops())) for part in parts).sum().backward()
+    sum(
+        part.unproject(part.project(again, codec.forward_context(len(latents))), codec.forward_context(len(latents)))
+        for part in parts
+    ).sum().backward()
     assert relative_error(latents.grad, again.grad) < 1e-5
 
 
@@ -99,14 +101,14 @@ def test_entries_are_running_means(tiny_training):
     """Of what the levels before leave."""
     codec, trained, latents = quantizer_of(tiny_training(raw=0.0, replace_every=1000))
     before = [(means.usage.clone(), means.sums.clone()) for means in trained.means]
-    made = trained(codec, latents, Call(codec._ops()), 1)
+    made = trained(codec, latents, codec.forward_context(len(latents)), 1)
     books = [part.codebooks().clone() for part, _ in codec.quantizer.parts(4)]
     trained.update(codec, 1)
     codes = iter(made.codes.unbind(1))
     for (part, _), means, (usage, sums), entries in zip(
         codec.quantizer.parts(4), trained.means, before, books, strict=True
     ):
-        rows = part.project(latents, Call(codec._ops())).transpose(1, 2).flatten(0, 1)
+        rows = part.project(latents, codec.forward_context(len(latents))).transpose(1, 2).flatten(0, 1)
         for level in range(len(usage)):
             chosen = F.one_hot(next(codes).flatten(), usage.shape[1]).float()
             usage[level] = 0.99 * usage[level] + 0.01 * chosen.sum(dim=0)
@@ -122,8 +124,8 @@ def test_each_level_begins_with_what_the_last_one_leaves(tiny_training):
     rows = latents.transpose(1, 2).flatten(0, 1)
     left = [rows.norm()]
     for levels in range(1, count + 1):
-        codes = part.encode(latents, levels, Call(codec._ops()))
-        left.append((latents - part.decode(codes, latents.dtype, Call(codec._ops()))).norm())
+        codes = part.encode(latents, levels, codec.forward_context(len(latents)))
+        left.append((latents - part.decode(codes, latents.dtype, codec.forward_context(len(latents)))).norm())
     assert left[1] < 0.8 * left[0] and left[2] < 0.75 * left[1]
 
 
@@ -132,9 +134,9 @@ def test_dead_entries_become_latents_of_the_batch(tiny_training):
     part, means = codec.quantizer.semantic_residual_vector_quantizer, trained.means[0]
     means.usage[0, :5], means.sums[0, :5] = 1e-3, 1.0  # far from everything
     means.write(part)
-    trained(codec, latents, Call(codec._ops()), 1)
+    trained(codec, latents, codec.forward_context(len(latents)), 1)
     trained.update(codec, 1)
-    rows = part.project(latents, Call(codec._ops())).transpose(1, 2).flatten(0, 1)
+    rows = part.project(latents, codec.forward_context(len(latents))).transpose(1, 2).flatten(0, 1)
     distance = (part.codebooks()[0, :5, None] - rows).norm(dim=-1).amin(dim=1)
     assert (distance < 1e-5).all()
 
@@ -145,7 +147,7 @@ def test_latents_are_gathered_before_there_are_entries(tiny_training):
     codec, latents = generator.codec, noise(2, generator.codec.config.hidden_size, 60)
     begun = []
     for step in range(5):
-        made = generator.quantizer(codec, latents, Call(codec._ops()), step)
+        made = generator.quantizer(codec, latents, codec.forward_context(len(latents)), step)
         begun.append(not torch.equal(made.latents, latents))
         generator.quantizer.update(codec, step)
     assert begun == [False, False, False, True, True], "from step 2 on, 120 latents a step"

@@ -84,7 +84,7 @@ class QuantizedResult:
     metrics: dict = field(default_factory=dict)
 
 
-@torch.inference_mode(False)  # inference tensors could not be packed once (memory.py)
+@torch.inference_mode(False)  # inference tensors could not be packed once (runtime/packing.py)
 def get_mimi(
     filename: str | Path | None,
     mimi_config: dict | None = None,

@@ -35,7 +35,7 @@ from ..models import checks
 from ..models.mimi import Mimi
 from ..models.quantizer import apply_in_full_precision, centroids
 from ..runtime.dispatch import Impl
-from ..runtime.ops import Call
+from ..runtime.ops import ForwardContext
 from ..runtime.packing import Packable, leave_inference_mode
 from ..runtime.ragged import Ragged
 from .binding import Binding
@@ -71,7 +71,7 @@ class Bound(Packable):
     impl: Impl = "auto"  # which implementation runs each op, see `Codec`
 
     @classmethod
-    @torch.inference_mode(False)  # inference tensors could not be packed once (memory.py)
+    @torch.inference_mode(False)  # inference tensors could not be packed once (runtime/packing.py)
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
         """As transformers' `PreTrainedModel.from_pretrained`."""
         return super().from_pretrained(*args, **options)  # type: ignore[misc]
@@ -103,19 +103,19 @@ class Bound(Packable):
         self, core: Mimi, audio: Tensor, past: Any, cache: PaddingCache | None, streaming: bool, transformer: Any
     ) -> tuple[Tensor, Any]:
         """Latents [B, hidden, T] and the key-value cache, through the peer's transformer."""
-        lane = None
+        state = None
         audio = checks.finite(checks.audio(audio, core.config).to(core.device, core.dtype))
         if cache is not None:
             audio, _ = cache.state.push(audio)
-            lane = cache.state.encode
+            state = cache.state.encode
         result = [past]
 
-        def transform(x: Tensor, call: Call) -> Tensor:
+        def transform(x: Tensor, context: ForwardContext) -> Tensor:
             return _through(transformer, x, result, use_cache=streaming)
 
         if audio.shape[-1] == 0:
             return audio.new_empty(audio.shape[0], core.config.hidden_size, 0), past
-        return core._encode_step(audio, lane, None, transform), result[0]
+        return core.audio_to_latents(audio, core.forward_context(len(audio), state), transform), result[0]
 
     def _frames(self, padding_mask: Tensor | None, frames: int) -> Ragged | None:
         """The frames that a mask of samples leaves, if it leaves any out and speaks of these codes."""
@@ -129,9 +129,11 @@ class Bound(Packable):
         frames = self._frames(padding_mask, latents.shape[-1])
         result = [past]
         if past is not None or self.config.use_cache:
-            audio = core._decode_step(latents, None, lambda x, call: _through(transformer, x, result))
+            context = core.forward_context(len(latents))
+            audio = core.latents_to_audio(latents, context, lambda x, context: _through(transformer, x, result))
         else:
-            audio = core._audio(latents, None, None if frames is None else frames.mask.to(latents.device))
+            mask = None if frames is None else frames.mask.to(latents.device)
+            audio = core._decode(core._latents_to_audio(), latents, padding_mask=mask)
         if frames is not None and padding_mask is not None:  # each item's audio stands where its mask does
             samples = Ragged.of(padding_mask.to(audio.device))
             audio = frames.times(core.frame_size).align(audio)

@@ -19,7 +19,7 @@ from ..models.codec import Codec
 from ..models.config import AnyConfig, JodioConfig
 from ..models.jodio import JodioModel
 from ..models.mimi import Mimi
-from ..runtime.ops import OPS, SCHEMAS, Call, Ops
+from ..runtime.ops import OPS, SCHEMAS, ForwardContext, Ops
 
 TIME = {"transformer_layer": 1, "rvq_encode": 1, "rvq_decode": 0}  # the dimension of outputs that is time, else 2
 SECONDS = 40  # of audio that the counting is done on: attention's window is full in half of it
@@ -49,13 +49,13 @@ def stages(config: AnyConfig) -> list[Stage]:
         seconds = frames / config.frame_rate
         audio = torch.empty(1, config.audio_channels, frames * config.frame_size)
         count = _Counter(seconds)
-        model.eval().__dict__["_ops"] = lambda: count.ops  # in place of the dispatcher's
-        with count.hooked(model):
-            latents = model._encode_step(audio, None)
+        context = ForwardContext(count.ops)
+        with count.hooked(model.eval()):
+            latents = model.audio_to_latents(audio, context)
             with count.stage("quantizer", model.quantizer):
-                codes = torch.cat(model.quantizer.encode(latents, config.num_quantizers, Call(count.ops)), dim=1)
-                latents = model.quantizer.decode(codes, torch.float32, Call(count.ops))
-            model._decode_step(latents, None)
+                codes = torch.cat(model.latents_to_codes(latents, config.num_quantizers, context), dim=1)
+                latents = model.codes_to_latents(codes, context)
+            model.latents_to_audio(latents, context)
     return count.found
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..runtime import dispatch, layout
 from ..runtime.ops import SCHEMAS
-from ..runtime.tiles import PIECE_SAMPLES
+from ..runtime.tiles import SUBTILE_SAMPLES
 from .testing import assert_as_exact, assert_nearest, exact, noise
 
 SECONDS = 10  # of audio
-NEAR_AUDIO = 200  # Hz; layers with more samples a second run in pieces on a CPU (seanet.py)
+NEAR_AUDIO = 200  # Hz; layers with more samples a second run in subtiles on a CPU (seanet.py)
 CPU_FLOPS = 2e9  # that take a CPU about 10 ms
 HEAD = 64  # head dimension of the transformers
 FREQUENCIES = {"window_attention": 3, "transformer_layer": 13}  # where RoPE's frequencies stand among the tensors
@@ -43,7 +43,7 @@ class Workload:
         """Rows for a CPU: what a model hands over at once there (tiles.py), cut to what takes about 10 ms."""
         rows = self.rows
         if self.rate is not None and self.rate > NEAR_AUDIO:
-            rows = self.rate * PIECE_SAMPLES // 24_000
+            rows = self.rate * SUBTILE_SAMPLES // 24_000
         affordable = int(rows * CPU_FLOPS / self.flops(rows))
         return rows if rows <= affordable else max(16, affordable // 16 * 16)
 

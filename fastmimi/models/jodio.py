@@ -7,6 +7,9 @@ streams is Mimi's (seanet.py, transformer.py, quantizer.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,14 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from ..errors import InputError
 from ..runtime import dispatch
-from ..runtime.ops import Call
+from ..runtime.ops import ForwardContext
 from ..runtime.ragged import Ragged
-from ..runtime.state import Lane
+from ..runtime.state import StreamingModule
 from . import checks, transformer
 from .codec import Codec
 from .config import JodioConfig, JodioTransformerConfig
 from .quantizer import EPSILON, ResidualQuantizer, SplitQuantizer
-from .seanet import PaddedConv1d, PaddedConvTranspose1d, Streaming
+from .seanet import PaddedConv1d, PaddedConvTranspose1d
 
 
 class Conv1d(PaddedConv1d, nn.Conv1d):  # type: ignore[misc]
@@ -32,13 +35,14 @@ class Conv1d(PaddedConv1d, nn.Conv1d):  # type: ignore[misc]
 
     def __init__(
         self, config: JodioConfig, channels: tuple[int, int], *, stride: int = 1, dilation: int = 1,
-        padding: int | None = None, post: str = "none",
+        padding: int | None = None, post: str = "none", samples: int = 1,
     ):  # fmt: skip
         around = (config.kernel_size - 1) * dilation if padding is None else padding
         super().__init__(*channels, config.kernel_size, stride, padding=around, dilation=dilation)
         self.around = around
         self.printed = config.as_printed_padding
         self.post = post
+        self.samples = samples
 
     @property
     def conv(self) -> nn.Conv1d:  # type: ignore[override]
@@ -71,22 +75,22 @@ def _dilated(config: JodioConfig, dilations: Sequence[int]) -> nn.ModuleList:
     )
 
 
-def _run(layers: Sequence[Any], x: Tensor, call: Call) -> Tensor:
+def _run(layers: Sequence[Any], x: Tensor, context: ForwardContext) -> Tensor:
     for layer in layers:
-        x = layer[0](x, call) if isinstance(layer, nn.Sequential) else layer(x, call)
+        x = layer[0](x, context) if isinstance(layer, nn.Sequential) else layer(x, context)
     return x
 
 
 class ConvBlock(nn.Module):
     """[B, C, T] -> [B, C, ceil(T / stride)]."""
 
-    def __init__(self, config: JodioConfig, stride: int):
+    def __init__(self, config: JodioConfig, stride: int, samples: int):
         super().__init__()
         self.layers = _dilated(config, config.dilations)
-        self.downsample = Conv1d(config, (config.channels, config.channels), stride=stride)
+        self.downsample = Conv1d(config, (config.channels, config.channels), stride=stride, samples=samples)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
-        return self.downsample(_run(self.layers, x, call), call)  # type: ignore[arg-type]
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        return self.downsample(_run(self.layers, x, context), context)  # type: ignore[arg-type]
 
 
 class TransposedConvBlock(nn.Module):
@@ -97,8 +101,8 @@ class TransposedConvBlock(nn.Module):
         self.upsample = ConvTranspose1d(config, stride)
         self.layers = _dilated(config, config.dilations[::-1])
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
-        return _run(self.layers, self.upsample(x, call), call)  # type: ignore[arg-type]
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        return _run(self.layers, self.upsample(x, context), context)  # type: ignore[arg-type]
 
 
 class SeaNetEncoder(nn.Module):
@@ -109,11 +113,12 @@ class SeaNetEncoder(nn.Module):
         width = config.channels
         centred = (config.kernel_size - 1) // 2  # as printed
         self.input_proj = Conv1d(config, (config.audio_channels, width), padding=centred)
-        self.conv_blocks = nn.ModuleList(ConvBlock(config, stride) for stride in config.strides)
-        self.final_conv = Conv1d(config, (width, width), stride=config.final_stride)
+        *samples, hop = accumulate(config.strides, mul, initial=1)  # between two steps of each block's input
+        self.conv_blocks = nn.ModuleList(map(partial(ConvBlock, config), config.strides, samples))
+        self.final_conv = Conv1d(config, (width, width), stride=config.final_stride, samples=hop)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
-        return _run([self.input_proj, *self.conv_blocks, self.final_conv], x, call)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        return _run([self.input_proj, *self.conv_blocks, self.final_conv], x, context)
 
 
 class SeaNetDecoder(nn.Module):
@@ -125,8 +130,8 @@ class SeaNetDecoder(nn.Module):
         self.conv_blocks = nn.ModuleList(TransposedConvBlock(config, stride) for stride in config.strides[::-1])
         self.final_proj = Conv1d(config, (config.channels, config.audio_channels))
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
-        return _run([self.initial_upsample, *self.conv_blocks, self.final_proj], x, call)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        return _run([self.initial_upsample, *self.conv_blocks, self.final_proj], x, context)
 
 
 class RMSNorm(nn.Module):
@@ -175,14 +180,14 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, whole.norm_eps)
         self.mlp_norm = RMSNorm(config.hidden_size, whole.norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, float], call: Call) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, float], context: ForwardContext) -> Tensor:
         attn, mlp, norm1, norm2 = self.attention, self.feed_forward, self.attention_norm, self.mlp_norm
         dropout, residual_dropout = (part.dropout.p if self.training else 0.0 for part in (attn, mlp))
-        return call.ops.transformer_layer(
+        return context.ops.transformer_layer(
             x, norm1.weight, None, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight, attn.out_proj.weight,
             None, norm2.weight, None, mlp.linear1.weight, mlp.linear2.weight, None, rope[0], window=attn.window,
             eps=norm1.eps, norm="rms", rope_scale=rope[1], dropout=dropout, residual_dropout=residual_dropout,
-            **attn.state(call),
+            **attn.state(context),
         )  # fmt: skip
 
 
@@ -193,8 +198,8 @@ class Transformer(transformer.Transformer):
         super().__init__(config, lambda config: TransformerBlock(config, whole))
         self.norm = RMSNorm(config.hidden_size, whole.norm_eps)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
-        return self.norm(super().forward(x, call).transpose(1, 2)).transpose(1, 2)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        return self.norm(super().forward(x, context).transpose(1, 2)).transpose(1, 2)
 
 
 class Embedding(nn.Embedding):
@@ -265,7 +270,7 @@ class JodioModel(Codec):
     encoder: SeaNetEncoder
     decoder: SeaNetDecoder
 
-    @torch.inference_mode(False)  # inference tensors could not be packed once (memory.py)
+    @torch.inference_mode(False)  # inference tensors could not be packed once (runtime/packing.py)
     def __init__(
         self, config: JodioConfig | None = None, *, impl: dispatch.Impl = "auto", num_codebooks: int | None = None
     ):
@@ -283,7 +288,7 @@ class JodioModel(Codec):
         self.decoder_transformer = Transformer(after, config)
         self.decoder = SeaNetDecoder(config)
         self.__dict__["quantizer"] = _Quantizer(self.semantic_rvq, self.acoustic_rvq)  # not twice in the tree
-        Streaming.named(self)
+        StreamingModule.set_names(self)
 
     def _a_parameter(self) -> Tensor:
         return self.pre_vq_proj.weight
@@ -314,20 +319,18 @@ class JodioModel(Codec):
             return [self.encoder, self.pre_vq_proj, self.encoder_transformer]
         return [self.quantizer_out_proj, self.decoder_transformer, self.post_vq_proj, self.decoder]
 
-    def _encode_step(self, audio: Tensor, lane: Lane | None, lengths: Tensor | None = None) -> Tensor:
-        call = Call(self._ops(), lane, lengths)
-        x = _linear(self.pre_vq_proj, self.encoder(audio, call))
-        x = self.encoder_transformer(x, call)
-        if lane is not None:
-            lane.advance(x.shape[-1])
+    def audio_to_latents(self, audio: Tensor, context: ForwardContext) -> Tensor:
+        x = _linear(self.pre_vq_proj, self.encoder(audio, context))
+        x = self.encoder_transformer(x, context)
+        if context.state is not None:
+            context.state.advance(x.shape[-1])
         return x
 
-    def _decode_step(self, latents: Tensor, lane: Lane | None) -> Tensor:
-        call = Call(self._ops(), lane)
-        x = self.decoder_transformer(_linear(self.quantizer_out_proj, latents), call)
-        audio = self.decoder(_linear(self.post_vq_proj, x), call)
-        if lane is not None:
-            lane.advance(latents.shape[-1])
+    def latents_to_audio(self, latents: Tensor, context: ForwardContext) -> Tensor:
+        x = self.decoder_transformer(_linear(self.quantizer_out_proj, latents), context)
+        audio = self.decoder(_linear(self.post_vq_proj, x), context)
+        if context.state is not None:
+            context.state.advance(latents.shape[-1])
         return audio
 
 

@@ -6,18 +6,23 @@ audio codec.py's, and the faces of other libraries (compat/) are thin over it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ..runtime import dispatch
-from ..runtime.ops import Call
-from ..runtime.state import Lane
+from ..runtime.ops import ForwardContext
+from ..runtime.state import StreamingModule
 from . import checks
-from .codec import Codec, Transform
+from .codec import Codec
 from .config import CodecConfig
 from .quantizer import SplitQuantizer
-from .seanet import CausalConv1d, CausalConvTranspose1d, SeanetDecoder, SeanetEncoder, Streaming
+from .seanet import CausalConv1d, CausalConvTranspose1d, SeanetDecoder, SeanetEncoder
 from .transformer import Transformer
+
+Transform = Callable[[Tensor, ForwardContext], Tensor]  # [B, hidden, T] -> the same
 
 
 class Mimi(Codec):
@@ -27,7 +32,7 @@ class Mimi(Codec):
     decoder. A half that the configuration drops is None. Arguments as for `Codec`.
     """
 
-    @torch.inference_mode(False)  # inference tensors could not be packed once (memory.py)
+    @torch.inference_mode(False)  # inference tensors could not be packed once (runtime/packing.py)
     def __init__(
         self, config: CodecConfig | None = None, *, impl: dispatch.Impl = "auto", num_codebooks: int | None = None
     ):
@@ -39,7 +44,13 @@ class Mimi(Codec):
         self.downsample = self.upsample = None
         if stride > 1 and config.has_encoder:
             self.downsample = CausalConv1d(
-                config, (hidden, hidden), 2 * stride, stride=stride, bias=False, pad_mode="replicate"
+                config,
+                (hidden, hidden),
+                2 * stride,
+                stride=stride,
+                bias=False,
+                pad_mode="replicate",
+                samples=math.prod(config.upsampling_ratios),
             )
         if stride > 1 and config.has_decoder:
             self.upsample = CausalConvTranspose1d(
@@ -48,33 +59,33 @@ class Mimi(Codec):
         self.decoder_transformer = Transformer(config) if config.has_decoder else None
         self.decoder = SeanetDecoder(config) if config.has_decoder else None
         self.quantizer = SplitQuantizer(config)
-        Streaming.named(self)
+        StreamingModule.set_names(self)
 
     def parts(self, direction: str) -> list[nn.Module | None]:
         if direction == "encode":
             return [self.encoder, self.encoder_transformer, self.downsample]
         return [self.upsample, self.decoder_transformer, self.decoder]
 
-    def _encode_step(
-        self, audio: Tensor, lane: Lane | None, lengths: Tensor | None = None, transformer: Transform | None = None
-    ) -> Tensor:
-        """Audio [B, C, N] -> latents [B, hidden, ceil(N / frame_size)]; a face may bring its own transformer."""
-        call = Call(self._ops(), lane, lengths, self._piece(len(audio)))
+    def audio_to_latents(
+        self, audio: Tensor, context: ForwardContext, transformer: Transform | None = None
+    ) -> Tensor:  # fmt: skip
+        """Audio [B, C, N] -> latents [B, hidden, ceil(N / frame_size)]; a drop-in may bring its own transformer."""
         assert self.encoder is not None and self.encoder_transformer is not None
-        x = (transformer or self.encoder_transformer)(self.encoder(audio, call), call)
+        x = (transformer or self.encoder_transformer)(self.encoder(audio, context), context)
         positions = x.shape[-1]
-        x = x if self.downsample is None else self.downsample(x, call)
-        if lane is not None:
-            lane.advance(positions)
+        x = x if self.downsample is None else self.downsample(x, context)
+        if context.state is not None:
+            context.state.advance(positions)
         return x
 
-    def _decode_step(self, latents: Tensor, lane: Lane | None, transformer: Transform | None = None) -> Tensor:
-        """Latents [B, hidden, T] -> audio [B, C, T * frame_size]; a face may bring its own transformer."""
-        call = Call(self._ops(), lane, piece=self._piece(len(latents)))
+    def latents_to_audio(
+        self, latents: Tensor, context: ForwardContext, transformer: Transform | None = None
+    ) -> Tensor:  # fmt: skip
+        """Latents [B, hidden, T] -> audio [B, C, T * frame_size]; a drop-in may bring its own transformer."""
         assert self.decoder is not None and self.decoder_transformer is not None
-        x = latents if self.upsample is None else self.upsample(latents, call)
+        x = latents if self.upsample is None else self.upsample(latents, context)
         positions = x.shape[-1]
-        x = self.decoder((transformer or self.decoder_transformer)(x, call), call)
-        if lane is not None:
-            lane.advance(positions)
+        x = self.decoder((transformer or self.decoder_transformer)(x, context), context)
+        if context.state is not None:
+            context.state.advance(positions)
         return x

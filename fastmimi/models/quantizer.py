@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import packing
-from ..runtime.ops import Call
+from ..runtime.ops import ForwardContext
 from .config import CodecConfig
 
 EPSILON = 1e-5  # least usage of an entry, as in both peers
@@ -111,42 +111,44 @@ class ResidualQuantizer(nn.Module):
             total.copy_(sums[level])
             count.copy_(usage[level])
 
-    def project(self, latents: Tensor, call: Call) -> Tensor:
+    def project(self, latents: Tensor, context: ForwardContext) -> Tensor:
         """[B, hidden, T] -> [B, D, T]."""
-        return latents if self.input_proj is None else call.ops.causal_conv1d(latents, self.input_proj.weight)
+        return latents if self.input_proj is None else context.ops.causal_conv1d(latents, self.input_proj.weight)
 
-    def unproject(self, quantized: Tensor, call: Call, residual: Tensor | None = None) -> Tensor:
+    def unproject(self, quantized: Tensor, context: ForwardContext, residual: Tensor | None = None) -> Tensor:
         """[B, D, T] -> [B, hidden, T], added to `residual`."""
         if self.output_proj is not None:
-            return call.ops.causal_conv1d(quantized, self.output_proj.weight, residual=residual)
+            return context.ops.causal_conv1d(quantized, self.output_proj.weight, residual=residual)
         return quantized if residual is None else residual + quantized
 
-    def encode(self, latents: Tensor, levels: int, call: Call) -> Tensor:
+    def encode(self, latents: Tensor, levels: int, context: ForwardContext) -> Tensor:
         """[B, hidden, T] -> [B, levels, T] int64."""
-        return self._search(self.project(latents, call), levels, call)
+        return self._search(self.project(latents, context), levels, context)
 
-    def _search(self, projected: Tensor, levels: int, call: Call) -> Tensor:
+    def _search(self, projected: Tensor, levels: int, context: ForwardContext) -> Tensor:
         codebooks = self.codebooks(levels)
         rows = projected.transpose(1, 2).flatten(0, 1)  # [B * T, D]
-        codes = call.ops.rvq_encode(rows, codebooks)
+        codes = context.ops.rvq_encode(rows, codebooks)
         return codes.unflatten(1, (projected.shape[0], -1)).transpose(0, 1)
 
-    def entries(self, codes: Tensor, dtype: torch.dtype, call: Call) -> Tensor:
+    def entries(self, codes: Tensor, dtype: torch.dtype, context: ForwardContext) -> Tensor:
         """[B, L, T] -> the sum of the entries [B, D, T]."""
         codebooks = self.codebooks(codes.shape[1])
-        total = call.ops.rvq_decode(codes.transpose(0, 1).flatten(1), codebooks, dtype=dtype)  # [B * T, D]
+        total = context.ops.rvq_decode(codes.transpose(0, 1).flatten(1), codebooks, dtype=dtype)  # [B * T, D]
         return total.unflatten(0, (codes.shape[0], -1)).transpose(1, 2)
 
-    def decode(self, codes: Tensor, dtype: torch.dtype, call: Call, residual: Tensor | None = None) -> Tensor:
+    def decode(
+        self, codes: Tensor, dtype: torch.dtype, context: ForwardContext, residual: Tensor | None = None
+    ) -> Tensor:
         """[B, L, T] -> latents [B, hidden, T], added to `residual`."""
-        return self.unproject(self.entries(codes, dtype, call), call, residual)
+        return self.unproject(self.entries(codes, dtype, context), context, residual)
 
-    def straight_through(self, latents: Tensor, levels: int, call: Call) -> tuple[Tensor, Tensor]:
+    def straight_through(self, latents: Tensor, levels: int, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """Codes and decoded latents whose gradient passes the search unchanged (arXiv 1711.00937, section 3.2)."""
-        projected = self.project(latents, call)
-        codes = self._search(projected.detach(), levels, call)
-        quantized = self.entries(codes, latents.dtype, call) + (projected - projected.detach())
-        return codes, self.unproject(quantized, call)
+        projected = self.project(latents, context)
+        codes = self._search(projected.detach(), levels, context)
+        quantized = self.entries(codes, latents.dtype, context) + (projected - projected.detach())
+        return codes, self.unproject(quantized, context)
 
 
 class SplitQuantizer(nn.Module):
@@ -166,22 +168,22 @@ class SplitQuantizer(nn.Module):
             parts.append((self.acoustic_residual_vector_quantizer, levels - semantic))
         return parts
 
-    def encode(self, latents: Tensor, levels: int, call: Call) -> list[Tensor]:
+    def encode(self, latents: Tensor, levels: int, context: ForwardContext) -> list[Tensor]:
         """[B, hidden, T] -> codes of the semantic levels and of the acoustic ones, each [B, L, T] int64."""
-        return [part.encode(latents, count, call) for part, count in self.parts(levels)]
+        return [part.encode(latents, count, context) for part, count in self.parts(levels)]
 
-    def decode(self, codes: Tensor, dtype: torch.dtype, call: Call) -> Tensor:
+    def decode(self, codes: Tensor, dtype: torch.dtype, context: ForwardContext) -> Tensor:
         """[B, levels, T] -> latents [B, hidden, T]."""
         parts = self.parts(codes.shape[1])
         pieces = codes.split([count for _, count in parts], dim=1)
         latents = None
         for (part, _), piece in zip(parts, pieces, strict=True):
-            latents = part.decode(piece, dtype, call, latents)
+            latents = part.decode(piece, dtype, context, latents)
         assert latents is not None
         return latents
 
-    def straight_through(self, latents: Tensor, levels: int, call: Call) -> tuple[Tensor, Tensor]:
+    def straight_through(self, latents: Tensor, levels: int, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """[B, hidden, T] -> codes [B, levels, T] and latents [B, hidden, T], differentiable in the latents."""
-        results = [part.straight_through(latents, count, call) for part, count in self.parts(levels)]
+        results = [part.straight_through(latents, count, context) for part, count in self.parts(levels)]
         codes = torch.cat([codes for codes, _ in results], dim=1)
         return codes, torch.stack([latent for _, latent in results]).sum(dim=0)

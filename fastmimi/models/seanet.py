@@ -7,36 +7,22 @@ before the convolutions and are fused into them, which is why the numbering of `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..runtime import packing
-from ..runtime.ops import Call
-from ..runtime.tiles import collected
+from ..runtime.ops import ForwardContext
+from ..runtime.state import StreamingModule
 from .config import CodecConfig
 
 
-class Streaming:
-    """What a convolution with a state has: a `name`, its path in the model, under which the state is kept."""
-
-    name = ""
-
-    @staticmethod
-    def named(model: nn.Module) -> None:
-        """Give each module of the model that has a state its name."""
-        for name, module in model.named_modules():
-            if hasattr(module, "state_shapes"):
-                module.name = name
-
-
-class PaddedConv1d(Streaming):
+class PaddedConv1d(StreamingModule):
     """The streaming of a convolution `conv`, whatever module holds it: [B, C_in, T] -> [B, C_out, ceil(T / stride)]."""
 
     conv: nn.Conv1d
+    samples: int = 1  # of audio between two steps of the input
     pad_mode = "constant"
     pre = "none"
     post = "none"
@@ -48,28 +34,27 @@ class PaddedConv1d(Streaming):
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         return {self.name: (batch, self.conv.in_channels, self.sides(0)[0])}
 
-    def padded(self, x: Tensor, call: Call) -> dict[str, Any]:
+    def padded(self, x: Tensor, context: ForwardContext) -> dict[str, Any]:
         """The arguments of an op that say how x [B, C, T] is extended left and right."""
         arguments: dict[str, Any] = {"pad": self.sides(x.shape[-1]), "pad_mode": self.pad_mode}
-        if call.lane is not None:
-            history = call.lane.buffers[self.name]
-            first = call.lane.first & False if call.continues else call.lane.first
-            arguments |= {"history": history, "first": first, "active": call.lane.active}
+        if context.state is not None:
+            history = context.state.buffers[self.name]
+            first = context.state.first & False if context.continues else context.state.first
+            arguments |= {"history": history, "first": first, "active": context.state.active}
         return arguments
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         conv = self.conv
         stride = conv.stride[0]
-        if call.lengths is not None and stride > 1:
-            x = fill_tail(x, call.lengths, self.pad_mode)
-            call.lengths = -(-call.lengths // stride)
-        return call.ops.causal_conv1d(
+        if context.lengths is not None and stride > 1:
+            x = fill_tail(x, -(-context.lengths // self.samples), self.pad_mode)
+        return context.ops.causal_conv1d(
             x, weight_of(conv), conv.bias, stride=stride, dilation=conv.dilation[0], groups=conv.groups, pre=self.pre,
-            post=self.post, **self.padded(x, call),
+            post=self.post, **self.padded(x, context),
         )  # fmt: skip
 
 
-class PaddedConvTranspose1d(Streaming):
+class PaddedConvTranspose1d(StreamingModule):
     """The same of an upsampling transposed convolution, [B, C_in, T] -> [B, C_out, T * stride]."""
 
     conv: nn.ConvTranspose1d
@@ -79,11 +64,11 @@ class PaddedConvTranspose1d(Streaming):
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         return {self.name: (batch, self.conv.out_channels, max(0, sum(self.trim)))}
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         conv, state = self.conv, {}
-        if call.lane is not None:
-            state = {"overlap": call.lane.buffers[self.name], "active": call.lane.active}
-        return call.ops.causal_conv_transpose1d(
+        if context.state is not None:
+            state = {"overlap": context.state.buffers[self.name], "active": context.state.active}
+        return context.ops.causal_conv_transpose1d(
             x, weight_of(conv), conv.bias, stride=conv.stride[0], groups=conv.groups, trim=self.trim, pre=self.pre,
             **state,
         )  # fmt: skip
@@ -117,8 +102,10 @@ class CausalConv1d(PaddedConv1d, nn.Module):
         bias: bool = True,
         pad_mode: str | None = None,
         pre: str = "none",
+        samples: int = 1,
     ):
         super().__init__()
+        self.samples = samples
         self.conv = nn.Conv1d(*channels, kernel_size, stride, dilation=dilation, bias=bias)
         self.causal = config.use_causal_conv
         self.pad_mode = pad_mode or config.pad_mode
@@ -168,15 +155,15 @@ class ResBlock(nn.Module):
         )
         self.shortcut = CausalConv1d(config, (dim, dim), 1) if config.use_conv_shortcut else None
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         first: Any = self.block["1"]
         second: Any = self.block["3"]
         skip = {}
         if self.shortcut is not None:
             skip = {"shortcut_weight": self.shortcut.conv.weight, "shortcut_bias": self.shortcut.conv.bias}
-        return call.ops.resblock(
+        return context.ops.resblock(
             x, first.conv.weight, first.conv.bias, second.conv.weight, second.conv.bias,
-            dilation=first.conv.dilation[0], **skip, **first.padded(x, call),
+            dilation=first.conv.dilation[0], **skip, **first.padded(x, context),
         )  # fmt: skip
 
 
@@ -185,23 +172,23 @@ class SeanetEncoder(nn.Module):
 
     def __init__(self, config: CodecConfig):
         super().__init__()
-        width = config.num_filters
+        width, hop = config.num_filters, 1  # samples of audio between two steps
         layers: list[nn.Module | None] = [CausalConv1d(config, (config.audio_channels, width), config.kernel_size)]
         for ratio in reversed(config.upsampling_ratios):
             layers += [
                 ResBlock(config, width, config.dilation_growth_rate**j) for j in range(config.num_residual_layers)
             ]
-            layers += [None, CausalConv1d(config, (width, 2 * width), 2 * ratio, stride=ratio, pre="elu")]
-            width *= 2
+            layers += [None, CausalConv1d(config, (width, 2 * width), 2 * ratio, stride=ratio, pre="elu", samples=hop)]
+            width, hop = width * 2, hop * ratio
         layers += [None, CausalConv1d(config, (width, config.hidden_size), config.last_kernel_size, pre="elu")]
         self.layers = _numbered(layers)
-        self.hop = math.prod(config.upsampling_ratios)  # samples per latent
+        self.hop = hop
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         layers = list(self.layers.values())
         blocks = [i for i, layer in enumerate(layers) if isinstance(layer, ResBlock)]
         slow = blocks[-1] if blocks else 0
-        return _run(layers[slow:], _run_in_pieces(layers[:slow], x, call, self.hop), call)
+        return _run(layers[slow:], _run_in_subtiles(layers[:slow], x, context, self.hop), context)
 
 
 class SeanetDecoder(nn.Module):
@@ -221,40 +208,38 @@ class SeanetDecoder(nn.Module):
         self.layers = _numbered(layers)
         self.ratio = config.upsampling_ratios[0]  # of the slow layers
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         layers = list(self.layers.values())
         blocks = [i for i, layer in enumerate(layers) if isinstance(layer, ResBlock)]
         fast = blocks[0] if blocks else len(layers)
-        return _run_in_pieces(layers[fast:], _run(layers[:fast], x, call), call, self.ratio)
+        return _run_in_subtiles(layers[fast:], _run(layers[:fast], x, context), context, self.ratio)
 
 
-def _run(layers: list[nn.Module], x: Tensor, call: Call) -> Tensor:
+def _run(layers: list[nn.Module], x: Tensor, context: ForwardContext) -> Tensor:
     for layer in layers:
-        x = layer(x, call)
+        x = layer(x, context)
     return x
 
 
-def _run_in_pieces(layers: list[nn.Module], x: Tensor, call: Call, samples: int) -> Tensor:
-    """Layers near the audio, whose activations are large and whose weights are few, in pieces that stay in the caches.
+def _run_in_subtiles(layers: list[nn.Module], x: Tensor, context: ForwardContext, steps: int) -> Tensor:
+    """Layers near the audio, whose activations are large and whose weights are few, in subtiles that fit the caches.
 
-    A piece is `call.piece` times `samples` of x [B, C, T] long. Pieces follow one another as the chunks of a stream do.
+    A subtile is `context.subtile` positions of `steps` time steps of x [B, C, T]. They follow one another as the chunks
+    of a stream do.
     """
-    if call.piece is None or call.lane is None or x.shape[-1] <= call.piece * samples:
-        return _run(layers, x, call)
-    lengths, size = [], call.piece * samples
-
-    def pieces() -> Iterator[Tensor]:
-        for start in range(0, x.shape[-1], size):
-            part = x[..., start : start + size]
-            inside = None if call.lengths is None else (call.lengths - start).clamp(0, part.shape[-1])
-            piece = replace(call, lengths=inside, continues=call.continues or start > 0)
-            yield _run(layers, part, piece).transpose(1, 2)
-            lengths.append(piece.lengths)
-
-    y = collected(pieces(), x.shape[-1], size, dim=1)
-    if call.lengths is not None:
-        call.lengths = torch.stack([length for length in lengths if length is not None]).sum(dim=0)
-    return y.transpose(1, 2)  # [B, C, T], channels-last as the pieces are
+    if context.subtile is None or context.state is None or x.shape[-1] <= context.subtile * steps:
+        return _run(layers, x, context)
+    size, result, done = context.subtile * steps, None, 0
+    for start in range(0, x.shape[-1], size):
+        part = x[..., start : start + size]
+        inside = None if context.lengths is None else (context.lengths - start).clamp(0, part.shape[-1])
+        y = _run(layers, part, context._replace(lengths=inside, continues=start > 0)).transpose(1, 2)  # [B, T', C']
+        if result is None:  # results kept until the last one would fragment the memory between the activations
+            result = y.new_empty(len(x), -(-x.shape[-1] * y.shape[1] // size), y.shape[2])
+        result[:, done : done + y.shape[1]] = y
+        done += y.shape[1]
+    assert result is not None and done == result.shape[1], "subtiles are whole positions"
+    return result.transpose(1, 2)  # [B, C', T''], channels-last
 
 
 def fill_tail(x: Tensor, lengths: Tensor, pad_mode: str) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..runtime.ops import Call
+from ..runtime.ops import ForwardContext
+from ..runtime.state import StreamingModule
 from .config import CodecConfig
 from .validation import ACTIVATIONS
 
@@ -47,10 +48,9 @@ def rope_frequencies(config: CodecConfig) -> tuple[Tensor, float]:
     return inv_freq.float(), float(scale)
 
 
-class Rings:
+class Rings(StreamingModule):
     """The state of self-attention over the last `window` positions: rings of keys and values."""
 
-    name = ""  # path in the model, the key of its state; set by the model
     head_dim: int
     kv_heads: int
     window: int
@@ -59,12 +59,12 @@ class Rings:
         ring = (batch, self.kv_heads, self.window, self.head_dim)
         return {f"{self.name}.k": ring, f"{self.name}.v": ring}
 
-    def state(self, call: Call) -> dict[str, Tensor]:
+    def state(self, context: ForwardContext) -> dict[str, Tensor]:
         """The arguments of the op that say what came before."""
-        if (lane := call.lane) is None:
+        if (state := context.state) is None:
             return {}
-        rings = {f"cache_{kind}": lane.buffers[f"{self.name}.{kind}"] for kind in "kv"}
-        return {"offset": lane.offset, "active": lane.active, **rings}
+        rings = {f"cache_{kind}": state.buffers[f"{self.name}.{kind}"] for kind in "kv"}
+        return {"offset": state.offset, "active": state.active, **rings}
 
 
 class Attention(Rings, nn.Module):
@@ -113,16 +113,16 @@ class TransformerLayer(nn.Module):
         self.self_attn_layer_scale = LayerScale(config)
         self.mlp_layer_scale = LayerScale(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, float], call: Call) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, float], context: ForwardContext) -> Tensor:
         attn, mlp, norm1, norm2 = self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm
         biases = (attn.q_proj.bias, attn.k_proj.bias, attn.v_proj.bias, attn.o_proj.bias)
-        return call.ops.transformer_layer(
+        return context.ops.transformer_layer(
             x, norm1.weight, norm1.bias,
             attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight, attn.o_proj.weight,
             self.self_attn_layer_scale.scale, norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc2.weight,
             self.mlp_layer_scale.scale, rope[0], *biases,
             window=attn.window, eps=norm1.eps, activation=mlp.activation, rope_scale=rope[1],
-            dropout=attn.dropout if self.training else 0.0, **attn.state(call),
+            dropout=attn.dropout if self.training else 0.0, **attn.state(context),
         )  # fmt: skip
 
 
@@ -136,14 +136,14 @@ class Transformer(nn.Module):
         # a plain tensor, not a buffer: `.half()` and the like must not round the frequencies
         self._inv_freq, self._rope_scale = rope_frequencies(config)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         if self._inv_freq.device != x.device:
             self._inv_freq = self._inv_freq.to(x.device)
         rope = (self._inv_freq, self._rope_scale)
         x = x.transpose(1, 2)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(layer, x, rope, call, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(layer, x, rope, context, use_reentrant=False)
             else:
-                x = layer(x, rope, call)
+                x = layer(x, rope, context)
         return x.transpose(1, 2)

@@ -18,21 +18,21 @@ from torch import Tensor
 
 from . import dispatch, packing
 from .ops import Ops
-from .state import Lane, StreamState
+from .state import DirectionState
 
 MOST_FRAMES = 4  # of a step that is worth recording: in longer ones, the time between layers is small
 
-Step = Callable[..., list[Tensor]]  # of an input, a lane and options
+Step = Callable[[Tensor, DirectionState], list[Tensor]]
 Key = tuple[Any, ...]
 
 
-class _Scratch(Lane):
-    """A lane to record with: its `first` has an address, and it tells by how much it was advanced."""
+class _Scratch(DirectionState):
+    """A state to record with: its `first` has an address, and it tells by how much it was advanced."""
 
-    def __init__(self, lane: Lane):
-        copy = lane.clone()
+    def __init__(self, state: DirectionState):
+        copy = state.clone()
         super().__init__(copy.buffers, copy.offset, copy.active)
-        self.start = lane.first.clone()
+        self.start = state.first.clone()
         self.positions = 0
 
     @property
@@ -43,11 +43,11 @@ class _Scratch(Lane):
         self.positions = positions
 
 
-def _tensors(lane: Lane) -> list[Tensor]:
-    return [*lane.buffers.values(), lane.offset, lane.active, lane.first]
+def _tensors(state: DirectionState) -> list[Tensor]:
+    return [*state.buffers.values(), state.offset, state.active, state.first]
 
 
-class Programs:
+class CpuGraphs:
     """The programs of one direction of a model. Copies and pickles of it begin empty."""
 
     def __init__(self, direction: str) -> None:
@@ -68,47 +68,51 @@ class Programs:
         self._generation = -1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Programs, (self.direction,)
+        return CpuGraphs, (self.direction,)
 
-    def step(self, ops: Ops, step: Step, x: Tensor, lane: Lane, *options: Any) -> list[Tensor]:
-        """step(x, lane, *options), of a codec that calls `ops`, by a recorded program where there is one."""
+    def run(self, ops: Ops, step: Step, x: Tensor, state: DirectionState, kind: int | str) -> list[Tensor]:
+        """step(x, state), of a codec that calls `ops`, by a recorded program where there is one.
+
+        kind: tells apart the steps of the direction that take such an input.
+        """
         if not self._idle or torch.compiler.is_compiling():
-            return step(x, lane, *options)
-        idle = self._idle.get(_key(ops, x, lane, options))
+            return step(x, state)
+        idle = self._idle.get(_key(ops, x, state, kind))
         if not idle:
-            return step(x, lane, *options)
+            return step(x, state)
         if not self._current():
             self.forget()
-            return step(x, lane, *options)
+            return step(x, state)
         if any(self._hooks):  # which a program would not call
-            return step(x, lane, *options)
+            return step(x, state)
         try:
             program, positions = idle.pop()
         except IndexError:  # another thread has just taken it
-            return step(x, lane, *options)
-        y = program.run(x, _tensors(lane))
+            return step(x, state)
+        y = program.run(x, _tensors(state))
         idle.append((program, positions))
-        lane.advance(positions)
+        state.advance(positions)
         return y
 
     def record(
-        self, model: Any, ops: Ops, step: Step, examples: list[Tensor], lane: Lane, threads: int, *options: Any
-    ) -> None:
-        """Have `threads` programs of step(x, lane, *options); without a recorder for `ops`, the step is run once.
+        self, model: Any, ops: Ops, step: Step, examples: list[Tensor], state: DirectionState, threads: int,
+        kind: int | str,
+    ) -> None:  # fmt: skip
+        """Have `threads` programs of step(x, state); without a recorder for `ops`, the step is run once.
 
         examples: three different inputs of the step; one is recorded, two are compared with the model's own step.
         """
         if not self._current():
             self.forget()
             self._remember(model)
-        key = _key(ops, examples[0], lane, options)
+        key = _key(ops, examples[0], state, kind)
         recorder = dispatch.recorder(ops)
         while self._count.get(key, 0) < threads:
             packing.count_preparation()
             if recorder is None or any(t.is_inference() for t in self._tensors):  # whose edits are not counted
-                step(examples[0], lane.clone(), *options)
+                step(examples[0], state.clone())
                 return
-            recorded = _record(recorder, lambda x, lane: step(x, lane, *options), examples, lane)
+            recorded = _record(recorder, step, examples, state)
             if recorded is None:
                 return
             self._idle.setdefault(key, []).append(recorded)
@@ -143,15 +147,15 @@ class Programs:
         return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self._tensors]
 
 
-def _key(ops: Ops, x: Tensor, lane: Lane, options: tuple[Any, ...]) -> Key:
-    state = [(tensor.shape, tensor.dtype, tensor.is_contiguous()) for tensor in lane.buffers.values()]
-    return (*options, ops, x.shape, x.dtype, *state, torch.get_num_threads())
+def _key(ops: Ops, x: Tensor, state: DirectionState, kind: int | str) -> Key:
+    buffers = [(tensor.shape, tensor.dtype, tensor.is_contiguous()) for tensor in state.buffers.values()]
+    return (kind, ops, x.shape, x.dtype, *buffers, torch.get_num_threads())
 
 
-def _record(recorder: Any, step: Step, examples: list[Tensor], lane: Lane) -> tuple[Any, int] | None:
+def _record(recorder: Any, step: Step, examples: list[Tensor], state: DirectionState) -> tuple[Any, int] | None:
     """A program that gives what the model gives, with its positions; None where there is none."""
     with torch.inference_mode(False), torch.no_grad():
-        scratch, mine, theirs = _Scratch(lane), lane.clone(), lane.clone()
+        scratch, mine, theirs = _Scratch(state), state.clone(), state.clone()
         recorded, *others = examples
         try:
             program = recorder.Program(lambda x: step(x, scratch), recorded, _tensors(scratch))
@@ -164,24 +168,3 @@ def _record(recorder: Any, step: Step, examples: list[Tensor], lane: Lane) -> tu
             if not all(torch.equal(*pair) for pair in pairs):
                 return None
     return program, scratch.positions
-
-
-def warm_up(codec: Any, state: StreamState, frames: int, codebooks: int | None, threads: int) -> None:
-    """`Codec.warm_up`: record both directions for steps of so many frames of codes, or of latents without codebooks."""
-    draw = torch.Generator(codec.device).manual_seed(0)
-    batch, channels, size = state.pending.shape
-
-    def noise(*shape: int) -> Tensor:
-        return state.pending.new_empty(shape).normal_(std=0.1, generator=draw)
-
-    audio = [noise(batch, channels, frames * size) for _ in range(3)]
-    if codebooks is None:
-        coded = [noise(batch, codec.config.hidden_size, frames) for _ in range(3)]
-    else:
-        entries, shape = codec.config.codebook_size, (batch, codebooks, frames)
-        coded = [torch.randint(entries, shape, generator=draw, device=codec.device) for _ in range(3)]
-    ops, programs = codec._ops(), codec._programs
-    if codec.encoder is not None:
-        programs["encode"].record(codec, ops, codec._encode_tile, audio, state.encode, threads, codebooks)
-    if codec.decoder is not None:
-        programs["decode"].record(codec, ops, codec._decode_tile, coded, state.decode, threads)

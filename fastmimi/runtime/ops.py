@@ -1,10 +1,10 @@
-"""The op table: the units that have a reference, kernels, a test and a benchmark under one name. A leaf.
+"""The op table: the units that have a reference, kernels, a test and a benchmark under one name.
 
-An op is what should be fused; `model.py` calls ops and never a kernel. Every implementation of an op has the
+An op is what should be fused; models call ops and never a kernel. Every implementation of an op has the
 signature and the semantics of its reference, `reference/<op>.py`, where the arguments are described.
 
 `SCHEMAS` says the same to PyTorch: which tensors a kernel takes and gives, so that it can be traced without running
-(`library.py` registers it). Kernels answer tensors in time-major memory, channels next to each other.
+(torch_ops.py registers it). Kernels return tensors in channels-last memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from .layout import empty_channels_last
 
 if TYPE_CHECKING:
-    from .state import Lane
+    from .state import DirectionState
 
 OPS: dict[str, str] = {
     "causal_conv1d": "[activation ->] causal, dilated, strided convolution + bias [-> activation] [+ residual]",
@@ -44,20 +44,18 @@ class Ops(NamedTuple):
     rvq_decode: Callable[..., Tensor]
 
 
-@dataclass
-class Call:
-    """What one pass through the model hands from layer to layer.
+class ForwardContext(NamedTuple):
+    """What one pass through the model carries from layer to layer, which none of them changes.
 
-    ops: the bound implementations; lane: the streaming state of this direction, or None offline; lengths: [B] int64,
-    the valid length of each row at the layer at hand (strided layers divide it), or None where rows are full;
-    piece: frames of the transformer's rate that pass the layers near the audio at once (None: all); `continues`: not
-    the first piece, so that no row is at the start of its stream.
+    ops: the bound implementations. state: the streaming state of this direction, None offline. lengths: [B] int64,
+    samples of audio that belong to each row, None where all do. subtile: transformer positions that pass the layers
+    near the audio at once, None: all. continues: the state says that streams begin, and an earlier subtile has begun.
     """
 
     ops: Ops
-    lane: Lane | None = None
+    state: DirectionState | None = None
     lengths: Tensor | None = None
-    piece: int | None = None
+    subtile: int | None = None
     continues: bool = False
 
 

@@ -1,8 +1,8 @@
-"""StreamState: everything that a batch of streams carries, explicit and owned by the caller. A leaf: torch only.
+"""StreamState: everything that a batch of streams carries, explicit and owned by the caller.
 
 Buffers are allocated once and keep their addresses; implementations change them in place. Each direction (audio to
-codes, codes to audio) is a `Lane`: the named buffers of its layers and, per stream, how many positions its transformer
-has seen. Audio that does not fill a frame yet waits in `pending`.
+codes, codes to audio) is a `DirectionState`: the named buffers of its layers and, per stream, how many positions its
+transformer has seen. Audio that does not fill a frame yet waits in `pending`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,25 @@ LISTED = 20  # misfits that an error names before it only counts
 MOST_POSITIONS = 1 << 53  # that a stream counts: beyond a million years
 
 
+class StreamingModule:
+    """Base class of modules with a streaming state, which is kept under the module's `name`, its path in the model."""
+
+    name = ""
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of its buffers by name, for so many streams; each begins with the batch."""
+        raise NotImplementedError
+
+    @staticmethod
+    def set_names(model: nn.Module) -> None:
+        """Give each module of the model that has a state its name."""
+        for name, module in model.named_modules():
+            if isinstance(module, StreamingModule):
+                module.name = name
+
+
 @dataclass
-class Lane:
+class DirectionState:
     """The state of one direction of a batch of streams.
 
     `buffers` maps a layer's name to a tensor whose first dimension is the batch; `offset` [B] int64 counts transformer
@@ -34,24 +51,25 @@ class Lane:
     active: Tensor
 
     @classmethod
-    def of(cls, parts: Iterable[nn.Module | None], batch: int, device: torch.device, dtype: torch.dtype) -> Lane:
+    def of(
+        cls, parts: Iterable[nn.Module | None], batch: int, device: torch.device, dtype: torch.dtype
+    ) -> DirectionState:
         """The state of `batch` fresh streams, for all layers in `parts` that carry any."""
         shapes: dict[str, tuple[int, ...]] = {}
         for part in parts:
             for module in part.modules() if part is not None else ():
-                if hasattr(module, "state_shapes"):
-                    layer: Any = module
-                    shapes |= layer.state_shapes(batch)
+                if isinstance(module, StreamingModule):
+                    shapes |= module.state_shapes(batch)
         return cls(
             {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()},
             offset=torch.zeros(batch, dtype=torch.int64, device=device),
             active=torch.ones(batch, dtype=torch.bool, device=device),
         )
 
-    def clone(self) -> Lane:
+    def clone(self) -> DirectionState:
         """An independent copy."""
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        return Lane(buffers, self.offset.clone(), self.active.clone())
+        return DirectionState(buffers, self.offset.clone(), self.active.clone())
 
     @property
     def first(self) -> Tensor:
@@ -78,7 +96,7 @@ class StreamState:
     config: of the model that the state is for, where it is known.
     """
 
-    def __init__(self, encode: Lane, decode: Lane, pending: Tensor, config: Any = None):
+    def __init__(self, encode: DirectionState, decode: DirectionState, pending: Tensor, config: Any = None):
         self.config = config
         self.encode = encode
         self.decode = decode
@@ -162,9 +180,9 @@ class StreamState:
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors by name, ready for `safetensors.torch.save_file`. They are the state's own, not copies."""
         tensors = {"pending": self.pending, "pending_length": self.pending_length, "exec_mask": self.exec_mask}
-        for prefix, lane in (("encode", self.encode), ("decode", self.decode)):
-            tensors[f"{prefix}.offset"] = lane.offset
-            tensors |= {f"{prefix}.{name}": buffer for name, buffer in lane.buffers.items()}
+        for prefix, direction in (("encode", self.encode), ("decode", self.decode)):
+            tensors[f"{prefix}.offset"] = direction.offset
+            tensors |= {f"{prefix}.{name}": buffer for name, buffer in direction.buffers.items()}
         return tensors
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..models.codec import Codec
 from ..models.quantizer import ResidualQuantizer
-from ..runtime.ops import Call
+from ..runtime.ops import ForwardContext
 from .config import QuantizerConfig
 from .processes import of_first, place, rows_of_all, sum_of_all
 
@@ -118,14 +118,14 @@ class TrainedQuantizer(nn.Module):
         )
         self._seen: list[_Statistics] = []
 
-    def forward(self, codec: Codec, latents: Tensor, call: Call, step: int) -> Quantized:
+    def forward(self, codec: Codec, latents: Tensor, context: ForwardContext, step: int) -> Quantized:
         """Latents [B, hidden, T] before the quantizer; `update` follows once for each of these."""
         batch, unprojected = len(latents), 0
         kept = self._levels(batch, latents.device)  # [B]
         total, commitments, codes, decoded, left, self._seen = None, [], [], [], [], []
         first = 0
         for (part, count), means in zip(codec.quantizer.parts(self.levels), self.means, strict=True):
-            projected = part.project(latents, call)
+            projected = part.project(latents, context)
             unprojected += part.output_proj is None
             rows = projected.transpose(1, 2).flatten(0, 1).float()  # [B * T, D]
             with torch.autocast(latents.device.type, enabled=False):  # the search is fp32, and what it leaves
@@ -133,7 +133,7 @@ class TrainedQuantizer(nn.Module):
                     means.gather(rows_of_all(rows.detach()))
                     means.write(part)
                 books = part.codebooks()
-                found = call.ops.rvq_encode(rows.detach(), books)  # [L, B * T]
+                found = context.ops.rvq_encode(rows.detach(), books)  # [L, B * T]
                 chosen, seen, residual, commitment = torch.zeros_like(rows), [], rows, rows.new_zeros(())
                 for level in range(count):
                     entry = books[level][found[level]]
@@ -146,7 +146,7 @@ class TrainedQuantizer(nn.Module):
             straight = projected  # until there are entries: of zeros, distillation's gradient would never fade
             if means.begun:
                 straight = projected + (chosen.unflatten(0, (batch, -1)).transpose(1, 2) - projected).detach()
-            quantized = part.unproject(straight, call)
+            quantized = part.unproject(straight, context)
             # a quantizer all of whose levels are dropped adds nothing
             total = quantized if total is None else total + torch.where((kept > first)[:, None, None], quantized, 0)
             commitments.append(commitment / count)

@@ -19,7 +19,6 @@ from ..models.codec import Codec
 from ..models.config import AnyConfig, CodecConfig, JodioConfig
 from ..models.jodio import JodioModel
 from ..models.mimi import Mimi
-from ..runtime.ops import Call
 from . import losses
 from .config import ModelConfig, OptimizerConfig, TrainConfig
 from .data import Batch
@@ -60,7 +59,7 @@ class Generator(nn.Module):
     def forward(self, audio: Tensor, step: int, targets: Tensor | None = None) -> Generated:
         codec = self.codec
         latents = codec.encode_to_latent(audio)
-        quantized = self.quantizer(codec, latents, Call(codec._ops()), step)
+        quantized = self.quantizer(codec, latents, codec.forward_context(len(latents)), step)
         decoded = codec.decode_latent(quantized.latents)[..., : audio.shape[-1]]
         distilled = None
         if self.distillation is not None and targets is not None:

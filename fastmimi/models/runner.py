@@ -1,0 +1,136 @@
+"""How a pass through a codec runs: whole, in tiles, over rows of different lengths, or as chunks of streams.
+
+All of them give the same numbers: a tile is a chunk of a stream, and a row of a ragged batch is computed as if it were
+longer. What the pass computes is a composition of the codec's four transforms (codec.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..runtime.ops import ForwardContext
+from ..runtime.ragged import Ragged
+from ..runtime.state import DirectionState
+
+if TYPE_CHECKING:
+    from .codec import Codec
+
+Step = Callable[[Tensor, ForwardContext], list[Tensor]]
+
+
+@dataclass
+class Pass:
+    """One direction of a codec, from [B, C, T * unit] to [B, channels, T * result_unit], T in frames.
+
+    direction: "encode" or "decode", whose streaming state and recorded graphs it uses.
+    step: the pass itself; the result comes in parts that lie one behind another along its second dimension, since a
+        recorded graph (runtime/cpu_graphs.py) cannot join them.
+    key: tells apart the passes of a direction that take the same input.
+    """
+
+    codec: Codec
+    direction: str
+    step: Step
+    key: int | str
+    unit: int
+    result_unit: int
+    channels: int
+    dtype: torch.dtype
+
+    def whole(self, x: Tensor, lengths: Tensor | None = None, fill: bool = True) -> Tensor:
+        """The result for x [B, C, N], in tiles where it is long; differentiable.
+
+        lengths: [B] elements of x that belong to each row, where its layers are padded beyond them.
+        fill: complete the last frame with zeros; without it, each layer pads its own input.
+        """
+        frames = self._frames(x)
+        if frames > 0 and not self._needs_tiles(x, frames):
+            x = self._filled(x) if fill else x
+            return _joined(self.step(x, self.codec.forward_context(len(x), None, lengths)))
+        return self.in_tiles(x, self.codec.new_direction(self.direction, len(x)), lengths, fill)
+
+    def in_tiles(
+        self, x: Tensor, state: DirectionState, lengths: Tensor | None = None, fill: bool = True
+    ) -> Tensor:  # fmt: skip
+        """The result for x [B, C, N], which follows what `state` has seen; the state moves on. Memory is bounded."""
+        frames = self._frames(x)
+        tile = self.codec.tiling.frames_per_tile(len(x), x.device.type)
+        if 0 < frames <= tile:
+            return _joined(self._tile(x, state, lengths, fill))
+        # the result is allocated before the activations of the tiles, so that it does not fragment the memory
+        result = x.new_empty(len(x), self.channels, frames * self.result_unit, dtype=self.dtype)
+        for start in range(0, frames, tile):
+            part = x[..., start * self.unit : (start + tile) * self.unit]
+            inside = None if lengths is None else (lengths - start * self.unit).clamp(0, part.shape[-1])
+            channel, here = 0, result[..., start * self.result_unit : (start + tile) * self.result_unit]
+            for found in self._tile(part, state, inside, fill):
+                here[:, channel : channel + found.shape[1]] = found
+                channel += found.shape[1]
+        return result
+
+    def ragged(
+        self, x: Tensor, rows: Ragged, results: Ragged, lengths: Tensor | None = None, fill: bool = True
+    ) -> Tensor:  # fmt: skip
+        """The result for aligned rows of x [B, C, N], each as if alone, where it belongs; anything beyond its end.
+
+        rows, results: where the rows are in x and in the result.
+        """
+        if self.codec.config.streamable:
+            return results.restore(self.whole(x, lengths, fill))
+        # what is beyond a row's end would reach into it: rows of one length go together
+        return results.restore(rows.by_length(x, lambda x: self.whole(x, None, fill), results))
+
+    def of_streams(self, x: Tensor, state: DirectionState, valid: Tensor, bounds: list[int]) -> Tensor:
+        """The result for whole frames of streams, of which only `valid` [B, T] count; it is constant between bounds."""
+        results = []
+        for start, stop in pairwise(bounds):
+            if stop > start:
+                state.active.copy_(valid[:, start])
+                results.append(self.in_tiles(x[..., start * self.unit : stop * self.unit], state))
+        return _joined(results, dim=-1) if results else self.in_tiles(x[..., :0], state)
+
+    def warm_up(self, examples: list[Tensor], state: DirectionState, threads: int) -> None:
+        """Pack weights, and record the pass for chunks like the examples where the CPU's kernels run."""
+        codec = self.codec
+        codec.graphs[self.direction].record(
+            codec, codec.ops, self._with_state, examples, state, threads, self.key
+        )  # fmt: skip
+
+    def _tile(self, x: Tensor, state: DirectionState, lengths: Tensor | None, fill: bool) -> list[Tensor]:
+        x = self._filled(x) if fill else x
+        if lengths is not None:
+            return self.step(x, self.codec.forward_context(len(x), state, lengths))
+        codec = self.codec
+        return codec.graphs[self.direction].run(codec.ops, self._with_state, x, state, self.key)
+
+    def _with_state(self, x: Tensor, state: DirectionState) -> list[Tensor]:
+        return self.step(x, self.codec.forward_context(len(x), state))
+
+    def _frames(self, x: Tensor) -> int:
+        return -(-x.shape[-1] // self.unit)
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """x with its last frame completed by zeros; a copy only then."""
+        missing = -x.shape[-1] % self.unit
+        return pad(x, (0, missing)) if missing else x
+
+    def _needs_tiles(self, x: Tensor, frames: int) -> bool:
+        """Whether x is long enough for tiles, and nothing forbids them."""
+        codec = self.codec
+        if frames <= codec.tiling.most_frames_at_once(len(x), x.device.type) or not codec.config.streamable:
+            return False
+        # state is written in place, which autograd cannot differentiate through
+        trains = x.requires_grad or any(p.requires_grad for p in codec.parameters())
+        return not (torch.is_grad_enabled() and trains)
+
+
+def _joined(parts: list[Tensor], dim: int = 1) -> Tensor:
+    """One tensor of the parts; a copy only if there are several."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
