@@ -19,9 +19,8 @@ from ..models.codec import Codec
 from ..models.config import AnyConfig, JodioConfig
 from ..models.jodio import JodioModel
 from ..models.mimi import Mimi
-from ..runtime.ops import OPS, SCHEMAS, ForwardContext, Ops
+from ..runtime.ops import OPS, ForwardContext, Ops
 
-TIME = {"transformer_layer": 1, "rvq_encode": 1, "rvq_decode": 0}  # the dimension of outputs that is time, else 2
 SECONDS = 40  # of audio that the counting is done on: attention's window is full in half of it
 
 
@@ -75,8 +74,8 @@ class _Counter:
 
     def _op(self, op: str) -> Callable[..., Tensor]:
         def run(*tensors: Any, dropout: float = 0.0, residual_dropout: float = 0.0, **options: Any) -> Tensor:
-            y = SCHEMAS[op].fake(*tensors, **options)
-            self._add(_flops(op, y, *tensors, **options), tensors[0], y, y.shape[TIME.get(op, 2)])
+            y = OPS[op].fake(*tensors, **options)
+            self._add(OPS[op].flops(y, *tensors, **options), tensors[0], y, y.shape[OPS[op].time])
             return y
 
         return run
@@ -124,21 +123,6 @@ def _modules(model: Codec) -> Iterator[nn.Module]:
             yield part
         for child in part.children() if part in (model.encoder, model.decoder) and part is not None else ():
             yield from child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else (child,)
-
-
-def _flops(op: str, y: Tensor, x: Tensor, *tensors: Any, **options: Any) -> float:
-    sizes = [t.numel() for t in tensors if t is not None and t.dim() > 1]  # matrices: vectors cost nothing beside them
-    if op == "transformer_layer":
-        rows, heads = x.shape[0] * x.shape[1], tensors[2].shape[0]
-        return 2.0 * rows * sum(sizes) + 4.0 * rows * min(x.shape[1], options["window"]) * heads
-    if op == "causal_conv_transpose1d":
-        return 2.0 * x.shape[0] * x.shape[2] * sizes[0]
-    if op.startswith("rvq"):
-        rows, (levels, size, dim) = y.shape[1 if op == "rvq_encode" else 0], tensors[0].shape
-        return rows * levels * dim * (2.0 * size if op == "rvq_encode" else 1.0)
-    shortcut = options.get("shortcut_weight")
-    weights = [*sizes, 0 if shortcut is None else shortcut.numel()] if op == "resblock" else sizes[:1]
-    return 2.0 * y.shape[0] * y.shape[2] * sum(weights)
 
 
 def ceilings(device: str = "cpu") -> dict[str, float]:

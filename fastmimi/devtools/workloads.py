@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import dispatch, layout
-from ..runtime.ops import SCHEMAS
+from ..runtime.ops import OPS
 from ..runtime.tiles import SUBTILE_SAMPLES
 from .testing import assert_as_exact, assert_nearest, exact, noise
 
@@ -27,13 +27,12 @@ FREQUENCIES = {"window_attention": 3, "transformer_layer": 13}  # where RoPE's f
 
 @dataclass(frozen=True)
 class Workload:
-    """One call of an op: shapes by name, options, and the FLOPs per element of `rows` (its time or frames)."""
+    """One call of an op at shapes of the models."""
 
     op: str
     name: str
     rows: int  # samples, positions or frames that the op runs over, at full size
     shapes: Callable[[int], list[tuple[int, ...]]]  # of the tensors, for so many rows
-    flops: Callable[[int], float]
     options: dict[str, Any]
     longest: int  # terms of the op's longest sum
     rate: int | None = None  # of the input's samples, in Hz
@@ -70,21 +69,22 @@ class Workload:
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes read and written at full size if each tensor moves once."""
-        with torch.device("meta"):
-            inputs = self.meta_tensors(dtype)
-            output = SCHEMAS[self.op].fake(*inputs, **self.options)
-        return sum(t.numel() * t.element_size() for t in (*inputs, output))
+        inputs = self.meta_tensors(dtype)
+        return sum(t.numel() * t.element_size() for t in (*inputs, OPS[self.op].fake(*inputs, **self.options)))
 
-    def meta_tensors(self, dtype: torch.dtype) -> list[Tensor]:
+    def flops(self, rows: int) -> float:
+        """A multiplication and an addition count as two."""
+        inputs, op = self.meta_tensors(torch.float32, rows), OPS[self.op]
+        return op.flops(op.fake(*inputs, **self.options), *inputs, **self.options)
+
+    def meta_tensors(self, dtype: torch.dtype, rows: int | None = None) -> list[Tensor]:
         kinds = {"rvq_encode": [torch.float32] * 2, "rvq_decode": [torch.int64, torch.float32]}
-        shapes = self.shapes(self.rows)
+        shapes = self.shapes(rows or self.rows)
         inputs = [
             torch.empty(shape, dtype=kind, device="meta")
             for shape, kind in zip(shapes, kinds.get(self.op, [dtype] * len(shapes)), strict=True)
         ]
-        if self.op == "window_attention":
-            inputs = [t.transpose(1, 2) for t in inputs]
-        return inputs
+        return [t.transpose(1, 2) for t in inputs] if self.op == "window_attention" else inputs
 
     def run(self, candidate: str, tensors: list[Tensor]) -> Tensor:
         """The op's answer by a candidate of the dispatcher."""
@@ -118,7 +118,6 @@ def _conv(
         name,
         SECONDS * rate,
         lambda n: [(1, c, n), (o, c, kernel), (o,)],
-        lambda n: 2.0 * n / stride * c * o * kernel,
         {"stride": stride, "dilation": dilation, "pad": (left, 0), **options},
         c * kernel,
         rate,
@@ -132,7 +131,6 @@ def _upsampling(name: str, channels: tuple[int, int], stride: int, rate: int, gr
         name,
         SECONDS * rate,
         lambda n: [(1, c, n), (c, o // groups, 2 * stride), *([] if groups > 1 else [(o,)])],
-        lambda n: 4.0 * n * c * o // groups * stride,
         {"stride": stride, "groups": groups, "trim": (0, stride), "pre": pre},
         2 * c // groups,
         rate,
@@ -146,7 +144,6 @@ def _resblock(channels: int, rate: int) -> Workload:
         f"{c} channels at {rate} Hz",
         SECONDS * rate,
         lambda n: [(1, c, n), (h, c, 3), (h,), (c, h, 1), (c,)],
-        lambda n: 8.0 * n * c * h,
         {"pad": (2, 0)},
         3 * c,
         rate,
@@ -159,7 +156,6 @@ def _attention(positions: int, heads: int = 8, dim: int = 64, window: int = 250)
         f"{positions} positions, {heads} heads of {dim}",
         positions,
         lambda n: [(1, n, heads, dim)] * 3,
-        lambda n: 4.0 * n * min(n, window) * heads * dim,
         {"window": window},
         max(dim, min(positions, window)),
     )
@@ -181,7 +177,6 @@ def _layer(positions: int, width: int = 512, hidden: int = 2048, window: int = 2
             (width, hidden),
             vector,
         ],
-        lambda n: 2.0 * n * (4 * width * width + 2 * width * hidden) + 4.0 * n * min(n, window) * width,
         {"window": window, "eps": 1e-5},
         hidden,
     )
@@ -194,7 +189,6 @@ def _rvq(op: str, name: str, frames: int, levels: int, dim: int) -> Workload:
         name,
         frames,
         lambda n: [(n, dim) if encode else (levels, n), (levels, 2048, dim)],
-        lambda n: n * levels * dim * (2.0 * 2048 if encode else 1.0),
         {},
         dim if encode else levels,
     )

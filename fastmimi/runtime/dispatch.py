@@ -26,9 +26,6 @@ CANDIDATES = {  # the fastest first, at every shape of bench/bench_ops.py
     "reference": "fastmimi.reference",
 }
 ORDER = ", ".join(CANDIDATES)
-# Ops whose reference is written in terms of another: a room without a kernel for one runs that, with its kernel of the
-# other in it
-COMPOSED = {"transformer_layer": "window_attention"}
 Impl = str | dict[str, str]
 
 
@@ -98,10 +95,14 @@ def explain(device: str = "cpu", dtype: torch.dtype = torch.float32, impl: Impl 
     check_impl(impl)
     _check_target(device, dtype)
     rows = {op: _choose(op, Target(device, dtype), impl) for op in OPS}
-    for outer, inner in COMPOSED.items():
-        if rows[outer].chosen == "reference":
-            rows[outer] = replace(rows[outer], inside=(inner, rows[inner].chosen))
-    return list(rows.values())
+    return [_with_inner(row, rows) for row in rows.values()]
+
+
+def _with_inner(row: Choice, rows: dict[str, Choice]) -> Choice:
+    inner = OPS[row.op].composed_of
+    if inner is None or row.chosen != "reference":
+        return row
+    return replace(row, inside=(inner, rows[inner].chosen))
 
 
 def _check_target(device: str, dtype: torch.dtype) -> None:
@@ -144,8 +145,9 @@ def _choose(op: str, target: Target, impl: Impl) -> Choice:
     sentence = why_not(wanted, op, target)
     if sentence is None:
         return Choice(op, wanted, "asked for by impl=", ())
-    if wanted == impl and op in COMPOSED and is_absent(op, wanted):  # asked for as a whole, not for this op by name
-        return Choice(op, "reference", f"composed of {COMPOSED[op]} and PyTorch's own ops", ((wanted, sentence),))
+    inner = OPS[op].composed_of
+    if wanted == impl and inner is not None and is_absent(op, wanted):  # asked for as a whole, not for this op by name
+        return Choice(op, "reference", f"composed of {inner} and PyTorch's own ops", ((wanted, sentence),))
     raise InputError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
 
 

@@ -1,4 +1,4 @@
-"""Kernels as PyTorch ops (`torch.library`): schema, fake and autograd, so that tracing goes through them. A leaf.
+"""Kernels as PyTorch ops (`torch.library`): schema, fake and autograd, so that tracing goes through them.
 
 A kernel of an op becomes `fastmimi::<op>_<kind>`, and where the op streams also `fastmimi::<op>_<kind>_step`, which
 changes the state in place and has no gradient. Backward, `fastmimi::<op>_backward`, computes the op again through the
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import SCHEMAS, Schema
+from .ops import OPS, Op
 
 Implementation = Callable[..., Tensor]
 Exactly = Callable[[Tensor], AbstractContextManager[None]]
@@ -28,7 +28,7 @@ _defined: dict[str, Any] = {}
 
 def register(op: str, kind: str, kernel: Implementation, reference: Implementation, exactly: Exactly) -> Implementation:
     """The kernel, with the signature of its reference, as a PyTorch op; `exactly(x)` guards fp32 in backward."""
-    schema, name = SCHEMAS[op], f"{op}_{kind}"
+    schema, name = OPS[op], f"{op}_{kind}"
     if name not in _defined:
 
         def run(*tensors: Tensor | None, **options: Any) -> Tensor:
@@ -38,7 +38,7 @@ def register(op: str, kind: str, kernel: Implementation, reference: Implementati
         if schema.state:
             keywords = _keywords(f"{schema.state}, {schema.options}")
             _define(f"{name}_step", f"{schema.tensors}{keywords}", run, schema.fake)
-        if op != "rvq_encode":  # which answers integers
+        if schema.differentiable:
             _differentiate(op, name, schema, reference, exactly)
     offline, step = _defined[name], _defined.get(f"{name}_step")
     names, state = schema.names, schema.state_names
@@ -70,7 +70,7 @@ def _define(
     _defined[name] = getattr(torch.ops.fastmimi, name)
 
 
-def _differentiate(op: str, name: str, schema: Schema, reference: Implementation, exactly: Exactly) -> None:
+def _differentiate(op: str, name: str, schema: Op, reference: Implementation, exactly: Exactly) -> None:
     names = schema.names
     back = f"{op}_backward"
 
