@@ -33,7 +33,7 @@ class Ops(NamedTuple):
 
 
 class ForwardContext(NamedTuple):
-    """What one pass through the model carries from layer to layer, which none of them changes.
+    """What one pass through the model hands to every layer; immutable.
 
     ops: the bound implementations. state: the streaming state of this direction, None offline. lengths: [B] int64,
     samples of audio that belong to each row, None where all do. subtile: transformer positions that pass the layers
