@@ -158,7 +158,7 @@ BAD = [
     ("decode in.wav out/a.wav", "in.wav is not a safetensors file"),
     ("decode cut.st out/a.wav", "cut.st is not a safetensors file, or is truncated"),
     ("decode range.st out/a.wav", "codes must lie in [0, 64), got 64"),
-    ("decode cut.safetensors out/a.wav", "cut.safetensors is a safetensors file, but not one of tokens"),
+    ("decode cut.safetensors out/a.wav", "cut.safetensors is a safetensors file, but not a token file"),
     ("decode ours.st out/a.wav --codebooks 7", "codebooks must be from 1 to 6, got 7"),
     ("decode ours.st ours.st", "cannot write ours.st"),
     ("decode ours.st out/a.txt", "its suffix must be one of"),
@@ -296,4 +296,4 @@ def test_without_matplotlib_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     sentence = refused("encode", "in.wav", "out/a.st", "--plot", "out/a.png", "--model", models["a"])
-    assert sentence == "error: pictures need matplotlib: pip install 'fastmimi[plot]'"
+    assert sentence == "error: plots need matplotlib: pip install 'fastmimi[plot]'"

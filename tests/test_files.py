@@ -73,7 +73,7 @@ def test_outputs_are_checked(tmp_path: Path) -> None:
     bad = (
         (tmp_path / "no" / "a", [], "there is no directory"),
         (tmp_path, [], "it is a directory"),
-        (Path(os.devnull), [], "it is not a plain file"),
+        (Path(os.devnull), [], "it is not a regular file"),
         (here, [here], "is the same file"),
         (link, [here], "is the same file"),
         (tmp_path / "new", [tmp_path / "x" / ".." / "new"], "is the same file"),

@@ -200,9 +200,9 @@ def test_fields_that_cannot_be_are_refused(change: dict, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format": "other"}, "not one of tokens"),
-        ({"format": None}, "not one of tokens"),
-        ({"version": "2"}, "of version 2; this reads 1"),
+        ({"format": "other"}, "not a token file"),
+        ({"format": None}, "not a token file"),
+        ({"version": "2"}, "of version 2; only 1 can be read"),
         ({"length": None}, "its metadata lacks length"),
         ({"length": "many"}, "length must be of type int, got 'many'"),
         ({"length": "1"}, "do not fit 1 samples"),
@@ -231,7 +231,7 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     tokens().save(path)
     save_file({**load_file(path), "more": np.zeros(1)}, path, read_metadata(path))
-    with pytest.raises(ValueError, match=r"one tensor named codes, got \['codes', 'more'\]"):
+    with pytest.raises(ValueError, match=r"one tensor, named codes, got \['codes', 'more'\]"):
         Tokens.load(path)
 
 
@@ -250,7 +250,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         Tokens.load(path)
     for content in (b"text", b"\xff" * 100, (100).to_bytes(8, "little") + b"[]", (2).to_bytes(8, "little") + b"{}"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"not a safetensors file|not one of tokens"):
+        with pytest.raises(ValueError, match=r"not a safetensors file|not a token file"):
             Tokens.load(path)
 
 
