@@ -2,10 +2,9 @@
 
     python examples/batch_server_loop.py --slots 4 --clients 10
 
-This is the loop of a server without its network: each tick is one frame (80 ms) of every connected client, encoded and
-decoded in one batch. A client that joins takes a free slot, whose row is reset; `exec_mask` says which rows take part
-in a tick, so that a slot without a client, or one whose audio is late, stays as it is. At the end each client's codes
-are compared with those of its clip encoded alone.
+This is the loop of a server without its network: a tick encodes and decodes one frame (80 ms) of every client in one
+batch. A client that joins takes a free slot, whose row is reset; `exec_mask` leaves out rows without a client and rows
+whose audio is late. At the end each client's codes are compared with those of its clip encoded alone.
 """
 
 import argparse
@@ -41,11 +40,10 @@ def main() -> None:
     size = mimi.frame_size
     audio, rate = soundfile.read(CLIP, dtype="float32")
     audio = torch.from_numpy(soxr.resample(audio, rate, mimi.sample_rate))[None]  # [1, samples]
-    clips = [
-        audio[:, start : start + size * int(draw.integers(5, 20))] for start in draw.integers(0, 99_000, args.clients)
-    ]
-    clients = [Client(clip.split(size, dim=-1)) for clip in clips]
-
+    clients = []
+    for start in draw.integers(0, 99_000, args.clients):
+        clip = audio[:, start : start + size * int(draw.integers(5, 20))]  # 0.4 to 1.5 s
+        clients.append(Client(clip.split(size, dim=-1)))
     state = mimi.new_state(batch_size=args.slots)
     mimi.warm_up(state)
     state.exec_mask = torch.zeros(args.slots, dtype=torch.bool)  # no slot is taken yet
@@ -71,8 +69,8 @@ def main() -> None:
             if len(client.codes) == len(client.frames):
                 slots[slot] = None
                 print(f"tick {len(times):3}: client {clients.index(client)} leaves slot {slot}")
-    alone = [mimi.encode(torch.cat(client.frames, dim=-1)[None])[0] for client in clients]
-    equal = sum(torch.equal(torch.cat(client.codes, dim=-1), alone[i]) for i, client in enumerate(clients))
+    whole = [mimi.encode(torch.cat(client.frames, dim=-1)[None])[0] for client in clients]
+    equal = sum(torch.equal(torch.cat(client.codes, dim=-1), whole[i]) for i, client in enumerate(clients))
     print(f"{equal} of {len(clients)} clients got the codes of their clip encoded alone")
     print(f"{args.slots} slots: median {np.median(times) * 1000:.1f} ms a tick, slowest {max(times) * 1000:.1f} ms")
 
