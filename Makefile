@@ -70,14 +70,14 @@ lint: $(VENV)/stamp-lint  ## ruff: rules and format; vermin: nothing that Python
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/vermin --quiet --violations --target=3.10- --eval-annotations --exclude str.decode \
-		fastmimi kernels reference bench tests setup.py
+		fastmimi kernels reference bench tests examples setup.py
 
 types: $(VENV)/stamp-types  ## mypy over the package
 	$(PY) -m mypy
 
 clean:  ## remove what builds, tests and the demo leave behind (.venv stays: remove it by hand)
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find fastmimi kernels reference tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find fastmimi kernels reference tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/stamp-venv:
 	$(PYTHON) -m venv $(VENV)

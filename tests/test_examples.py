@@ -1,0 +1,146 @@
+"""Every example runs as its docstring says, offline, in a folder of its own; the microphone is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import fastmimi
+from fastmimi.io.tokens import Tokens
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NOTEBOOK = EXAMPLES / "spectrograms_and_codes.ipynb"
+SPEECH = Path(__file__).parent / "data" / "audio"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a script in a temporary folder as `python examples/<script> arguments`; what it prints."""
+
+    def run(script: str, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def speech(tmp_path):
+    """speech.wav in the temporary folder: 2.03 s, whose last frame is partial."""
+    audio, rate = soundfile.read(next(SPEECH.glob("*.ogg")), dtype="float32")
+    path = tmp_path / "speech.wav"
+    soundfile.write(path, audio[: int(2.03 * rate)], rate)
+    return path
+
+
+def test_stream_file(run, speech):
+    said = run("stream_file.py", speech.name, "decoded.wav")
+    assert "26 frames; the codes of one call over the whole clip: True" in said
+    assert re.search(r"encode: median [\d.]+ ms a frame", said) and "decode: median" in said
+    decoded, rate = soundfile.read(speech.with_name("decoded.wav"))
+    assert (len(decoded), rate) == (26 * 1920, 24_000)
+
+
+def test_stream_file_from_a_microphone(run, tmp_path, monkeypatch):
+    """sounddevice in name and signature only: there is no microphone where tests run."""
+
+    class InputStream:
+        def __init__(self, samplerate, channels, dtype, blocksize):
+            assert (samplerate, channels, dtype, blocksize) == (24_000, 1, "float32", 1920)
+            self.draw = np.random.default_rng(0)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def read(self, frames):
+            return self.draw.normal(0, 0.1, (frames, 1)).astype(np.float32), False
+
+    stand_in = types.ModuleType("sounddevice")
+    stand_in.InputStream = InputStream
+    monkeypatch.setitem(sys.modules, "sounddevice", stand_in)
+    said = run("stream_file.py", "--microphone", "0.4", "decoded.wav")
+    assert "5 frames; the codes of one call over the whole clip: True" in said
+    assert soundfile.info(tmp_path / "decoded.wav").frames == 5 * 1920
+
+
+def test_batch_server_loop(run):
+    said = run("batch_server_loop.py", "--slots", "2", "--clients", "4", "--late", "0.2")
+    assert "4 of 4 clients got the codes of their clip encoded alone" in said
+    assert said.count("joins in slot") == said.count("leaves slot") == 4
+
+
+@pytest.mark.slow
+def test_fine_tune(run, speech, tmp_path):
+    said = run("fine_tune.py", speech.name, "--steps", "2", "--batch", "1")
+    assert "step 2: mel distance" in said and "codes unchanged: True" in said
+    before, after = fastmimi.load("demo"), fastmimi.load(tmp_path / "tuned")
+    then = dict(before.named_parameters())
+    changed = {name.partition(".")[0] for name, now in after.named_parameters() if not torch.equal(now, then[name])}
+    assert changed == {"upsample", "decoder_transformer", "decoder"}
+
+
+def test_tokenize_folder(run, speech, tmp_path):
+    folder = tmp_path / "corpus" / "reader"
+    folder.mkdir(parents=True)
+    speech.rename(folder / "a.wav")
+    (folder / "b.wav").write_text("no audio")
+    said = run("tokenize_folder.py", "corpus", "tokens")
+    assert "1 files, 2.0 s of audio" in said and "skipped:" in said and "b.wav" in said
+    tokens = Tokens.load(tmp_path / "tokens" / "reader" / "a.wav.safetensors")
+    assert tokens.codes.shape == (8, 26) and tokens.packed and tokens.model == "demo"
+    written = tmp_path / "tokens" / "reader" / "a.wav.safetensors"
+    before = written.stat().st_mtime_ns
+    assert "0 files" in run("tokenize_folder.py", "corpus", "tokens")
+    assert written.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_the_notebook(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{NOTEBOOK.name}[{cell['id']}]", "exec"), names)
+    from matplotlib import pyplot
+
+    assert len(pyplot.get_fignums()) == 3
+    pyplot.close("all")
+    assert len(list(tmp_path.glob("*.wav"))) == 4
+
+
+def test_the_notebook_is_one_of_version_4_5_without_outputs():
+    """What nbformat's schema asks for, without nbformat."""
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert notebook.keys() == {"cells", "metadata", "nbformat", "nbformat_minor"}
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = notebook["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    assert all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", cell["id"]) for cell in cells)
+    for cell in cells:
+        code = {"execution_count", "outputs"} if cell["cell_type"] == "code" else set()
+        assert cell.keys() == {"cell_type", "id", "metadata", "source"} | code
+        assert all(isinstance(line, str) for line in cell["source"])
+        assert not code or (cell["execution_count"] is None and cell["outputs"] == [])
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_a_script_is_short_and_says_how_to_run_it(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) < 80
+    assert f"python examples/{path.name}" in source.split('"""')[1]
