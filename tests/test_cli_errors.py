@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -265,7 +266,9 @@ def test_a_signal_leaves_nothing(here: Path, models: dict[str, str], number: int
     run("encode", "in.wav", "a.st", "--model", models["a"])
     long = np.zeros((6, 20_000), int)
     replace(Tokens.load("a.st"), codes=long, length=1920 * long.shape[1]).save("long.st")
-    process = start("decode", "long.st", "out/a.wav", "--stream", "--model", models["a"])
+    # what a shell starts in the background ignores SIGINT, and so do its children: `make test &`
+    heard = partial(signal.signal, number, signal.SIG_DFL)
+    process = start("decode", "long.st", "out/a.wav", "--stream", "--model", models["a"], preexec_fn=heard)
     while not os.listdir("out"):
         assert process.poll() is None
         time.sleep(0.05)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import InputError
-from ..io.audio import SUFFIXES, UNKNOWN, Forward, files_below
+from ..io.audio import SUFFIXES, UNKNOWN_FRAMES, Forward, files_below
 from .config import DataConfig
 
 MAX_UNREADABLE = 100  # consecutive unreadable files, after which reading fails
@@ -118,7 +118,7 @@ def _read_random_window(source: Any, rng: np.random.Generator, seconds: float) -
     """`Source.read` of one file, given as a path or as bytes in memory."""
     with soundfile.SoundFile(source) as file:
         wanted = int(np.ceil(seconds * file.samplerate)) + 1
-        if file.frames < UNKNOWN:
+        if file.frames < UNKNOWN_FRAMES:
             start = int(rng.integers(max(0, file.frames - wanted) + 1))
             lead = min(start, MP3_LEAD * file.samplerate) if file.format == "MP3" else 0
             file.seek(start - lead)
