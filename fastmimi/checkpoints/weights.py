@@ -25,9 +25,9 @@ from ..errors import InputError, named, one_line, shown
 from ..io.files import path_of, replacing
 from ..models import checks
 from ..models.codec import Codec
-from ..models.config import MIMI_TYPES, AnyConfig, CodecConfig, JodioConfig, config_from_json
-from ..models.jodio import JodioModel
+from ..models.config import AnyConfig, CodecConfig
 from ..models.mimi import Mimi
+from ..models.registry import ARCHITECTURES, MODEL_TYPES, architecture_of, build, config_from_json
 from ..models.validation import read_json
 from ..runtime import dispatch, quantized
 from . import kyutai, shapes
@@ -83,8 +83,9 @@ def load(
     device, dtype = checks.device(device), checks.dtype(dtype)
     if weights == "int8" and dtype != torch.float32:
         raise InputError(f"weights='int8' computes in float32, got dtype={dtype}")
-    if match := re.fullmatch(r"(jodio-)?random(?::([0-9]{1,18}))?", str(source)):
-        model = random(JodioConfig() if match[1] else CodecConfig(), int(match[2] or 0))
+    match = re.fullmatch(r"(?:([a-z]+)-)?random(?::([0-9]{1,18}))?", str(source))
+    if match and (name := match[1] or "mimi") in ARCHITECTURES:
+        model = random(ARCHITECTURES[name].config(), int(match[2] or 0))
     else:
         config, state = read_checkpoint(DEMO if str(source) == "demo" else source)
         model = _without_weights(config)
@@ -104,7 +105,7 @@ def load(
 def _without_weights(config: AnyConfig) -> Codec:
     """A codec on the meta device, for `fill`."""
     with torch.device("meta"):
-        return JodioModel(config) if isinstance(config, JodioConfig) else Mimi(config)
+        return build(config)
 
 
 def random(config: AnyConfig, seed: int = 0) -> Any:
@@ -188,16 +189,17 @@ def read_checkpoint(source: str | Path) -> tuple[AnyConfig, State]:
     for file in files:
         state |= read_safetensors(file)
     kind = _model_type(config_file)
-    config = None if kind is None or kind not in ("jodio", *MIMI_TYPES) else config_from_json(config_file)
+    config = None if kind is None or kind not in MODEL_TYPES else config_from_json(config_file)
     if config is not None:
         shapes.check_size(config, state, source)
-    if isinstance(config, JodioConfig):
+    if config is not None and not architecture_of(config).flat:
         return config, state
     state = to_flat(state)
     if config is None:
         config = shapes.infer_config(state)
         shapes.check_size(config, state, source)
     if kyutai.is_kyutai(state):
+        assert isinstance(config, CodecConfig)
         state = kyutai.to_flat(state, config)
     return config, state
 
@@ -266,7 +268,7 @@ def save_pretrained(model: Codec, directory: str | Path) -> None:
     directory = path_of(directory, "directory")
     directory.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    _write(fold_weight_norm(state) if isinstance(model, Mimi) else state, directory / "model.safetensors")
+    _write(fold_weight_norm(state) if architecture_of(model.config).flat else state, directory / "model.safetensors")
     with replacing(directory / "config.json") as temporary:
         temporary.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
 
@@ -315,7 +317,7 @@ def _files_in_directory(path: Path) -> tuple[list[Path], Path]:
     config, index = path / "config.json", path / "model.safetensors.index.json"
     if index.is_file():
         return [path / name for name in _shards(index)], config
-    if (path / "model.safetensors").is_file() and _model_type(config) in (None, "jodio", *MIMI_TYPES):
+    if (path / "model.safetensors").is_file() and _model_type(config) in (None, *MODEL_TYPES):
         return [path / "model.safetensors"], config
     found = sorted(path.glob("tokenizer-*.safetensors"))
     if len(found) != 1:
@@ -343,7 +345,7 @@ def _files_on_hub(name: str) -> tuple[list[Path], Path]:
     try:
         config = fetch("config.json")
         values = read_json(config)
-        if _model_type(config) not in ("jodio", *MIMI_TYPES):  # a repository in Kyutai's layout
+        if _model_type(config) not in MODEL_TYPES:  # a repository in Kyutai's layout
             return [fetch(str(values.get("mimi_name", kyutai.FILE_NAME)))], config
         try:
             return [fetch("model.safetensors")], config

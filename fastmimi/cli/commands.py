@@ -194,9 +194,10 @@ def info(source: AnyIn, device: Device = "cpu") -> None:
     """What a token file, an audio file, or a model holds; of `mimi` and `jodio`, what each part costs."""
     from ..io.audio import probe
     from ..io.tokens import Tokens, is_tokens
+    from ..models.registry import ARCHITECTURES
     from . import report, work
 
-    if str(source) in work.ARCHITECTURES and not source.exists():
+    if str(source) in ARCHITECTURES and not source.exists():
         report.costs(*work.costs(device))
     elif source.is_dir() or work.is_model_name(source):
         report.checkpoint(str(source))

@@ -18,14 +18,13 @@ from ..io.files import check_output
 from ..io.tokens import Tokens
 from ..models import checks
 from ..models.codec import Codec
-from ..models.config import CodecConfig, JodioConfig
+from ..models.registry import ARCHITECTURES
 from ..runtime import dispatch
 from . import report
 
 if TYPE_CHECKING:
     from ..devtools.costs import Stage
 
-ARCHITECTURES = {"mimi": CodecConfig, "jodio": JodioConfig}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -112,7 +111,7 @@ def costs(device: str) -> tuple[dict[str, list[Stage]], dict[str, float], str]:
 
     where = checks.device(device)
     with report.busy("counting, and measuring this machine"):
-        found = {name: costs.stages(config()) for name, config in ARCHITECTURES.items()}
+        found = {name: costs.stages(entry.config()) for name, entry in ARCHITECTURES.items()}
         return found, costs.ceilings(str(where)), device
 
 

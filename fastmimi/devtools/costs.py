@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models.codec import Codec
-from ..models.config import AnyConfig, JodioConfig
-from ..models.jodio import JodioModel
-from ..models.mimi import Mimi
+from ..models.config import AnyConfig
+from ..models.registry import build
 from ..runtime.ops import OPS, ForwardContext, Ops
 
 SECONDS = 40  # of audio that the counting is done on: attention's window is full in half of it
@@ -43,7 +42,7 @@ class Stage:
 def stages(config: AnyConfig) -> list[Stage]:
     """Both directions of a codec with all codebooks, stage by stage, in the order of the audio's way."""
     with torch.device("meta"):
-        model = JodioModel(config) if isinstance(config, JodioConfig) else Mimi(config)
+        model = build(config)
         frames = round(SECONDS * config.frame_rate)
         seconds = frames / config.frame_rate
         audio = torch.empty(1, config.audio_channels, frames * config.frame_size)

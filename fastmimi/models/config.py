@@ -385,12 +385,3 @@ def _fields_of(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"a configuration must be a dictionary of its fields, got {shown(values)}")
     return dict(values)
-
-
-def config_from_json(path: str | Path) -> AnyConfig:
-    """Read a `config.json` of Mimi or JODIO. Raises InputError where it is not JSON or describes another model."""
-    values = read_json(path)
-    if values.get("model_type") == "jodio":
-        with naming(path):
-            return JodioConfig.from_dict(values)
-    return CodecConfig.from_json(path)

@@ -16,9 +16,8 @@ from torch.optim import AdamW
 from ..checkpoints.weights import load
 from ..errors import InputError
 from ..models.codec import Codec
-from ..models.config import AnyConfig, CodecConfig, JodioConfig
-from ..models.jodio import JodioModel
-from ..models.mimi import Mimi
+from ..models.config import AnyConfig
+from ..models.registry import ARCHITECTURES, build
 from . import losses
 from .config import ModelConfig, OptimizerConfig, TrainConfig
 from .data import Batch
@@ -74,11 +73,9 @@ def build_codec(config: ModelConfig) -> Codec:
     """The codec to train, loaded or new; codebooks and frozen modules do not require gradients."""
     if config.load is not None:
         codec = load(config.load, impl=config.impl).requires_grad_(True)
-    elif config.architecture == "mimi":
-        codec = Mimi(_build_codec_config(CodecConfig, config.changes), impl=config.impl)
-        variance_preserving_init_(codec)
     else:
-        codec = JodioModel(_build_codec_config(JodioConfig, config.changes), impl=config.impl)
+        architecture = ARCHITECTURES[config.architecture]
+        codec = build(_build_codec_config(architecture.config, config.changes), impl=config.impl)
         variance_preserving_init_(codec)
         for part, _ in codec.quantizer.parts(codec.total_codebooks):
             part.learned(torch.zeros_like(part.codebooks()), part.usage())  # zeros: k-means will initialize them
