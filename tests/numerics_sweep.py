@@ -30,7 +30,7 @@ AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 SETTINGS = {
     "default": {},
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", **AVX2},
-    "no vector instructions": {
+    "no AVX": {
         "ATEN_CPU_CAPABILITY": "default",
         "ONEDNN_MAX_CPU_ISA": "SSE41",
         "MKL_CBWR": "COMPATIBLE",
