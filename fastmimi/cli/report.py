@@ -180,7 +180,7 @@ def checkpoint(source: str) -> None:
 def dispatch(choices: list[Choice], title: str) -> None:
     """The dispatch table."""
     table = Table(title=title, title_justify="left", show_lines=True)
-    for column in ("op", "runs", "because", "passed over"):
+    for column in ("op", "runs", "because", "not used"):
         table.add_column(column)
     for choice in choices:
         passed_over = "\n".join(f"{name}: {why}" for name, why in choice.passed_over)
