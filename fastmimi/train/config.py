@@ -110,7 +110,7 @@ class QuantizerConfig:
 
     decay: float = 0.99  # of the exponential moving averages that the entries are
     commitment: float = 1.0  # weight of the commitment loss
-    # From step `begin` on, `kmeans_latents` latents are collected; k-means of them gives the first entries of a new codec.
+    # From step `begin` on, `kmeans_latents` latents are collected; k-means gives the first entries of a new codec.
     # Until then all latents bypass the quantizer.
     begin: int = 0
     kmeans_latents: int = 20_000
