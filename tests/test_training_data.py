@@ -12,7 +12,7 @@ from fastmimi.io.audio import Forward
 from fastmimi.train import data, synthesis
 from fastmimi.train.config import DataConfig
 from fastmimi.train.data import TEACHER_RATE, AudioFolder, DatasetColumn, Windows, batches, open_source
-from fastmimi.train.synthesis import Synthesizer, passages, simulate_recording, synthesise
+from fastmimi.train.synthesis import Synthesizer, passages, simulate_recording, synthesize
 
 RATE = 24_000
 
@@ -181,7 +181,7 @@ def test_simulated_recordings_are_finite_and_within_bounds():
 
 
 def test_the_same_seed_gives_the_same_data_set(tmp_path, monkeypatch):
-    """With a program that turns every text into a tone."""
+    """The synthesizer of this test turns every text into a tone."""
     read = tmp_path / "text.txt"
     read.write_text("A sentence that is read again and again, until there is enough of it. " * 3)
     soundfile.write(tmp_path / "tone.wav", tone(200, 4, 16_000), 16_000)
@@ -189,21 +189,21 @@ def test_the_same_seed_gives_the_same_data_set(tmp_path, monkeypatch):
     silent = Synthesizer("true", 1.0, lambda rng, text, wave: ["true"])
     absent = Synthesizer("no-such-program", 1.0, lambda rng, text, wave: [])
     monkeypatch.setattr(synthesis, "SYNTHESIZERS", [reader, silent, absent])
-    hours = synthesise(tmp_path / "one", 0.01, 3, read)
+    hours = synthesize(tmp_path / "one", 0.01, 3, read)
     assert 0.01 <= hours < 0.06
-    synthesise(tmp_path / "two", 0.01, 3, read)
+    synthesize(tmp_path / "two", 0.01, 3, read)
     one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
     assert len(one) > 5 and [a.name for a in one] == [b.name for b in two]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
     kept = one[0].stat().st_mtime_ns
     one[1].unlink()
-    assert synthesise(tmp_path / "one", 0.01, 3, read) == pytest.approx(hours)
+    assert synthesize(tmp_path / "one", 0.01, 3, read) == pytest.approx(hours)
     assert one[0].stat().st_mtime_ns == kept and one[1].exists(), "existing files are not written again"
     rates = {soundfile.info(path).samplerate for path in one}
     assert len(rates) > 3, "vocal tracts of several lengths"
     monkeypatch.setattr(synthesis, "SYNTHESIZERS", [silent, absent])
-    with pytest.raises(ValueError, match="no speech came of 32 texts in a row: check true and"):
-        synthesise(tmp_path / "three", 0.01, 3, read)
+    with pytest.raises(ValueError, match="no speech from 32 texts in a row: check true and"):
+        synthesize(tmp_path / "three", 0.01, 3, read)
     monkeypatch.setattr(synthesis, "SYNTHESIZERS", [absent])
     with pytest.raises(ValueError, match="no speech synthesizer is installed: apt-get install"):
-        synthesise(tmp_path / "three", 0.01, 3, read)
+        synthesize(tmp_path / "three", 0.01, 3, read)

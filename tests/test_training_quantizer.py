@@ -70,7 +70,7 @@ def test_distillation_gets_the_latents_until_entries_are_initialized(tiny_traini
 
 
 def test_bypassing_sequences_have_the_magnitude_of_quantized_ones(tiny_training):
-    """In a JODIO, which has no projections and whose decoder gets the sum of two reconstructions of the latents."""
+    """A JODIO has no projections, and its decoder gets the sum of two reconstructions of the latents."""
     config = tiny_training(raw=0.0, dropout=False, architecture="jodio", kmeans_latents=120)
     codec, trained, latents = quantizer_of(config)
     quantized = trained(codec, latents, codec.forward_context(len(latents)), 1).latents
@@ -101,7 +101,7 @@ def test_initial_counts_are_scaled_to_those_of_a_batch(tiny_training):
 
 
 def test_entries_are_moving_averages(tiny_training):
-    """Of the residuals of the levels before."""
+    """Each level averages the residuals of the levels before it."""
     codec, trained, latents = quantizer_of(tiny_training(raw=0.0, replace_every=1000))
     before = [(means.usage.clone(), means.sums.clone()) for means in trained.means]
     output = trained(codec, latents, codec.forward_context(len(latents)), 1)

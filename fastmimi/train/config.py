@@ -111,8 +111,10 @@ class QuantizerConfig:
 
     decay: float = 0.99  # of the exponential moving averages that the entries are
     commitment: float = 1.0  # weight of the commitment loss
-    begin: int = 0  # first step that quantizes; before it the latents bypass the quantizer
-    kmeans_latents: int = 20_000  # collected from step `begin` on to initialize the entries by k-means
+    # From step `begin` on, `kmeans_latents` latents are collected; k-means gives the first entries of a new codec.
+    # Until then all latents bypass the quantizer.
+    begin: int = 0
+    kmeans_latents: int = 20_000
     kmeans_iterations: int = 10
     replace_below: float = 0.1  # replace entries whose count is below this fraction of the mean count
     replace_every: int = 5  # steps between replacements

@@ -185,6 +185,7 @@ class WindowSampler(Sampler[int]):
 
 
 def _collate(items: list[Any]) -> Batch:
+    """Windows of `Windows` as one batch."""
     audio, teacher_audio, names, unread = zip(*items, strict=True)
     stacked = None if teacher_audio[0] is None else torch.from_numpy(np.stack(teacher_audio))
     return Batch(torch.from_numpy(np.stack(audio)), stacked, list(names), [name for some in unread for name in some])
@@ -201,6 +202,7 @@ def _ignore_first_sigterm(_: int) -> None:
 
 
 def open_source(config: DataConfig) -> Source:
+    """The folder or data set that the configuration names; raises InputError if it cannot be opened."""
     if config.folder is not None:
         return AudioFolder(config.folder)
     assert config.dataset is not None

@@ -135,6 +135,7 @@ def parameter_groups(generator: Generator, config: OptimizerConfig) -> list[dict
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
+    """AdamW for parameter groups, with the learning rate and betas of the configuration."""
     return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
 
 
@@ -166,6 +167,7 @@ class TrainingStep:
 
     @property
     def codec(self) -> Codec:
+        """The codec in training."""
         return self.unwrapped_generator.codec
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:

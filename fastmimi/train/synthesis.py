@@ -150,7 +150,7 @@ def write_utterance(folder: Path, number: int, seed: int, texts: list[str], avai
     return len(audio) / header_rate
 
 
-def synthesise(folder: Path, hours: float, seed: int = 0, texts: Path = TEXTS) -> float:
+def synthesize(folder: Path, hours: float, seed: int = 0, texts: Path = TEXTS) -> float:
     """Fill a folder with FLAC files until it holds `hours` of speech, and return the hours. Existing files count."""
     from rich.progress import track
 
@@ -161,15 +161,15 @@ def synthesise(folder: Path, hours: float, seed: int = 0, texts: Path = TEXTS) -
     if not available:
         raise InputError("no speech synthesizer is installed: apt-get install espeak-ng flite festival")
     folder.mkdir(parents=True, exist_ok=True)
-    read_texts, step, seconds, number = passages(texts), 32, 0.0, 0
+    all_passages, step, seconds, number = passages(texts), 32, 0.0, 0
     for percent in track(range(1, 101), description="Synthesizing"):
         while seconds < 36 * hours * percent:
             with ThreadPoolExecutor() as pool:
                 numbers = range(number, number + step)
-                written = sum(pool.map(lambda n: _utterance_seconds(folder, n, seed, read_texts, available), numbers))
+                written = sum(pool.map(lambda n: _utterance_seconds(folder, n, seed, all_passages, available), numbers))
             if not written:
                 programs = ", ".join(synthesizer.program for synthesizer in available)
-                raise InputError(f"no speech came of {step} texts in a row: check {programs} and their voices")
+                raise InputError(f"no speech from {step} texts in a row: check {programs} and their voices")
             seconds += written
             number += step
     return seconds / 3600
@@ -187,7 +187,7 @@ def _main(
     texts: Annotated[Path, typer.Option(help="A text file, or a folder of text files.")] = TEXTS,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
-    typer.echo(f"{synthesise(folder, hours, seed, texts):.2f} hours of speech in {folder}")
+    typer.echo(f"{synthesize(folder, hours, seed, texts):.2f} hours of speech in {folder}")
 
 
 if __name__ == "__main__":
