@@ -113,7 +113,7 @@ $(VENV)/stamp-uv: $(VENV)/stamp-venv
 	touch $@
 
 $(VENV)/stamp-docs: $(VENV)/stamp-venv $(PACKAGE)
-	$(INSTALL) mkdocs-material 'mkdocstrings[python]'
+	$(INSTALL) mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 $(VENV)/stamp-lint: $(VENV)/stamp-venv constraints.txt

@@ -33,7 +33,7 @@ def clip(path, seconds=None):
 
 @pytest.mark.slow
 def test_real_speech_comes_back(demo):
-    """Of readers that it never heard: STOI of the published numbers, beside the picture in README.md."""
+    """Of readers that it never heard: STOI of the published numbers, beside the picture in docs/training.md."""
     assert len(CLIPS) == 3
     for path in CLIPS:
         audio, stoi = clip(path), {}

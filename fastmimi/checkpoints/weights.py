@@ -59,7 +59,8 @@ def load(
         source: a directory or `.safetensors` file of transformers' or Kyutai's, a directory that a JODIO was saved to,
             a hub id ("kyutai/mimi"), "demo" (a small Mimi that comes with the package: speech, but no match for
             Kyutai's), or random weights: "random[:seed]" for a Mimi, "jodio-random[:seed]" for a JODIO (1.5 GB).
-        device, dtype: where and in what precision it runs; codebooks and their search stay fp32.
+        device: where it runs.
+        dtype: in what precision; codebooks and their search stay fp32.
         impl: "auto", "reference", "triton", "cpu", "onednn", or a dict per op.
         num_codebooks: codebooks that `encode` yields, by default all of the model's (32 for kyutai/mimi).
         weights: "int8" rounds those of the large layers to 255 levels for each output channel
