@@ -62,8 +62,8 @@ def test_the_tree_is_as_printed_but_for_the_repairs(whole):
 
 
 def test_each_repair_is_named_where_people_look():
-    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
-    for text in (JodioConfig.__doc__, readme):
+    page = Path(__file__).parent.parent.joinpath("docs", "jodio.md").read_text()
+    for text in (JodioConfig.__doc__, page):
         assert all(name in text for name in ("post_vq_proj", "quantizer_out_proj", "input_proj", "as_printed_padding"))
 
 
