@@ -100,7 +100,10 @@ def test_a_broken_link_is_seen(text: str) -> None:
 
 
 def test_a_sound_link_passes() -> None:
-    pages = {"a.md": "# A b, `c_d`\n\n[to](how/b.md#on-b-not-here)", "how/b.md": "## On B: not here\n[up](../a.md#a-b-c_d)"}
+    pages = {
+        "a.md": "# A b, `c_d`\n\n[to](how/b.md#on-b-not-here)",
+        "how/b.md": "## On B: not here\n[up](../a.md#a-b-c_d)",
+    }
     assert broken_links(pages) == []
 
 

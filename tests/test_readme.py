@@ -89,7 +89,7 @@ def check_names(program: str, arguments: list[str]) -> None:
             extras = re.findall(r"\[([a-z]+)\]", " ".join(arguments))
             there = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
             missing = [extra for extra in extras if extra not in there]
-        case ("python" | "pytest" | "bash"), _:
+        case (("python" | "pytest" | "bash"), _):
             files = [word for word in arguments if "/" in word]
             missing = [file for file in files if not (ROOT / file).exists()]
         case _:
