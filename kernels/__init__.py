@@ -1,1 +1,1 @@
-"""Implementations of the ops that are faster than the reference. Imported only as `fastmimi.kernels`."""
+"""Fast implementations of the ops, one package per backend. Import this package as `fastmimi.kernels`."""

@@ -1,10 +1,11 @@
-"""Reference of `causal_conv1d`: [activation ->] strided, dilated convolution + bias [-> activation] [+ residual].
+"""Reference for `causal_conv1d`: [activation ->] strided, dilated convolution + bias [-> activation] [+ residual].
 
     y[b, o, t] = post( bias[o] + sum_{c, k} weight[o, c, k] * pre(x)[b, c, t * stride + k * dilation - pad_left] ) + r
 
-Offline, `pad` gives the samples added left and right. Streaming, `history` [B, C, pad_left] holds what came before
-and is updated in place for the active rows; the right is never padded but at the end of a stream.
-Follows transformers' `MimiConv1d` and moshi's `StreamingConv1d`.
+`pre` and `post` are activations; r is the residual. When a whole signal is processed at once (offline), `pad` is the
+number of samples padded on the left and on the right. When streaming, the left padding is `history` [B, C, pad_left],
+the last samples of the previous calls, which is updated in place for the active batch rows. On the right, a stream is
+padded at its end only. Follows transformers' `MimiConv1d` and moshi's `StreamingConv1d`.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"none": lambda x: x, "elu": F.elu, "silu": F.silu}  # each maps 0 to 0, so zero padding commutes
+ACTIVATIONS = {"none": lambda x: x, "elu": F.elu, "silu": F.silu}  # all map 0 to 0: padding before or after is the same
 
 
 def causal_conv1d(
@@ -35,7 +36,7 @@ def causal_conv1d(
     first: Tensor | None = None,  # [B] bool: rows at the start of their stream
     active: Tensor | None = None,  # [B] bool: rows whose history advances
 ) -> Tensor:  # [B, C_out, T_out]
-    """`pad_mode` is 'constant' (zeros), 'replicate' or 'reflect' (offline only); activations 'none', 'elu', 'silu'."""
+    """`pad_mode` is 'constant' (zeros), 'replicate' or, offline only, 'reflect'. `pre` and `post` name ACTIVATIONS."""
     if history is None:
         x = pad1d(x, pad, pad_mode)
     else:
@@ -48,15 +49,18 @@ def causal_conv1d(
 
 @contextmanager
 def ieee_convolutions(x: Tensor) -> Iterator[None]:
-    """fp32 means fp32: on a GPU, cuDNN would convolve x in TF32, PyTorch's default, and codes would change."""
+    """Disable TF32 for fp32 convolutions of x: it is PyTorch's default on a GPU, and would change the codes.
+
+    Raises RuntimeError under `torch.compile` where TF32 would have to be disabled.
+    """
     if x.device.type != "cuda" or x.dtype != torch.float32:
         yield
         return
-    if torch.compiler.is_compiling():  # the switch would not be in the graph
+    if torch.compiler.is_compiling():  # the compiled graph would not contain the setting
         raise RuntimeError("the reference's fp32 convolutions cannot be compiled for a GPU: they would run in TF32")
     flags: Any = torch.backends.cudnn
     name = "allow_tf32"
-    if hasattr(flags, "conv"):  # torch >= 2.9, where reading the old flag may fail once the new one is used
+    if hasattr(flags, "conv"):  # torch >= 2.9, where the old flag may not be read once the new one has been set
         flags, name = flags.conv, "fp32_precision"
     before = getattr(flags, name)
     setattr(flags, name, "ieee" if name == "fp32_precision" else False)
@@ -67,8 +71,11 @@ def ieee_convolutions(x: Tensor) -> Iterator[None]:
 
 
 def with_history(x: Tensor, history: Tensor, first: Tensor | None, active: Tensor | None, pad_mode: str) -> Tensor:
-    """x [B, C, T] behind its history [B, C, P] -> [B, C, P + T]; the history moves on where `active`."""
-    assert first is not None and active is not None, "a history comes with `first` and `active`"
+    """Prepend the history [B, C, P] to x [B, C, T] -> [B, C, P + T], and update it in place for the active rows.
+
+    With 'replicate', the first sample stands in for the history of a row at the start of its stream.
+    """
+    assert first is not None and active is not None, "a history needs `first` and `active`"
     length = history.shape[-1]
     past = history
     if pad_mode == "replicate" and length:
@@ -80,7 +87,10 @@ def with_history(x: Tensor, history: Tensor, first: Tensor | None, active: Tenso
 
 
 def pad1d(x: Tensor, pad: tuple[int, int], mode: str) -> Tensor:
-    """Pad the last dimension; 'reflect' on less than it mirrors first gets zeros on the right, as in the peers."""
+    """Pad the last dimension of x [B, C, T].
+
+    A signal too short to be reflected is first extended with zeros on the right, as in transformers and moshi.
+    """
     if pad == (0, 0):
         return x
     missing = max(pad) - x.shape[-1] + 1 if mode == "reflect" else 0

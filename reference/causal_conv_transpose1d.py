@@ -1,11 +1,14 @@
-"""Reference of `causal_conv_transpose1d`: [activation ->] transposed convolution, overlap-add, bias, trim.
+"""Reference for `causal_conv_transpose1d`: [activation ->] transposed convolution, overlap-add, bias, trim.
 
     y[b, o, t * stride + k] += weight[c, o, k] * pre(x)[b, c, t],   then + bias[o]
 
-A full transposed convolution yields (T - 1) * stride + K samples. Offline, `trim` of them go left and right; less than
-none on the right, where the stride is longer than the kernel, are outputs that no input reaches. Streaming (`overlap`
-[B, C_out, max(0, K - stride)], mutated in place for the active rows), T * stride come out, and the tail, still without
-bias, is added to the head of the next call. Follows moshi's `StreamingConvTranspose1d`.
+A full transposed convolution gives (T - 1) * stride + K samples. Offline, `trim` samples are removed on the left and on
+the right. The right trim may be negative if the stride exceeds the kernel: that many samples are appended, which no
+input contributes to, so that they hold the bias alone.
+
+When streaming, each call returns T * stride samples. The K - stride samples that would follow them, without bias, are
+kept in `overlap` [B, C_out, max(0, K - stride)], updated in place for the active batch rows, and added to the first
+samples of the next call. Follows moshi's `StreamingConvTranspose1d`.
 """
 
 import torch
@@ -32,10 +35,10 @@ def causal_conv_transpose1d(
         with ieee_convolutions(x):
             y = F.conv_transpose1d(x, weight, bias, stride=stride, groups=groups, output_padding=max(0, -trim[1]))
         return y[..., trim[0] : y.shape[-1] - max(0, trim[1])]
-    beyond = max(0, stride - weight.shape[2])
+    missing = max(0, stride - weight.shape[2])  # samples that the kernel is too short to reach
     with ieee_convolutions(x):
-        y = F.conv_transpose1d(x, weight, None, stride=stride, groups=groups, output_padding=beyond)
-    assert active is not None, "an overlap comes with `active`"
+        y = F.conv_transpose1d(x, weight, None, stride=stride, groups=groups, output_padding=missing)
+    assert active is not None, "an overlap needs `active`"
     tail = overlap.shape[-1]
     if tail:
         y[..., :tail] += overlap

@@ -1,6 +1,8 @@
-"""Reference of `resblock`, a SEANet residual unit: ELU, dilated conv, ELU, conv k1, + input (or + conv k1 of it).
+"""Reference for `resblock`, a SEANet residual unit: ELU, dilated convolution, ELU, 1 x 1 convolution, + skip.
 
-Follows transformers' `MimiResnetBlock` and moshi's `SEANetResnetBlock`; only the first convolution has a history.
+The skip connection is the input or, with `shortcut_weight`, a 1 x 1 convolution of it. Only the dilated convolution
+looks at earlier samples, so only it has a history. Follows transformers' `MimiResnetBlock` and moshi's
+`SEANetResnetBlock`.
 """
 
 from torch import Tensor

@@ -1,10 +1,12 @@
-"""Reference of `transformer_layer`: a pre-norm layer, its halves scaled (LayerScale) or not.
+"""Reference for `transformer_layer`: a pre-norm transformer layer with optional LayerScale.
 
-    y = x + scale1 * o(attention(q(n), k(n), v(n))), n = norm1(x);    then y + scale2 * fc2(activation(fc1(norm2(y))))
+    y   = x + scale1 * o(attention(q(n), k(n), v(n))),    n = norm1(x)
+    out = y + scale2 * fc2(activation(fc1(norm2(y))))
 
-The norms are LayerNorm or RMSNorm (arXiv 1910.07467). Weights are those of `nn.LayerNorm` and `nn.Linear`; the head
-dimension is that of the RoPE frequencies. Attention is another op, whose kernel the dispatcher puts in the place of its
-reference. Follows transformers' `MimiTransformerLayer` and moshi's `StreamingTransformerLayer`.
+The norms are LayerNorm or RMSNorm (arXiv 1910.07467). Weights have the shapes of `nn.LayerNorm` and `nn.Linear`. The
+head dimension D is twice the number of RoPE frequencies. Attention is an op of its own: the dispatcher passes the
+kernel that it has chosen for it as `attention`. Follows transformers' `MimiTransformerLayer` and moshi's
+`StreamingTransformerLayer`.
 """
 
 from collections.abc import Callable
@@ -53,25 +55,25 @@ def transformer_layer(
     dropout: float = 0.0,
     residual_dropout: float = 0.0,
     attention: Callable[..., Tensor] = window_attention,
-    **state: Tensor | None,  # offset, cache_k, cache_v, active: as for `window_attention`
+    **state: Tensor | None,  # offset, cache_k, cache_v, active: see `window_attention`
 ) -> Tensor:  # [B, T, C]
-    """`norm` is 'layer' or 'rms'; `dropout` is of attention's weights, `residual_dropout` of what each half adds."""
+    """`norm` is 'layer' or 'rms'. `dropout` applies to the attention weights, `residual_dropout` to both branches."""
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
-    normal = normalized(x, norm1_weight, norm1_bias, eps, norm)
+    hidden = normalized(x, norm1_weight, norm1_bias, eps, norm)
     heads = [
-        rearrange(F.linear(normal, weight, bias), "b t (h d) -> b h t d", d=2 * len(inv_freq))
+        rearrange(F.linear(hidden, weight, bias), "b t (h d) -> b h t d", d=2 * len(inv_freq))
         for weight, bias in ((q, q_bias), (k, k_bias), (v, v_bias))
     ]
     y = attention(*heads, inv_freq, window=window, rope_scale=rope_scale, dropout=dropout, **state)
     y = F.dropout(F.linear(rearrange(y, "b h t d -> b t (h d)"), o, o_bias), residual_dropout)
     x = x + (y if scale1 is None else scale1 * y)
-    normal = normalized(x, norm2_weight, norm2_bias, eps, norm)
-    y = F.dropout(F.linear(act(F.linear(normal, fc1)), fc2), residual_dropout)
+    hidden = normalized(x, norm2_weight, norm2_bias, eps, norm)
+    y = F.dropout(F.linear(act(F.linear(hidden, fc1)), fc2), residual_dropout)
     return x + (y if scale2 is None else scale2 * y)
 
 
 def normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm: str) -> Tensor:
-    """LayerNorm or RMSNorm, which has no bias, over the last dimension."""
+    """LayerNorm, or RMSNorm (which has no bias), over the last dimension of x [..., C]."""
     if norm == "rms":
         if bias is not None:
             raise ValueError("an RMSNorm has no bias, got one")

@@ -1,11 +1,13 @@
-"""Reference of `window_attention`: RoPE on q and k, then causal attention over the last `window` positions.
+"""Reference for `window_attention`: RoPE on q and k, then causal attention over the last `window` positions.
 
-    position of query i of row b:  offset[b] + i;   it attends to positions (p - window, p]
+    query i of batch row b has position p = offset[b] + i and attends to the positions in (p - window, p]
 
-Work and memory are linear in T: queries go in blocks, and a block meets only the keys its band can reach.
-Streaming, `cache_k` and `cache_v` are rings of `window` slots, position p in slot p % window, already rotated; the
-last T positions are written in place for the active rows. Both RoPE layouts: half-rotated (transformers) and
-interleaved (Kyutai). Angles and rotation are fp32 whatever the dtype, as in moshi.
+Work and memory are linear in T: queries are processed in blocks, each with only the keys that its queries can see.
+
+When streaming, `cache_k` and `cache_v` are ring buffers of `window` slots: position p is in slot p % window, and keys
+are stored after rotation. The positions of this call are written in place for the active batch rows. Both RoPE layouts
+are supported, half-rotated (transformers) and interleaved (Kyutai). Angles and rotations are computed in fp32 whatever
+the dtype of q and k, as in moshi.
 """
 
 import torch
@@ -32,13 +34,15 @@ def window_attention(
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, H, T, D]
     _, heads, length, dim = q.shape
-    steps = torch.arange(length, device=q.device)
-    positions = steps[None] if offset is None else offset[:, None] + steps  # [1 or B, T]
+    index = torch.arange(length, device=q.device)
+    positions = index[None] if offset is None else offset[:, None] + index  # [1 or B, T]
     q, k = (rotate(x, positions, inv_freq, rope_scale, interleaved) for x in (q, k))
 
-    past = 0 if cache_k is None else window - 1  # keys that stand before the first query
+    past = 0 if cache_k is None else window - 1  # keys before the first query of this call
     if cache_k is not None:
-        assert cache_v is not None and offset is not None and active is not None, "a cache comes with its state"
+        assert cache_v is not None and offset is not None and active is not None, (
+            "a cache needs `cache_v`, `offset` and `active`"
+        )
         old_positions = offset[:, None] + torch.arange(-past, 0, device=q.device)  # [B, past]
         slots = (old_positions % window)[:, None, :, None].expand(-1, k.shape[1], -1, dim)
         old_k, old_v = cache_k.gather(2, slots), cache_v.gather(2, slots)
@@ -54,7 +58,7 @@ def window_attention(
         query_index = torch.arange(start, stop, device=q.device)[:, None] + past
         key_index = torch.arange(first_key, last_key, device=q.device)
         visible = (key_index <= query_index) & (key_index > query_index - window)  # [block, keys]
-        if offset is not None:  # keys before the start of a stream do not exist
+        if offset is not None:  # there are no keys before the start of a stream
             visible = visible & (offset[:, None] - past + key_index >= 0)[:, None, None]  # [B, 1, block, keys]
         blocks.append(
             F.scaled_dot_product_attention(
@@ -65,8 +69,11 @@ def window_attention(
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, scale: float, interleaved: bool) -> Tensor:
-    """RoPE: x [B, H, T, D] turned by positions [B, T] * inv_freq [D / 2]; pairs (i, i + D/2), or (2i, 2i + 1)."""
-    angles = (positions[..., None].float() * inv_freq)[:, None]  # [B, 1, T, D / 2]
+    """RoPE: rotate the pairs of elements of x [B, H, T, D] by the angles positions [1 or B, T] * inv_freq [D / 2].
+
+    Pair i consists of the elements i and i + D / 2 or, with `interleaved`, of 2 i and 2 i + 1.
+    """
+    angles = (positions[..., None].float() * inv_freq)[:, None]  # [1 or B, 1, T, D / 2]
     cos, sin = angles.cos() * scale, angles.sin() * scale
     layout = "b h t (d pair)" if interleaved else "b h t (pair d)"
     a, b = rearrange(x, f"{layout} -> pair b h t d", pair=2)
@@ -74,7 +81,7 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, scale: float, interle
 
 
 def _write_ring(cache: Tensor, x: Tensor, positions: Tensor, active: Tensor) -> None:
-    """Put x [B, H, T, D] into the ring [B, H, W, D] at slots position % W, in the active rows only."""
+    """Write x [B, H, T, D] into the ring buffer [B, H, W, D] at slots position % W, for the active rows only."""
     window = cache.shape[2]
     x, positions = x[:, :, -window:], positions[:, -window:]
     slots = (positions % window)[:, None, :, None].expand_as(x)

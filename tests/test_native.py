@@ -230,15 +230,15 @@ def test_what_does_not_fit_is_refused():
         ops["resblock"](x, noise(2, 5, 3), noise(2), noise(4, 2, 1), noise(4), pad=(2, 0))
     with pytest.raises(ValueError, match="overlap must be"):
         ops["causal_conv_transpose1d"](x, noise(4, 3, 4), stride=2, overlap=noise(2, 3, 1), active=active["active"])
-    with pytest.raises(TypeError, match="the search is fp32"):
+    with pytest.raises(TypeError, match="x must be float32 or bfloat16 and codebooks float32"):
         ops["rvq_encode"](noise(3, 4).double(), codebooks.double())
     with pytest.raises(IndexError, match=r"codes must lie in \[0, 8\), got 0 to 8"):
         ops["rvq_decode"](torch.tensor([[0], [8]]), codebooks)
     with pytest.raises(ValueError, match="codes of 3 levels need as many codebooks, got 2"):
         ops["rvq_decode"](torch.zeros(3, 2, dtype=torch.int64), codebooks)
-    with pytest.raises(ValueError, match=r"x must be \[N, 4\] as the codebooks' entries, got \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"x must be \[N, 4\], like the codebook entries, got \(5, 3\)"):
         ops["rvq_encode"](noise(5, 3), codebooks)
-    with pytest.raises(ValueError, match="q, k and v do not fit"):
+    with pytest.raises(ValueError, match="the shapes of q, k and v do not match"):
         ops["window_attention"](noise(1, 6, 3, 8), noise(1, 4, 3, 8), noise(1, 4, 3, 8), noise(4), window=3)
 
 

@@ -1,8 +1,9 @@
-"""The native library: found, loaded, and the structures that its entry points take (native/).
+"""The native library (native/): finding and loading it, and ctypes declarations of its structures and entry points.
 
-It has no Python in it and is compiled at installation where there is a C++ compiler. Its OpenMP symbols are left open
-and bind to the runtime that PyTorch has loaded, so that both share one pool of threads. One of its variants, compiled
-for different instruction sets, is chosen here.
+The library does not use Python and is compiled at installation if there is a C++ compiler. It is not linked to an
+OpenMP runtime: its OpenMP symbols are resolved to the runtime that PyTorch has loaded, so that both share one thread
+pool. It contains variants of every entry point, compiled for different instruction sets; this module chooses one of
+them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from typing import Any
 
 import torch
 
-VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")  # the best first
+VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")  # best first
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 PAD_MODES = {"constant": 0, "replicate": 1, "reflect": 2}
 ACTIVATIONS = {"none": 0, "elu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "relu": 5, "tanh": 6}
-KINDS = {"full": 0, "half": 1, "int8": 2, "pairs": 3, "digits": 4}  # of packed weights, native/gemm.h
+KINDS = {"full": 0, "half": 1, "int8": 2, "pairs": 3, "digits": 4}  # of products, native/gemm.h
 
 pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+
+
+# The structures have the fields of their namesakes in native/*.h, in the same order. A step is a stride in elements.
 
 
 class Input(ctypes.Structure):
@@ -43,9 +47,9 @@ class Weights(ctypes.Structure):
 
 class Output(ctypes.Structure):
     _fields_ = (
-        ("y", pointer), ("dtype", integer), ("row", long), ("bias", pointer), ("post", integer), ("scale", pointer),
-        ("dequantize", pointer), ("residual", pointer), ("residual_dtype", integer), ("residual_row", long),
-        ("rows", long), ("tail", pointer),
+        ("y", pointer), ("dtype", integer), ("row_step", long), ("bias", pointer), ("post", integer),
+        ("scale", pointer), ("dequantize", pointer), ("residual", pointer), ("residual_dtype", integer),
+        ("residual_row_step", long), ("rows", long), ("tail", pointer),
     )  # fmt: skip
 
 
@@ -76,7 +80,7 @@ class Layer(ctypes.Structure):
     )  # fmt: skip
 
 
-MOST_ROWS = 2**62  # rows of an Output that has no tail
+NO_TAIL = 2**62  # `rows` of an Output without a tail
 STRUCT = ctypes.POINTER
 ENTRIES: dict[str, tuple[Any, ...]] = {
     "conv": (STRUCT(Input), STRUCT(Weights), STRUCT(Output), integer, long, long, integer, long, long, long, integer),
@@ -91,11 +95,11 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "rvq_encode": (pointer, integer, *[long] * 5, pointer, pointer, pointer, pointer, integer),
     "rvq_decode": (pointer, long, long, pointer, *[long] * 4, pointer, integer, integer),
 }  # fmt: skip
-MOST_ARGUMENTS = 13  # of an entry, native/variant.cpp
+MAX_ARGUMENTS = 13  # of an entry point: the size of Call::a in native/variant.cpp
 
 
 class Variant:
-    """The entry points of one variant, and `outputs_per_panel` of its packed weights."""
+    """The entry points of one variant, and the width of its weight panels, `outputs_per_panel`."""
 
     def __init__(self, library: ctypes.CDLL, name: str):
         self.name = name
@@ -105,19 +109,22 @@ class Variant:
         for entry, arguments in ENTRIES.items():
             function = getattr(library, f"{entry}_{name}")
             function.argtypes, function.restype = arguments, None
-            setattr(self, entry, function)  # structures go by address
+            setattr(self, entry, function)  # ctypes passes structures by address here
         self.run = getattr(library, f"run_{name}")
         self.run.argtypes, self.run.restype = (pointer, long), None
 
     def keep(self, *tensors: Any) -> None:
-        """What a recorded call points at beside the op's inputs and its result must live as long as the recording."""
+        """Tell a `Recorder` which tensors the calls that follow point to; a variant itself does nothing here."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the native library has no entry {name!r}")
 
 
 class Recorder:
-    """In the place of a variant: calls it, and writes down what was called."""
+    """Stands in for a variant: forwards calls to it and records them.
+
+    Tensors passed to `keep` stay alive as long as the recording, whose calls contain their addresses.
+    """
 
     def __init__(self, variant: Variant, calls: list[Any], kept: list[Any]):
         self.name, self.outputs_per_panel = variant.name, variant.outputs_per_panel
@@ -137,17 +144,17 @@ class Recorder:
 
 
 def library_path() -> Path:
-    """Where the installation puts the library."""
+    """Path where the installation puts the library."""
     return Path(__file__).parent / "native" / "libfastmimi.so"
 
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and why there is none, in one sentence."""
+    """The library and "", or None and one sentence that says why there is none."""
     if not library_path().exists():
         return None, (
             "its native library is not built: install fastmimi where there is a C++ compiler (g++ or clang++); "
-            "without it PyTorch's own operations run, some 1.4 times slower on a whole clip and 3 times on a stream"
+            "without it PyTorch's own operations run, about 1.4 times slower on a whole clip and 3 times on a stream"
         )
     try:
         return ctypes.CDLL(str(library_path())), ""
@@ -157,7 +164,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 @cache
 def variants() -> tuple[str, ...]:
-    """The variants that this processor runs, the best first."""
+    """The variants that are built and that this processor can run, best first."""
     library, _ = _load()
     if library is None:
         return ()
@@ -172,37 +179,37 @@ def _variant(name: str) -> Variant:
     return Variant(library, name)
 
 
-_chosen: list[str] = []
+_overrides: list[str] = []
 _recorders = threading.local()
 
 
 def native() -> Any:
-    """The variant in use, or in its place the recorder of this thread."""
-    return getattr(_recorders, "now", None) or _variant(_chosen[-1] if _chosen else variants()[0])
+    """The variant in use or, inside `recording`, this thread's recorder of it."""
+    return getattr(_recorders, "current", None) or _variant(_overrides[-1] if _overrides else variants()[0])
 
 
 @contextmanager
 def recording(variant: Variant, calls: list[Any], kept: list[Any]) -> Iterator[None]:
-    """Within, this thread's native calls are appended to `calls` as (entry, arguments), what they need to `kept`."""
-    _recorders.now = Recorder(variant, calls, kept)
+    """Record this thread's native calls: append each to `calls` as (entry, arguments), and its tensors to `kept`."""
+    _recorders.current = Recorder(variant, calls, kept)
     try:
         yield
     finally:
-        _recorders.now = None
+        _recorders.current = None
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Within, the named variant runs; for tests and comparisons."""
-    _chosen.append(name)
+    """Run the named variant, in all threads; for tests and comparisons."""
+    _overrides.append(name)
     try:
         yield
     finally:
-        _chosen.pop()
+        _overrides.pop()
 
 
 def unsupported(target: Any) -> str | None:
-    """Why no kernel of this room runs on the target, in one sentence; None where they do."""
+    """One sentence that says why this backend cannot run on the target (device and dtype), or None if it can."""
     if target.device != "cpu":
         return f"the CPU kernels run on a CPU, not on {target.device}"
     if target.dtype not in DTYPES:

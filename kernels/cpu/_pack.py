@@ -1,7 +1,8 @@
-"""Weights as the native library reads them: panels of outputs next to each other (native/gemm.h), made once and kept.
+"""Packs weights into the panels that the native library reads (native/gemm.h), and checks what is passed to it.
 
-fp32 weights stay fp32, but where they lie on a grid that eight bits hold (fastmimi/runtime/quantized.py) they become
-int8: no bit is lost. bf16 weights stay bf16, in pairs of channels where the processor multiplies those.
+fp32 weights are packed as fp32, except fake-quantized ones (fastmimi/runtime/quantized.py): these are multiples of a
+step per output channel and are packed as int8, which loses nothing. bf16 weights are packed as bf16, and interleaved in
+pairs of channels where the processor has bf16 dot products.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from ._native import DTYPES, KINDS, Weights, native
 
 
 class Panels(NamedTuple):
-    """Packed weights and bias of a product, and the structure of their addresses."""
+    """Packed weights and bias of a product, and the structure that holds their addresses."""
 
-    tensors: tuple[Tensor | None, ...]  # kept alive for `structure`
+    tensors: tuple[Tensor | None, ...]  # what `structure` points to
     structure: Weights
     kind: int
 
@@ -29,21 +30,24 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def agree(*tensors: Tensor | None) -> None:
-    """Raise TypeError unless all tensors are of one dtype that the library computes in: it gets bare addresses."""
-    kinds = {t.dtype for t in tensors if t is not None}
-    if len(kinds) != 1 or not kinds <= DTYPES.keys():
-        raise TypeError(f"tensors must all be float32 or all bfloat16, got {', '.join(sorted(map(str, kinds)))}")
+# The library gets bare addresses, so dtypes and shapes are checked before a call.
 
 
-def fits(name: str, state: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless a state has the shape that the library will assume, and is contiguous."""
+def check_dtypes(*tensors: Tensor | None) -> None:
+    """Raise TypeError unless all tensors have the same dtype and the library computes in it."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
+        raise TypeError(f"tensors must all be float32 or all bfloat16, got {', '.join(sorted(map(str, dtypes)))}")
+
+
+def check_state(name: str, state: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a tensor of streaming state is contiguous and has the given shape."""
     if state.shape != shape or not state.is_contiguous():
         raise ValueError(f"{name} must be contiguous and {shape}, got {tuple(state.shape)}")
 
 
-def multiplies(x: Tensor, channels: int, outputs: int, bias: Tensor | None) -> None:
-    """Raise ValueError unless x [B, C, T] and a bias [C_out] are as long as the weights say."""
+def check_channels(x: Tensor, channels: int, outputs: int, bias: Tensor | None) -> None:
+    """Raise ValueError unless x [B, C, T] and the bias [C_out] have the `channels` and `outputs` of the weight."""
     if x.shape[1] != channels:
         raise ValueError(f"x must have the {channels} channels of the weight, got {x.shape[1]}")
     if bias is not None and bias.shape != (outputs,):
@@ -51,51 +55,60 @@ def multiplies(x: Tensor, channels: int, outputs: int, bias: Tensor | None) -> N
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    multiplies = native().name == "avx512bf16"  # bf16 in pairs, bytes in fours
+    """The kind of product (KINDS) for packed weights of this dtype in the variant in use."""
+    dot_products = native().name == "avx512bf16"  # instructions that multiply and add pairs of bf16, and fours of bytes
     if dtype in (torch.int8, torch.uint8):
-        return "digits" if multiplies else "int8"
+        return "digits" if dot_products else "int8"
     if dtype == torch.bfloat16:
-        return "pairs" if multiplies else "half"
+        return "pairs" if dot_products else "half"
     return "full"
 
 
 def panels(
-    weight: Tensor, bias: Tensor | None, form: str, arrange: Callable[[Tensor], Tensor], *,
-    repeats: int = 1, channel: int = 0, rounded: bool = True, group: int = 0, groups: int = 1,
+    weight: Tensor, bias: Tensor | None, arrangement: str, arrange: Callable[[Tensor], Tensor], *,
+    repeats: int = 1, channel: int = 0, quantize: bool = True, group: int = 0, groups: int = 1,
 ) -> Panels:  # fmt: skip
-    """arrange(weight) [outputs, taps, channels] in panels, with the bias `repeats` times; kept with the weight.
+    """Pack arrange(weight) [outputs, taps, channels] in panels, with the bias repeated `repeats` times.
 
-    Weights on a grid along `channel`, the outputs, become int8 unless `rounded` is False. Of a grouped convolution,
-    whose groups divide the first dimension of the weight and the bias, only the rows of `group` are taken.
+    The result is cached with the weight under the name of the `arrangement`. `channel` is the dimension of the output
+    channels in `weight`; fake-quantized weights are packed as int8 unless `quantize` is False. Of the `groups` of a
+    grouped convolution, which divide the first dimension of weight and bias, only number `group` is packed.
     """
 
     def pack(weight: Tensor, bias: Tensor | None = None) -> Panels:
         weight, bias = weight.chunk(groups)[group], None if bias is None else bias.chunk(groups)[group]
-        packed, steps = packed_weight(weight, arrange, channel if rounded else None)
-        values = None if bias is None else in_row(bias.repeat(repeats))
+        packed, steps = packed_weight(weight, arrange, channel if quantize else None)
+        packed_bias = None if bias is None else per_output(bias.repeat(repeats))
         outputs, taps, _ = arrange(weight).shape
-        pointers = (packed.data_ptr(), outputs, taps, address(values), address(steps), packed.element_size())
-        return Panels((packed, values, steps), Weights(*pointers), KINDS[kind_of(packed.dtype)])
+        structure = Weights(
+            packed.data_ptr(), outputs, taps, address(packed_bias), address(steps), packed.element_size()
+        )
+        return Panels((packed, packed_bias, steps), structure, KINDS[kind_of(packed.dtype)])
 
     tensors = (weight,) if bias is None else (weight, bias)
-    return packing.packed(tensors, f"{form} {native().name} {rounded} {group}/{groups}", pack)
+    return packing.packed(tensors, f"{arrangement} {native().name} {quantize} {group}/{groups}", pack)
 
 
 def packed_weight(
     weight: Tensor, arrange: Callable[[Tensor], Tensor], channel: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The panels of arrange(weight), and if they are integers of a grid along `channel`, the step of each output."""
+    """The panels of arrange(weight) and, if they are int8, the quantization step of each output.
+
+    They are int8 if the weight is fake-quantized; `channel` is its dimension of output channels, or None to keep it as
+    it is.
+    """
     found = None if channel is None else quantized.integers(weight, channel)
     if found is None:
         return in_panels(arrange(weight)), None
-    whole, steps = map(arrange, found)
-    return in_panels(whole), in_row(steps.amax((1, 2)))  # a tap that `arrange` filled up has no step
+    integers, steps = map(arrange, found)
+    return in_panels(integers), per_output(steps.amax((1, 2)))  # the largest: taps that `arrange` adds have step 0
 
 
 def in_panels(weight: Tensor) -> Tensor:
-    """[outputs, taps, channels] -> [panels, taps, channels / G, outputs of a panel, G], zeros beyond the last of each.
+    """Zero-pad [outputs, taps, channels] and pack it as [panels, taps, channels / G, outputs per panel, G].
 
-    G is how many channels the kind multiplies at once. Digits' weights are stored with 128 added, as unsigned bytes.
+    G is the number of channels that an instruction multiplies at once. Weights of kind 'digits' are stored as unsigned
+    bytes, with 128 added (native/digits.h).
     """
     width, kind = native().outputs_per_panel, kind_of(weight.dtype)
     group = {"pairs": 2, "digits": 4}.get(kind, 1)
@@ -106,6 +119,6 @@ def in_panels(weight: Tensor) -> Tensor:
     return (packed.to(torch.int16) + 128).to(torch.uint8) if kind == "digits" else packed
 
 
-def in_row(values: Tensor) -> Tensor:
-    """A value per output in fp32, zeros beyond the last to a full panel."""
+def per_output(values: Tensor) -> Tensor:
+    """One value per output as fp32, zero-padded to whole panels."""
     return F.pad(values.float(), (0, -len(values) % native().outputs_per_panel))

@@ -1,9 +1,9 @@
-"""Native calls recorded once and run again as one: a step of a stream without Python between its layers.
+"""Programs: the native calls of one step of a stream, recorded once and replayed as a single call, without Python.
 
-As a CUDA graph does, a program repeats what was called, at the addresses of that time: it keeps every tensor that a
-call points at (each op says `native().keep(...)`, and a pointer into anything else is refused). Only the addresses of
-the stream's state are put in anew at each run, so that one program serves all streams of a shape. It holds one run at a
-time.
+Like a CUDA graph, a program repeats the recorded calls with the recorded addresses. It therefore keeps alive every
+tensor that a call points to: each op passes them to `native().keep(...)`, and a call with a pointer to any other memory
+cannot be recorded. Only the addresses of the stream's state are replaced before each run, so that one program serves
+all streams whose state has the same shapes. A program must not be run by two threads at once.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 
 from ...runtime import layout
-from ._native import ENTRIES, MOST_ARGUMENTS, native, recording
+from ._native import ENTRIES, MAX_ARGUMENTS, native, recording
 
-WORD = 8
+WORD = 8  # bytes
 
 
 class NotRecordable(Exception):
-    """A recorded call points at memory that nothing keeps."""
+    """A recorded call has a pointer to memory that is neither the stream's state nor kept alive."""
 
 
 class Program:
-    """The native calls of `step(x)`, which reads and changes `state`.
+    """The native calls of `step(x)`, which reads and updates the tensors of `state`.
 
-    What PyTorch itself computes in between is not in the program: the caller compares a first run with the model's own.
-    Raises NotRecordable.
+    Operations of PyTorch between the native calls are not recorded. The caller must compare a first run with the result
+    of the model itself before it trusts the program. Raises NotRecordable.
     """
 
     def __init__(self, step: Callable[[Tensor], list[Tensor]], x: Tensor, state: list[Tensor]):
@@ -41,12 +41,12 @@ class Program:
             self.results = step(self.input)
         self.kept, self.count, self.run_calls = kept, len(calls), variant.run
         self.image = torch.tensor(self._image(calls), dtype=torch.int64)
-        inner = torch.tensor([word for word, relative in self.pointers if relative], dtype=torch.int64)
-        self.image[inner] += self.image.data_ptr()
-        self._find_state([word for word, relative in self.pointers if not relative], state)
+        relative = torch.tensor([word for word, inside in self.pointers if inside], dtype=torch.int64)
+        self.image[relative] += self.image.data_ptr()
+        self._find_state([word for word, inside in self.pointers if not inside], state)
 
     def run(self, x: Tensor, state: list[Tensor]) -> list[Tensor]:
-        """The step's results for x, with these tensors for its state; they are of the shapes that were recorded."""
+        """The results of the step for x, with these tensors as its state; shapes must be those that were recorded."""
         self.input.copy_(x)
         addresses = torch.tensor([t.data_ptr() for t in state], dtype=torch.int64)
         self.image[self.words] = addresses[self.owners] + self.offsets
@@ -54,11 +54,14 @@ class Program:
         return [result.clone() for result in self.results]
 
     def _image(self, calls: list[tuple[str, tuple[Any, ...]]]) -> list[int]:
-        """Calls of fixed size, then their structures; pointers to these are still relative to the beginning."""
+        """The program's memory as 64-bit words: an array of calls (native/variant.cpp), then their structures.
+
+        Pointers to the structures are byte offsets from the start of the image, whose address is not known yet.
+        """
         entries = list(ENTRIES)
-        size = 1 + MOST_ARGUMENTS
+        size = 1 + MAX_ARGUMENTS  # words per call
         image = [0] * (size * len(calls))
-        self.pointers: list[tuple[int, bool]] = []  # word, and whether it points into the image
+        self.pointers: list[tuple[int, bool]] = []  # index of a word, and whether it points into the image
         for i, (entry, arguments) in enumerate(calls):
             image[i * size] = entries.index(entry)
             for j, (argument, kind) in enumerate(zip(arguments, ENTRIES[entry], strict=True), i * size + 1):
@@ -74,7 +77,10 @@ class Program:
         return image
 
     def _find_state(self, words: list[int], state: list[Tensor]) -> None:
-        """Which pointers lie in which tensor of the state, and how far in; all others must be of what is kept."""
+        """For each pointer into the state, note its word, the tensor it points into and the offset, in bytes.
+
+        Raises NotRecordable if a pointer is neither null nor into the state or a tensor that is kept alive.
+        """
         kept, found = list(_tensors(self.kept)), []
         for word in words:
             address = int(self.image[word])
@@ -86,12 +92,13 @@ class Program:
 
 
 def _holds(tensor: Tensor, address: int) -> bool:
+    """Whether an address lies in a tensor's storage."""
     storage = tensor.untyped_storage()
     return storage.data_ptr() <= address < storage.data_ptr() + max(1, storage.nbytes())
 
 
 def _tensors(kept: Any) -> Iterator[Tensor]:
-    """All tensors in lists and tuples."""
+    """All tensors in nested lists and tuples."""
     if isinstance(kept, Tensor):
         yield kept
     elif isinstance(kept, (list, tuple)):
@@ -100,6 +107,7 @@ def _tensors(kept: Any) -> Iterator[Tensor]:
 
 
 def _words(structure: ctypes.Structure) -> list[int]:
+    """The memory of a structure as 64-bit words."""
     size = ctypes.sizeof(structure)
     buffer = (ctypes.c_int64 * -(-size // WORD))()
     ctypes.memmove(buffer, ctypes.addressof(structure), size)
@@ -107,7 +115,7 @@ def _words(structure: ctypes.Structure) -> list[int]:
 
 
 def _pointer_words(structure: Any) -> list[int]:
-    """Where a structure has pointers, in words."""
+    """The word indices of a structure's pointers."""
     found = []
     for name, kind in structure._fields_:
         word = getattr(structure, name).offset // WORD

@@ -1,8 +1,9 @@
-"""CPU kernel of `causal_conv1d`: activation, padding or history, product, bias, activation and residual in one pass.
+"""CPU kernel for `causal_conv1d`: activation, padding or history, GEMM, bias, activation and residual in one pass.
 
-In time-major memory a convolution is a product of overlapping rows with packed weights, without any copy of the
-overlap (native/conv.h). Least work for one second of the first strided layer, 64 to 128, k8 s4: 0.79 GFLOP, 9 MB read
-and written; the activated input of a chunk stays in a thread's caches.
+In channels-last memory a convolution is a matrix product of overlapping rows with packed weights, without an im2col
+copy (native/conv.h). The work is divided into chunks whose activated input stays in the caches of a thread. The first
+strided layer (64 to 128 channels, kernel 8, stride 4) takes at least 0.79 GFLOP and 9 MB of memory traffic per second
+of audio.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...runtime import layout
-from ._native import ACTIVATIONS, DTYPES, MOST_ROWS, PAD_MODES, Input, Output, native, unsupported  # noqa: F401
-from ._pack import Panels, address, agree, fits, multiplies, panels
+from ._native import ACTIVATIONS, DTYPES, NO_TAIL, PAD_MODES, Input, Output, native, unsupported  # noqa: F401
+from ._pack import Panels, address, check_channels, check_dtypes, check_state, panels
 
 
 def causal_conv1d(
@@ -31,12 +32,12 @@ def causal_conv1d(
     history: Tensor | None = None,  # [B, C, pad[0]], mutated
     first: Tensor | None = None,  # [B] bool
     active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C_out, T_out], channels next to each other in memory
-    agree(x, weight, residual, history)
+) -> Tensor:  # [B, C_out, T_out], channels-last
+    check_dtypes(x, weight, residual, history)
     if history is not None:
-        fits("history", history, (*x.shape[:2], pad[0]))
+        check_state("history", history, (*x.shape[:2], pad[0]))
     out, per_group, kernel = weight.shape
-    multiplies(x, per_group * groups, out, bias)
+    check_channels(x, per_group * groups, out, bias)
     x = layout.channels_last(x)
     length = (x.shape[2] + pad[0] + pad[1] - (kernel - 1) * dilation - 1) // stride + 1
     y = layout.empty_channels_last(x, out, length)
@@ -74,7 +75,10 @@ def input_of(
     active: Tensor | None = None,
     channel: int = 0,
 ) -> Input:
-    """x [B, C, T], time-major, and what stands before and after it; `channel` is its first one in the history."""
+    """The native `Input` for channels-last x [B, C, T] with its padding or history.
+
+    If x holds some of the channels of a grouped convolution, `channel` is the index of its first one in the history.
+    """
     begin = None if history is None else history.data_ptr() + channel * pad[0] * history.element_size()
     return Input(
         x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[2], x.shape[1], x.stride(0), x.stride(2), *pad,
@@ -83,9 +87,9 @@ def input_of(
 
 
 def output_of(y: Tensor, weights: Panels, residual: Tensor | None = None) -> Output:
-    """y and what is added to it [B, C, T], time-major, with the bias of the weights."""
+    """The native `Output` for channels-last y [B, C, T], with the bias of the weights and a residual of y's shape."""
     return Output(
         y.data_ptr(), DTYPES[y.dtype], y.stride(2), weights.structure.bias, 0, None,
         weights.structure.dequantize, address(residual),
-        DTYPES[y.dtype], 0 if residual is None else residual.stride(2), MOST_ROWS, None,
+        DTYPES[y.dtype], 0 if residual is None else residual.stride(2), NO_TAIL, None,
     )  # fmt: skip

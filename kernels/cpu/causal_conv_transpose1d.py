@@ -1,9 +1,10 @@
-"""CPU kernel of `causal_conv_transpose1d`: a causal convolution over packed weights, so that nothing is overlap-added.
+"""CPU kernel for `causal_conv_transpose1d`: computed as a causal convolution, so that there is no overlap-add offline.
 
     y[t s + j, o] = bias[o] + sum_{tap, c} w[c, o, j + (taps - 1 - tap) s] x[t - taps + 1 + tap, c],  taps = ceil(K / s)
 
-is a convolution with s * C_out outputs, which lie in time-major memory as the upsampled signal does (native/conv.h).
-Streaming, the product runs one row or more beyond the input: that is the tail which the next call adds to its head.
+is a convolution with stride 1 and s * C_out outputs (j, o). In channels-last memory its output [T, s * C_out] is the
+upsampled signal [T * s, C_out], without a copy (native/conv.h). When streaming, the convolution also computes the
+taps - 1 rows after the input: the tail that the next call adds to its first samples.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ...runtime import layout, packing
 from ._native import ACTIVATIONS, DTYPES, Output, native, unsupported  # noqa: F401
-from ._pack import address, agree, fits, multiplies, panels
+from ._pack import address, check_channels, check_dtypes, check_state, panels
 from .causal_conv1d import input_of, output_of
 
 
@@ -29,22 +30,23 @@ def causal_conv_transpose1d(
     pre: str = "none",
     overlap: Tensor | None = None,  # [B, C_out, max(0, K - stride)], mutated
     active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride), channels next to each other in memory
-    agree(x, weight, overlap)
+) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride), channels-last
+    check_dtypes(x, weight, overlap)
     out, kernel = weight.shape[1] * groups, weight.shape[2]
-    multiplies(x, weight.shape[0], out, bias)
+    check_channels(x, weight.shape[0], out, bias)
     x = layout.channels_last(x)
     batch, _, length = x.shape
     taps = -(-kernel // stride)
     if overlap is not None:
-        fits("overlap", overlap, (batch, out, max(0, kernel - stride)))
+        check_state("overlap", overlap, (batch, out, max(0, kernel - stride)))
         y, tail = x.new_empty(batch, length, stride * out), x.new_empty(batch, taps - 1, stride * out).float()
         _multiply(x, weight, bias, stride, groups, taps, pre, y, tail)
         samples = y.view(batch, length * stride, out)
-        if (reach := overlap.shape[2]) > 0:
+        if overlap.shape[2] > 0:
             native().overlap(
                 DTYPES[x.dtype], samples.data_ptr(), tail.data_ptr(), overlap.data_ptr(), address(active), batch,
-                samples.shape[1], tail.shape[1] * stride, out, reach, samples.stride(0), out, overlap.stride(0),
+                samples.shape[1], tail.shape[1] * stride, out, overlap.shape[2], samples.stride(0), out,
+                overlap.stride(0),
             )  # fmt: skip
         return samples.transpose(1, 2)
     total = (length - 1) * stride + kernel - sum(trim)
@@ -59,53 +61,56 @@ def _multiply(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, taps: int, pre: str, y: Tensor,
     tail: Tensor | None,
 ) -> None:  # fmt: skip
-    """Rows of y [B, rows, s C_out], and what comes after them, without bias, into tail [B, taps - 1, s C_out]."""
+    """Write the first rows of the convolution to y [B, rows, s * C_out].
+
+    If there is a tail [B, taps - 1, s * C_out], the rows after them are written to it, without bias.
+    """
     channels, per_group, _ = weight.shape
     rows, beyond = y.shape[1], 0 if tail is None else taps - 1
     pad = (taps - 1, max(0, rows + beyond - x.shape[2]))
     threads = torch.get_num_threads()
     if groups == channels and per_group == 1:
         taps_first = packing.packed(weight, f"depthwise {stride}", lambda w: _by_taps(w, stride, taps).float())
-        offset = None if bias is None else packing.packed(bias, "fp32", lambda b: b.float().contiguous())
-        native().keep(x, taps_first, offset, y, tail)
+        fp32_bias = None if bias is None else packing.packed(bias, "fp32", lambda b: b.float().contiguous())
+        native().keep(x, taps_first, fp32_bias, y, tail)
         target = Output(y=y.data_ptr(), rows=rows, tail=address(tail))
         native().depthwise(
-            input_of(x), taps_first.data_ptr(), address(offset), target, stride, taps, ACTIVATIONS[pre],
+            input_of(x), taps_first.data_ptr(), address(fp32_bias), target, stride, taps, ACTIVATIONS[pre],
             rows + beyond, threads,
         )  # fmt: skip
         return
     for group in range(groups):
         inputs = slice(group * channels // groups, (group + 1) * channels // groups)
         outputs = slice(group * per_group, (group + 1) * per_group)
-        mine, my_tail = y, tail
+        group_y, group_tail = y, tail
         if groups > 1:
-            mine = x.new_empty(y.shape[0], rows, stride * per_group)
-            my_tail = None if tail is None else tail.new_empty(tail.shape[0], beyond, stride * per_group)
+            group_y = x.new_empty(y.shape[0], rows, stride * per_group)
+            group_tail = None if tail is None else tail.new_empty(tail.shape[0], beyond, stride * per_group)
         packed = panels(
             weight, bias, f"upsampling {stride}", lambda w: _by_outputs(w, stride, taps),
             repeats=stride, channel=1, group=group, groups=groups,
         )  # fmt: skip
-        native().keep(x, packed, mine, my_tail)
-        target = output_of(mine.transpose(1, 2), packed)
-        if my_tail is not None:
-            target.rows, target.tail = rows, address(my_tail)
+        native().keep(x, packed, group_y, group_tail)
+        target = output_of(group_y.transpose(1, 2), packed)
+        if group_tail is not None:
+            target.rows, target.tail = rows, address(group_tail)
         native().conv(
             input_of(x[:, inputs], pad), packed.structure, target, packed.kind, 1, 1, ACTIVATIONS[pre], rows + beyond,
-            mine.stride(0), 0, threads,
+            group_y.stride(0), 0, threads,
         )  # fmt: skip
         if groups > 1:
-            for whole, piece in ((y, mine), (tail, my_tail)):
-                if whole is not None and piece is not None:
+            for whole, part in ((y, group_y), (tail, group_tail)):
+                if whole is not None and part is not None:
                     shape = (*whole.shape[:2], stride, whole.shape[2] // stride)
-                    whole.view(shape)[..., outputs] = piece.view(*piece.shape[:2], stride, per_group)
+                    whole.view(shape)[..., outputs] = part.view(*part.shape[:2], stride, per_group)
 
 
 def _by_taps(weight: Tensor, stride: int, taps: int) -> Tensor:
-    """[C, C_out, K] -> [taps, s, C, C_out], the oldest input first; zeros beyond K."""
+    """[C, C_out, K] -> [taps, s, C, C_out]: the first tap multiplies the oldest input; zero-padded beyond K."""
     weight = F.pad(weight, (0, taps * stride - weight.shape[2]))
     return weight.unflatten(2, (taps, stride)).flip(2).permute(2, 3, 0, 1).contiguous()
 
 
 def _by_outputs(weight: Tensor, stride: int, taps: int) -> Tensor:
-    """[C, C_out, K] -> [s C_out, taps, C]."""
+    """[C, C_out, K] -> [s * C_out, taps, C], the weight of the equivalent convolution."""
     return _by_taps(weight, stride, taps).permute(1, 3, 0, 2).flatten(0, 1)

@@ -1,6 +1,6 @@
-"""CPU kernel of `rvq_decode`: the sum over levels, each entry read once (native/rvq.h).
+"""CPU kernel for `rvq_decode`: the sum over levels in one pass (native/rvq.h).
 
-In place of the reference's chain, which writes and reads the running sum once for each level.
+The running sum stays in registers; the reference writes and reads it once per level.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ def rvq_decode(codes: Tensor, codebooks: Tensor, *, dtype: torch.dtype | None = 
     (levels, rows), (_, size, dim) = codes.shape, codebooks.shape
     y = codebooks.new_empty(rows, dim, dtype=dtype)
     if codebooks.dtype != torch.float32 or y.dtype not in DTYPES:
-        raise TypeError(f"the sum is of float32 to float32 or bfloat16, got {codebooks.dtype} to {y.dtype}")
+        raise TypeError(
+            f"codebooks must be float32 and the result float32 or bfloat16, got {codebooks.dtype} and {y.dtype}"
+        )
     if codes.dtype != torch.int64:
         raise TypeError(f"codes must be int64, got {codes.dtype}")
     if levels > len(codebooks):

@@ -1,7 +1,8 @@
-"""CPU kernel of `rvq_encode`: products of all levels, running best two, near ties decided in fp64 (native/rvq.h).
+"""CPU kernel for `rvq_encode`: all levels in one call, with near ties decided in fp64 (native/rvq.h).
 
-A row alone (a stream) is bound by reading the codebooks, 2 MB a level: threads share each level's entries. Many rows
-are bound by the products, 1 MFLOP per row and level; no matrix of distances is written.
+Each level's distances are computed by the GEMM, which keeps the two nearest entries of each row and writes no distance
+matrix. With one row (a stream), time goes into reading the codebooks, 2 MB per level, and threads divide the entries of
+each level. With many rows, it goes into arithmetic, 1 MFLOP per row and level, and threads divide the rows.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from ._native import DTYPES, native, unsupported  # noqa: F401
 def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     """x [N, D] fp32 or bf16, computed in fp32, and codebooks [L, S, D] fp32 -> codes [L, N] int64."""
     if x.dtype not in DTYPES or codebooks.dtype != torch.float32:
-        raise TypeError(f"the search is fp32, got {x.dtype} and codebooks of {codebooks.dtype}")
+        raise TypeError(f"x must be float32 or bfloat16 and codebooks float32, got {x.dtype} and {codebooks.dtype}")
     codebooks = codebooks.contiguous()
     levels, size, dim = codebooks.shape
     if x.shape[1] != dim:
-        raise ValueError(f"x must be [N, {dim}] as the codebooks' entries, got {tuple(x.shape)}")
+        raise ValueError(f"x must be [N, {dim}], like the codebook entries, got {tuple(x.shape)}")
     width = native().outputs_per_panel
     x = x if x.stride(1) == 1 else x.contiguous()
     codes = torch.empty(levels, len(x), dtype=torch.int64)

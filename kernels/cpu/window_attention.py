@@ -1,7 +1,7 @@
-"""CPU kernel of `window_attention`: RoPE, the band alone, softmax and values, and the rings (native/attention.h).
+"""CPU kernel for `window_attention`: RoPE, attention within the window, and the ring caches (native/attention.h).
 
-For 250 positions of 8 heads of 64 with a full window: 128 MFLOP; q, k, v and the result are 2 MB. A head's keys and
-values, 256 KB at most with the ring before them, stay in a thread's caches.
+250 positions with 8 heads of 64 and a full window take 128 MFLOP; q, k, v and the result are 2 MB together. The keys
+and values of one head, at most 256 KB with those of the ring, stay in the caches of a thread.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._native import DTYPES, Attention, native, unsupported  # noqa: F401
-from ._pack import address, agree, fits
+from ._pack import address, check_dtypes, check_state
 
 
 def window_attention(
@@ -26,7 +26,7 @@ def window_attention(
     cache_k: Tensor | None = None,  # [B, H_kv, window, D], mutated
     cache_v: Tensor | None = None,
     active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, H, T, D], a position's heads next to each other in memory
+) -> Tensor:  # [B, H, T, D], in memory [B, T, H, D]
     if cache_k is not None and cache_v is not None and cache_k.dtype != q.dtype:  # under autocast
         wide_q, wide_k, wide_v = (t.to(cache_k.dtype) for t in (q, k, v))
         y = window_attention(
@@ -34,12 +34,12 @@ def window_attention(
             offset=offset, cache_k=cache_k, cache_v=cache_v, active=active,
         )  # fmt: skip
         return y.to(q.dtype)
-    agree(q, k, v, cache_k, cache_v)
+    check_dtypes(q, k, v, cache_k, cache_v)
     if q.shape[1] % k.shape[1] or k.shape != v.shape or k.shape[2:] != q.shape[2:]:
-        raise ValueError(f"q, k and v do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+        raise ValueError(f"the shapes of q, k and v do not match: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if cache_k is not None and cache_v is not None:
         for name, cache in (("cache_k", cache_k), ("cache_v", cache_v)):
-            fits(name, cache, (len(k), k.shape[1], window, k.shape[3]))
+            check_state(name, cache, (len(k), k.shape[1], window, k.shape[3]))
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, length, dim = q.shape
     y = q.new_empty(batch, length, heads, dim)

@@ -1,1 +1,4 @@
-"""CPU implementations in PyTorch's own operations over weights laid out once, one file per op."""
+"""The `onednn` backend: PyTorch's oneDNN operations on prepacked weights, one file per op.
+
+It runs on CPUs for which the native kernels of the `cpu` backend are not built.
+"""

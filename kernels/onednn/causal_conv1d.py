@@ -1,6 +1,6 @@
-"""`causal_conv1d` by oneDNN: the convolution over a weight laid out once, in time-major memory, the residual in it.
+"""`causal_conv1d` with oneDNN: a channels-last convolution with prepacked weights and a fused residual.
 
-The activation before it is taken in place, in the one copy that puts the input behind its padding or history.
+The input is copied once, behind its padding or history, and the activation `pre` is applied to the copy in place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def causal_conv1d(
     history: Tensor | None = None,  # [B, C, pad[0]], mutated
     first: Tensor | None = None,  # [B] bool
     active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C_out, T_out], channels next to each other in memory
+) -> Tensor:  # [B, C_out, T_out], channels-last
     x = padded(x, pad, pad_mode, pre, history, first, active)
     out, _, kernel = weight.shape
     length = (x.shape[2] - (kernel - 1) * dilation - 1) // stride + 1

@@ -1,10 +1,11 @@
-"""`causal_conv_transpose1d` by oneDNN, as a causal convolution with stride * C_out outputs: nothing is overlap-added.
+"""`causal_conv_transpose1d` with oneDNN, computed as a causal convolution with stride * C_out outputs.
 
     y[t s + j, o] = bias[o] + sum_{tap, c} w[c, o, j + (taps - 1 - tap) s] x[t - taps + 1 + tap, c],  taps = ceil(K / s)
 
-PyTorch's own transposed convolution of a step of a stream took 13 ms for the first one of the decoder, this takes 1.1
-(1024 to 512 channels, k16 s8, two positions, 2 cores of an AMD EPYC of the Zen 4 generation). Streaming, the product
-runs on beyond the input: that is the tail which the next call adds to its head.
+Offline there is no overlap-add. When streaming, the convolution also computes the taps - 1 rows after the input: the
+tail that the next call adds to its first samples. For one step of the decoder's first transposed convolution (1024 to
+512 channels, kernel 16, stride 8, two positions), PyTorch's own operation took 13 ms and this takes 1.1 ms, on 2 cores
+of an AMD EPYC of the Zen 4 generation.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def causal_conv_transpose1d(
     pre: str = "none",
     overlap: Tensor | None = None,  # [B, C_out, max(0, K - stride)], mutated
     active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride), channels next to each other in memory
+) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride), channels-last
     kernel = weight.shape[2]
     taps = -(-kernel // stride)
     if overlap is None:
@@ -40,7 +41,7 @@ def causal_conv_transpose1d(
     y = _upsampled(x, weight, None, stride, groups, pre, (taps - 1, taps - 1))
     total = x.shape[2] * stride
     if tail := overlap.shape[2]:
-        assert active is not None, "an overlap comes with `active`"
+        assert active is not None, "an overlap needs `active`"
         y[..., :tail] += overlap
         overlap.copy_(torch.where(active[:, None, None], y[..., total : total + tail], overlap))
     y = y[..., :total]
@@ -50,24 +51,32 @@ def causal_conv_transpose1d(
 def _upsampled(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, pre: str, pad: tuple[int, int]
 ) -> Tensor:
-    """[B, C, T] -> [B, C_out, (sum(pad) + T - taps + 1) * stride], time-major."""
+    """The full transposed convolution of x padded with zeros, which trims nothing.
+
+    [B, C, T] -> [B, C_out, (sum(pad) + T - taps + 1) * stride], channels-last.
+    """
     batch, out = x.shape[0], weight.shape[1] * groups
-    form = f"onednn upsampling {stride} {groups}"
-    as_conv = packing.packed(weight, form, lambda w: _as_convolution(w, stride, groups))
-    offset = None
+    arrangement = f"onednn upsampling {stride} {groups}"
+    as_conv = packing.packed(weight, arrangement, lambda w: _as_convolution(w, stride, groups))
+    repeated_bias = None
     if bias is not None:
-        offset = packing.packed(bias, form, lambda b: b.view(groups, 1, -1).expand(-1, stride, -1).flatten())
+        repeated_bias = packing.packed(
+            bias, arrangement, lambda b: b.view(groups, 1, -1).expand(-1, stride, -1).flatten()
+        )
     x = padded(x, pad, pre=pre)
     rows = x.shape[2] - as_conv.shape[2] + 1
     if not batch or rows < 1:
         return layout.empty_channels_last(x, out, max(rows, 0) * stride)
-    y = conv(x, as_conv, offset, groups=groups).transpose(1, 2)  # [B, rows, groups * stride * C_out / groups]
+    y = conv(x, as_conv, repeated_bias, groups=groups).transpose(1, 2)  # [B, rows, groups * stride * C_out / groups]
     y = y.unflatten(2, (groups, stride, -1)).transpose(2, 3)
     return y.reshape(batch, rows * stride, out).transpose(1, 2)
 
 
 def _as_convolution(weight: Tensor, stride: int, groups: int) -> Tensor:
-    """[C, C_out / groups, K] -> [stride * C_out, C / groups, taps], the oldest input first; zeros beyond K."""
+    """[C, C_out / groups, K] -> [stride * C_out, C / groups, taps], the weight of the equivalent convolution.
+
+    The first tap multiplies the oldest input; the weight is zero-padded beyond K.
+    """
     weight = F.pad(weight, (0, -weight.shape[2] % stride)).unflatten(2, (-1, stride)).flip(2)
     weight = weight.unflatten(0, (groups, -1))  # [groups, C / groups, C_out / groups, taps, stride]
     return weight.permute(0, 4, 2, 1, 3).flatten(0, 2).contiguous()

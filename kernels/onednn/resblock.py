@@ -1,4 +1,4 @@
-"""`resblock` by oneDNN: two convolutions over weights laid out once, the second with the input added."""
+"""`resblock` with oneDNN: two convolutions with prepacked weights, the second with the skip connection fused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def resblock(
     history: Tensor | None = None,  # [B, C, pad[0]], mutated
     first: Tensor | None = None,  # [B] bool
     active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C, T], channels next to each other in memory
+) -> Tensor:  # [B, C, T], channels-last
     x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
     hidden = causal_conv1d(

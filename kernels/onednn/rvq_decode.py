@@ -1,4 +1,4 @@
-"""`rvq_decode` as one sum of embeddings: each entry is read once, and the running sum is not written for each level."""
+"""`rvq_decode` as one embedding bag: unlike in the reference, the running sum is not written once per level."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def rvq_decode(codes: Tensor, codebooks: Tensor, *, dtype: torch.dtype | None = 
     levels, size = codes.shape[0], codebooks.shape[1]
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
         raise IndexError(f"codes must lie in [0, {size}), got {int(codes.min())} to {int(codes.max())}")
-    entries = codes + torch.arange(0, levels * size, size)[:, None]  # of all levels' entries, one after another
+    entries = codes + torch.arange(0, levels * size, size)[:, None]  # indices into the concatenated codebooks
     return F.embedding_bag(entries.t(), codebooks.flatten(0, 1), mode="sum").to(dtype or codebooks.dtype)

@@ -1,6 +1,7 @@
-"""`transformer_layer` by oneDNN: four products over weights laid out once, LayerScale folded into two of them.
+"""`transformer_layer` with oneDNN: four linear layers with prepacked weights, LayerScale folded into two of them.
 
-GELU and the additions to the input are part of the products. A step of a stream is bound by reading the weights.
+The activation and the residual additions are fused into the linear layers. A step of a stream is limited by the memory
+bandwidth of reading the weights.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import packing
-from ._prepacked import lay_out, linear, unsupported  # noqa: F401
+from ._prepacked import linear, prepack, unsupported  # noqa: F401
 from .window_attention import window_attention
 
 
@@ -49,21 +50,21 @@ def transformer_layer(
 ) -> Tensor:  # [B, T, C]
     if not x.numel():
         return torch.empty_like(x)
-    rows = (scale1, scale2, q_bias, k_bias, v_bias, o_bias)
-    there = tuple(row is not None for row in rows)
-    weights = (q, k, v, o, fc1, fc2, *(row for row in rows if row is not None))
-    packed = packing.packed(weights, f"onednn layer {there}", partial(_pack, there))
+    vectors = (scale1, scale2, q_bias, k_bias, v_bias, o_bias)
+    present = tuple(vector is not None for vector in vectors)
+    weights = (q, k, v, o, fc1, fc2, *(vector for vector in vectors if vector is not None))
+    packed = packing.packed(weights, f"onednn layer {present}", partial(_pack, present))
     dim = 2 * len(inv_freq)
-    normal = _normalized(x, norm1_weight, norm1_bias, eps, norm)
-    heads = linear(normal, packed.qkv, packed.qkv_bias).unflatten(-1, (-1, dim)).transpose(1, 2)  # [B, H, T, D]
-    parts = heads.split([len(weight) // dim for weight in (q, k, v)], dim=1)
+    hidden = _normalized(x, norm1_weight, norm1_bias, eps, norm)
+    heads = linear(hidden, packed.qkv, packed.qkv_bias).unflatten(-1, (-1, dim)).transpose(1, 2)  # [B, H, T, D]
+    q_heads, k_heads, v_heads = heads.split([len(weight) // dim for weight in (q, k, v)], dim=1)
     y = window_attention(
-        parts[0], parts[1], parts[2], inv_freq, window=window, rope_scale=rope_scale,
+        q_heads, k_heads, v_heads, inv_freq, window=window, rope_scale=rope_scale,
         offset=offset, cache_k=cache_k, cache_v=cache_v, active=active,
     )  # fmt: skip
     x = linear(y.transpose(1, 2).flatten(-2), packed.out, packed.out_bias, residual=x.contiguous())
-    normal = _normalized(x, norm2_weight, norm2_bias, eps, norm)
-    return linear(linear(normal, packed.fc1, post=activation), packed.fc2, residual=x)
+    hidden = _normalized(x, norm2_weight, norm2_bias, eps, norm)
+    return linear(linear(hidden, packed.fc1, post=activation), packed.fc2, residual=x)
 
 
 def _normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm: str) -> Tensor:
@@ -84,17 +85,20 @@ class _Packed(NamedTuple):
 
 
 def _pack(
-    there: tuple[bool, ...], q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, *given: Tensor
+    present: tuple[bool, ...], q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, *given: Tensor
 ) -> _Packed:
-    """`given`: of two scales and four biases, those that are `there`."""
-    left = iter(given)
-    scale1, scale2 = (next(left) if present else o.new_ones(1) for present in there[:2])
+    """Prepack the weights of a layer.
+
+    `present` says which optional vectors there are, in the order of `vectors` above; `given` holds those that are.
+    """
+    remaining = iter(given)
+    scale1, scale2 = (next(remaining) if is_present else o.new_ones(1) for is_present in present[:2])
     biases = []
-    if any(there[2:]):
-        pairs = zip(there[2:], (q, k, v, o), strict=True)
-        biases = [next(left) if present else weight.new_zeros(len(weight)) for present, weight in pairs]
+    if any(present[2:]):
+        pairs = zip(present[2:], (q, k, v, o), strict=True)
+        biases = [next(remaining) if is_present else weight.new_zeros(len(weight)) for is_present, weight in pairs]
     return _Packed(
-        lay_out(torch.cat([q, k, v])), torch.cat(biases[:3]) if biases else None,
-        lay_out(scale1[:, None] * o), scale1 * biases[3] if biases else None,
-        lay_out(fc1, whole=True), lay_out(scale2[:, None] * fc2),
+        prepack(torch.cat([q, k, v])), torch.cat(biases[:3]) if biases else None,
+        prepack(scale1[:, None] * o), scale1 * biases[3] if biases else None,
+        prepack(fc1, whole=True), prepack(scale2[:, None] * fc2),
     )  # fmt: skip

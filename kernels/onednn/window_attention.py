@@ -1,6 +1,7 @@
-"""`window_attention` by PyTorch's fused attention, a ring's keys as they lie: a mask knows which position each holds.
+"""`window_attention` with PyTorch's fused attention.
 
-Blocks of queries meet only the keys that their band can reach.
+Queries are processed in blocks, each with only the keys that its queries can see. The ring caches are read in the order
+of their slots, not of their positions: the attention mask is computed from the position that each slot holds.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def window_attention(
     cache_k: Tensor | None = None,  # [B, H_kv, window, D], mutated
     cache_v: Tensor | None = None,
     active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, H, T, D], a position's heads next to each other in memory
+) -> Tensor:  # [B, H, T, D], in memory [B, T, H, D]
     if cache_k is not None and cache_v is not None and cache_k.dtype != q.dtype:  # under autocast
         wide_q, wide_k, wide_v = (t.to(cache_k.dtype) for t in (q, k, v))
         y = window_attention(
@@ -39,25 +40,26 @@ def window_attention(
     before = torch.zeros(1, dtype=torch.int64) if offset is None else offset  # [1 or B]
     positions = before[:, None] + torch.arange(length)  # [1 or B, T]
     angles = (positions[..., None].float() * inv_freq)[:, None]  # [1 or B, 1, T, D / 2]
-    turn = angles.cos() * rope_scale, angles.sin() * rope_scale
-    q, k = (_rotated(x, *turn, interleaved) for x in (q, k))
+    cos_sin = angles.cos() * rope_scale, angles.sin() * rope_scale
+    q, k = (_rotated(x, *cos_sin, interleaved) for x in (q, k))
     y = q.new_empty(batch, length, heads, dim).transpose(1, 2)
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        reach = slice(max(0, start - window + 1), stop)
-        keys, values, held = k[:, :, reach], v[:, :, reach], positions[:, reach]
+        visible_range = slice(max(0, start - window + 1), stop)
+        keys, values, key_positions = k[:, :, visible_range], v[:, :, visible_range], positions[:, visible_range]
         if cache_k is not None and cache_v is not None and start < window:
             last = before[:, None] - 1
-            slots = last - (last - torch.arange(window)) % window  # [B, window]: the latest position of each slot
+            slots = last - (last - torch.arange(window)) % window  # [B, window]: the position that each slot holds
             keys, values = torch.cat([cache_k, keys], dim=2), torch.cat([cache_v, values], dim=2)
-            held = torch.cat([slots, held], dim=1)
-        held, now = held[:, None, None], positions[:, None, start:stop, None]  # [1 or B, 1, queries or 1, keys or 1]
-        visible = (held <= now) & (held > now - window) & (held >= 0)
+            key_positions = torch.cat([slots, key_positions], dim=1)
+        key_positions = key_positions[:, None, None]  # [1 or B, 1, 1, keys]
+        query_positions = positions[:, None, start:stop, None]  # [1 or B, 1, queries, 1]
+        visible = (key_positions <= query_positions) & (key_positions > query_positions - window) & (key_positions >= 0)
         if heads != k.shape[1]:
             keys, values = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (keys, values))
         y[:, :, start:stop] = F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, visible)
     if cache_k is not None and cache_v is not None:
-        assert active is not None, "a cache comes with `active`"
+        assert active is not None, "a cache needs `active`"
         rows = active.nonzero()
         slots = positions[active, -window:] % window
         cache_k[rows, :, slots] = k[active, :, -window:].transpose(1, 2)
@@ -66,8 +68,11 @@ def window_attention(
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x [B, H, T, D] turned, in fp32, by angles [1 or B, 1, T, D / 2]: of pairs (i, i + D / 2), or (2i, 2i + 1)."""
+    """RoPE in fp32: rotate pairs of elements of x [B, H, T, D] by angles with this cos and sin [1 or B, 1, T, D / 2].
+
+    Pair i consists of the elements i and i + D / 2 or, with `interleaved`, of 2 i and 2 i + 1.
+    """
     pairs = (-1, 2) if interleaved else (2, -1)
     a, b = x.unflatten(-1, pairs).unbind(-1 if interleaved else -2)
-    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1 if interleaved else -2)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1 if interleaved else -2)
+    return rotated.flatten(-2).to(x.dtype)

@@ -1,7 +1,8 @@
-"""What every launcher of this room needs: targets, the launch itself, arrival counters.
+"""What all launchers of this backend share: the check of the target, the launch itself, and arrival counters.
 
-A kernel is launched through `launch`: on its tensors' device, and where Triton cannot build it for that GPU, with an
-error that says which op it was and how to go on. `make kernels-report` listens here for the launches of a whole model.
+Every kernel is launched through `launch`, on the device of its tensors. If Triton cannot build it for that GPU, the
+error names the op and says how to go on without its kernel. `make kernels-report` replaces `launch` to record all
+launches of a model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-TritonError = OutOfResources.__mro__[1]  # its module has moved between versions
+TritonError = OutOfResources.__mro__[1]  # imported by way of a subclass: its module differs between Triton versions
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -23,11 +24,11 @@ def _nothing():
     pass
 
 
-INTERPRETED = not isinstance(_nothing, triton.JITFunction)  # TRITON_INTERPRET=1 stood when Triton was imported
+INTERPRETED = not isinstance(_nothing, triton.JITFunction)  # TRITON_INTERPRET=1 was set when Triton was imported
 
 
 def unsupported(target: Any) -> str | None:
-    """Why no kernel of this room runs on the target, in one sentence; None where they do."""
+    """One sentence that says why this backend cannot run on the target (device and dtype), or None if it can."""
     if target.dtype not in DTYPES:
         return f"Triton kernels compute in float32, float16 and bfloat16, not in {str(target.dtype)[6:]}"
     if target.device == "cpu" and INTERPRETED:
@@ -35,7 +36,7 @@ def unsupported(target: Any) -> str | None:
     if target.device != "cuda":
         return f"Triton kernels run on CUDA and ROCm GPUs, not on {target.device}"
     if not torch.cuda.is_available():
-        return "Triton kernels run on a GPU, and PyTorch sees none here"
+        return "Triton kernels run on a GPU, and PyTorch finds none here"
     devices = range(torch.cuda.device_count())
     if torch.version.hip is None and (least := min(map(torch.cuda.get_device_capability, devices))) < (8, 0):
         return f"Triton kernels need compute capability 8.0, a GPU here has {least[0]}.{least[1]}"
@@ -45,7 +46,7 @@ def unsupported(target: Any) -> str | None:
 def launch(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """kernel[grid](*args, **options) on the device of the first argument.
 
-    Raises RuntimeError, naming the op and the way out, where Triton cannot build the kernel for this GPU.
+    Raises RuntimeError, which names the op and how to go on without it, if Triton cannot build the kernel for this GPU.
     """
     device = args[0].device
     try:
@@ -64,12 +65,12 @@ def _name(device: torch.device) -> str:
 
 
 def precision(x: Tensor) -> str:
-    """How `tl.dot` multiplies: fp32 as three TF32 products on NVIDIA's tensor cores, whose error is that of fp32."""
+    """`input_precision` of `tl.dot`: fp32 is computed as three TF32 products on tensor cores, as accurate as fp32."""
     return "tf32x3" if x.dtype == torch.float32 else "ieee"
 
 
 def for_amd(options: dict[str, Any]) -> dict[str, Any]:
-    """Options on AMD, which has no TF32 to take three times, and 64 KiB of shared memory a block."""
+    """Launch options for AMD GPUs, which have no TF32 and only 64 KiB of shared memory per block."""
     changes = {"PRECISION": "ieee", "num_stages": min(2, options.get("num_stages", 2))}
     return {**options, **{name: value for name, value in changes.items() if name in options}}
 
@@ -78,9 +79,10 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def arrivals(x: Tensor, count: int) -> Tensor:
-    """At least `count` int32 zeros, which a kernel that counts its programs in leaves as zeros again.
+    """Arrival counters: at least `count` int32 zeros, which every kernel that uses them resets to zero.
 
-    Kept for each stream of the device, on which launches follow one another; a CUDA graph gets its own.
+    They are reused by all launches on the same CUDA stream, which run one after another. A CUDA graph under capture
+    gets its own.
     """
     if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=x.device)

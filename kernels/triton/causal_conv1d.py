@@ -1,12 +1,16 @@
-"""Triton kernel of `causal_conv1d`: activation, convolution, bias, activation and residual in one launch.
+"""Triton kernel for `causal_conv1d`: activation, convolution, bias, activation and residual in one launch.
 
     y[b, t, o] = post(bias[o] + sum_{k, c} w[o, k, c] * pre(x)[b, t * stride + k * dilation - pad, c]) + r[b, t, o]
 
-The arithmetic is `_conv.convolve`. Streaming, the same launch reads the history and the last program of each group of
-batch rows writes it. On paper, the first strided convolution of the encoder (64 to 128 channels, stride 4) moves x and
-half as much of y; padding and activation apart read and write x twice more, 5.5 tensors of x's size instead of 1.5.
+The sum is computed by `_conv.convolve`. When streaming, the same launch also reads the history, and the last program of
+each group of batch rows to arrive updates it.
 
-Output is time-major; input that is not gets copied. Groups run one after another (Mimi has none here).
+Memory traffic, computed and not measured: the first strided convolution of the encoder (64 to 128 channels, stride 4)
+reads x and writes y, which is half as large, 1.5 tensors of the size of x. With padding and activation as separate
+operations, which read and write x once more each, it would be 5.5.
+
+The output is channels-last; an input that is not is copied. Groups are launched one after another (Mimi has no grouped
+`causal_conv1d`).
 """
 
 from __future__ import annotations
@@ -87,7 +91,7 @@ def causal_conv1d(
     history: Tensor | None = None,  # [B, C, pad[0]], mutated
     first: Tensor | None = None,  # [B] bool
     active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C_out, T_out], time-major
+) -> Tensor:  # [B, C_out, T_out], channels-last
     (batch, _, length), (out, _, kernel) = x.shape, weight.shape
     total = output_length(length, kernel, stride, dilation, pad)
     x, y = layout.channels_last(x), layout.empty_channels_last(x, out, total)
@@ -104,7 +108,7 @@ def causal_conv1d(
 
 
 def _launch_group(x, weight, bias, residual, history, first, active, y, stride, dilation, pad, pad_mode, pre, post):
-    """One group, into y."""
+    """Compute one group into its channels of y."""
     (batch, channels, length), (out, _, kernel), total = x.shape, weight.shape, y.shape[2]
     weight = by_taps(weight)
     stream = history is not None and pad[0] > 0

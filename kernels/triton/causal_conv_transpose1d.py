@@ -1,15 +1,18 @@
-"""Triton kernels of `causal_conv_transpose1d`: activation, transposed convolution, overlap-add, bias and trim at once.
+"""Triton kernels for `causal_conv_transpose1d`: activation, transposed convolution, overlap-add, bias, trim at once.
 
-In time-major memory a transposed convolution of kernel K and stride s is a causal convolution with m = ceil(K / s) taps
-and s * C_out outputs, and there is no overlap to add:
+In channels-last memory a transposed convolution with kernel K and stride s is a causal convolution with stride 1,
+m = ceil(K / s) taps and s * C_out outputs (j, o), without overlap-add:
 
     y[b, t * s + j, o] = bias[o] + sum_{i < m, c} w[c, o, i * s + j] * pre(x)[b, t - i, c]
 
-so that offline the kernel of `causal_conv1d` runs, on weights packed as [s * C_out, m, C]. Mimi's k = 2 s makes m = 2.
+Offline, the kernel of `causal_conv1d` is launched with weights packed as [s * C_out, C, m]. In Mimi, K = 2 s and m = 2.
 
-Streaming, what earlier calls leave to the first K - s outputs comes from `overlap`, and the m - 1 rows after the last
-are the overlap of the next call. A tile begins with those rows, so that the program that writes an overlap is the one
-that read it. Depthwise convolutions (the 25 Hz upsampling) have no reduction over channels and a kernel of their own.
+When streaming, the first K - s outputs also get the `overlap` of the previous call, and the m - 1 rows of the
+convolution after the end of the input become the overlap for the next call. Those rows are placed first in the order of
+rows, so that they are in the same tile as the first outputs: the program that writes an overlap is the one that has
+read it.
+
+Depthwise convolutions (the upsampling to 25 Hz) have no reduction over channels and use a kernel of their own.
 """
 
 from __future__ import annotations
@@ -28,18 +31,18 @@ from .causal_conv1d import causal_conv1d
 
 
 @triton.jit
-def rotated_rows(tile, B, T, tail_rows, seg, per_tile, BLOCK_T: tl.constexpr):
-    """`rows_of` over T + tail_rows times, of which the tail, [T, T + tail_rows), stands first."""
+def tail_first_rows(tile, B, T, tail_rows, seg, per_tile, BLOCK_T: tl.constexpr):
+    """`rows_of` for T + tail_rows times, in the order T, ..., T + tail_rows - 1, 0, ..., T - 1: the tail first."""
     b, i, m_row, _ = rows_of(tile, B, T + tail_rows, seg, per_tile, BLOCK_T)
     return b, tl.where(i < tail_rows, i + T, i - tail_rows), m_row
 
 
 @triton.jit
 def add_and_keep_overlap(acc, p_overlap, p_active, b, m_row, p, m, T_out, tail, channel, so_b):
-    """acc + the overlap of earlier calls at outputs p; what is beyond T_out becomes the next overlap, if active."""
+    """Add the overlap to outputs p; for active rows, keep the outputs from T_out on as the next overlap."""
     p_row = p_overlap + b * so_b + channel * tail
     acc += tl.load(p_row + p, mask=m & (p < tail), other=0.0).to(tl.float32)
-    tl.debug_barrier()  # all is read before any of it is overwritten
+    tl.debug_barrier()  # everything is read before any of it is overwritten
     active = tl.load(p_active + b, mask=m_row, other=0) != 0  # [BLOCK_T, 1]
     m = m & active & (p >= T_out) & (p < T_out + tail)
     tl.store(p_row + (p - T_out), acc.to(p_overlap.dtype.element_ty), mask=m)
@@ -53,10 +56,10 @@ def causal_conv_transpose1d_step_kernel(
     PRE: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of streams; columns are (j, o), j < stride."""
+    """One step of streams. Column n of the GEMM is output channel o = n % O of output j = n // O, j < stride."""
     columns = tl.cdiv(stride * O, BLOCK_O)
     n = (tl.program_id(0) % columns) * BLOCK_O + tl.arange(0, BLOCK_O)
-    b, t, m_row = rotated_rows(tl.program_id(0) // columns, B, T, taps - 1, seg, per_tile, BLOCK_T)
+    b, t, m_row = tail_first_rows(tl.program_id(0) // columns, B, T, taps - 1, seg, per_tile, BLOCK_T)
     acc = convolve(
         p_x, p_x, p_w, b, t, m_row, m_row, n,
         T, C, stride * O, taps, 1, 1, taps - 1, T, sx_b, sx_t, 0,
@@ -78,11 +81,11 @@ def causal_conv_transpose1d_depthwise_kernel(
     B, T, C, K, stride, taps, tail, T_out, left, seg, per_tile, sx_b, sx_t, so_b, sy_b, sy_t,
     PRE: tl.constexpr, BIAS: tl.constexpr, STREAM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Output j of each row is a sum over taps, channel by channel; `left` outputs are trimmed (offline)."""
+    """Depthwise: outputs j < stride of each row are sums over taps only. Offline, `left` outputs are trimmed."""
     dtype: tl.constexpr = p_y.dtype.element_ty
     columns = tl.cdiv(C, BLOCK_C)
     c = (tl.program_id(0) % columns) * BLOCK_C + tl.arange(0, BLOCK_C)
-    b, t, m_row = rotated_rows(tl.program_id(0) // columns, B, T, taps - 1, seg, per_tile, BLOCK_T)
+    b, t, m_row = tail_first_rows(tl.program_id(0) // columns, B, T, taps - 1, seg, per_tile, BLOCK_T)
     m_c = c < C
     m = m_row[:, None] & m_c[None, :]
     for j in range(stride):
@@ -117,7 +120,7 @@ def causal_conv_transpose1d(
     pre: str = "none",
     overlap: Tensor | None = None,  # [B, C_out, max(0, K - stride)], mutated
     active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C_out, T_out], time-major
+) -> Tensor:  # [B, C_out, T_out], channels-last
     (batch, channels, length), (_, per_group, kernel) = x.shape, weight.shape
     x = layout.channels_last(x)
     total = length * stride if overlap is not None else max(0, (length - 1) * stride + kernel - sum(trim))
@@ -136,13 +139,13 @@ def causal_conv_transpose1d(
         return y
     if overlap is not None:
         return _step(x, weight, bias, stride, pre, overlap, active)
-    # rows of s outputs, as many as reach the last one that is kept
+    # as many rows, of s outputs each, as contain the last output that is kept
     rows = triton.cdiv(trim[0] + total, stride)
     taps, packed = _taps(kernel, stride), _pack(weight, stride)
-    spread = None if bias is None else packing.packed(bias, f"x{stride}", lambda v: v.repeat(stride))
-    y = causal_conv1d(x, packed, spread, pad=(taps - 1, rows - length), pre=pre)
+    repeated_bias = None if bias is None else packing.packed(bias, f"x{stride}", lambda v: v.repeat(stride))
+    y = causal_conv1d(x, packed, repeated_bias, pad=(taps - 1, rows - length), pre=pre)
     y = y.transpose(1, 2).reshape(batch, rows * stride, per_group)
-    return y[:, trim[0] : trim[0] + total].contiguous().transpose(1, 2)  # a copy only where the left is trimmed
+    return y[:, trim[0] : trim[0] + total].contiguous().transpose(1, 2)  # copies if trimmed
 
 
 def _taps(kernel: int, stride: int) -> int:
@@ -150,7 +153,7 @@ def _taps(kernel: int, stride: int) -> int:
 
 
 def _pack(weight: Tensor, stride: int) -> Tensor:
-    """[C, O, K] -> [stride * O, C, taps], the weight of the causal convolution: its last tap is the newest sample."""
+    """[C, O, K] -> [stride * O, C, taps], the weight of the causal convolution; the last tap is the newest input's."""
 
     def pack(w: Tensor) -> Tensor:
         taps = _taps(w.shape[2], stride)
@@ -161,12 +164,13 @@ def _pack(weight: Tensor, stride: int) -> Tensor:
 
 
 def _step(x, weight, bias, stride, pre, overlap, active):
+    """One call of streams, ungrouped."""
     (batch, channels, length), (_, out, kernel) = x.shape, weight.shape
     taps = _taps(kernel, stride)
     y = layout.empty_channels_last(x, out, length * stride)
     tile = blocks(batch * (length + taps - 1), channels, stride * out, taps, x)
     for name in ("BLOCK_T", "BLOCK_O"):
-        tile[name] = min(tile[name], 64)  # addresses of the overlap take registers
+        tile[name] = min(tile[name], 64)  # the addresses of the overlap take registers
     seg, per_tile, groups, tiles = _tiles(batch, length + taps - 1, taps, tile)
     packed = _pack(weight, stride)
     by_taps = packing.packed(packed, "by_taps", lambda w: w.permute(0, 2, 1).contiguous())
@@ -182,10 +186,11 @@ def _step(x, weight, bias, stride, pre, overlap, active):
 
 
 def _depthwise(x, weight, bias, stride, trim, pre, overlap, active, total):
+    """A depthwise convolution, offline or streaming, with `total` outputs."""
     kernel = weight.shape[2]
     taps, stream = _taps(kernel, stride), overlap is not None
     missing = 0 if stream else triton.cdiv(trim[0] + total, stride) - (x.shape[2] + taps - 1)
-    if missing > 0:  # outputs that no input reaches, where the stride is longer than the kernel
+    if missing > 0:  # outputs that no input contributes to: the stride is longer than the kernel
         x = layout.channels_last(F.pad(x, (0, missing)))
     batch, channels, length = x.shape
     y = layout.empty_channels_last(x, channels, total)
@@ -204,6 +209,6 @@ def _depthwise(x, weight, bias, stride, trim, pre, overlap, active, total):
 
 
 def _tiles(batch, rows, taps, tile):
-    """`segments` of tiles long enough that one holds the overlap's rows and the rows that read it."""
+    """`segments`, with tiles long enough to hold both the rows of the overlap and the rows that read it."""
     tile["BLOCK_T"] = max(tile["BLOCK_T"], triton.next_power_of_2(2 * (taps - 1)))
     return segments(batch, rows, tile["BLOCK_T"])

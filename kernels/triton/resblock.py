@@ -1,25 +1,28 @@
-"""Triton kernel of `resblock`: ELU, convolution, ELU, 1 x 1 convolution and the skip in one launch.
+"""Triton kernel for `resblock`: ELU, convolution, ELU, 1 x 1 convolution and the skip connection in one launch.
 
     h = elu(b1 + w1 * elu(x))  [BLOCK_T, H]        y = b2 + w2 h + x
 
-The hidden half-width h never leaves the chip: it is the accumulator of the first product and the left operand of the
-second. Per second of audio at 24 kHz x 64 channels in bf16 (a tensor of that size is 3.07 MB), on paper:
+The hidden channels h never leave the chip: they are the accumulator of the first product and the left operand of the
+second. Memory traffic per second of audio at 24 kHz with 64 channels in bf16, where one such tensor is 3.07 MB,
+computed and not measured:
 
     | what runs                                  | bytes moved                                  | MB   |
     |--------------------------------------------|----------------------------------------------|------|
-    | pad, ELU, conv, ELU, conv, + one by one    | 2 + 2 + 1.5 + 1 + 1.5 + 3 tensors            | 33.8 |
+    | pad, ELU, conv, ELU, conv, + as six passes | 2 + 2 + 1.5 + 1 + 1.5 + 3 tensors            | 33.8 |
     | this kernel                                | x and y once                                 |  6.1 |
     | this and the strided convolution after it  | x, y twice, 1/4 of the times x 2 channels    | 10.7 |
     | both in one kernel                         | x, 1/4 of the times x 2 channels             |  4.6 |
 
-Its 0.39 GFLOP (16 k a sample) are 64 a byte, a fifth of what an H100 can do for each byte of its memory by its data
-sheet (990 TFLOP/s over 3.35 TB/s): bandwidth binds. Both in one kernel would save half of the pair's bytes once more;
-but a window of 2 x stride samples makes each tile compute rows of its neighbour again, and the wider accumulators
-shorten the tile. It is left out until this kernel has been measured, as is its mirror in the decoder, the transposed
-convolution before. From `WIDEST` hidden channels on, where arithmetic binds, the accumulator would spill: then
-`causal_conv1d` twice.
+At 16 kFLOP per sample it computes 0.39 GFLOP, 64 FLOP per byte: a fifth of the ratio of arithmetic to memory bandwidth
+of an H100 by its data sheet (990 TFLOP/s to 3.35 TB/s). So it is limited by bandwidth.
 
-A `shortcut` convolution (Mimi has none) runs as a launch of its own, and is what is added instead of x.
+Fusing the strided convolution that follows would halve the traffic of the pair once more. But with a window of
+2 * stride samples each tile would compute rows of its neighbour again, and the wider accumulators would make the tiles
+shorter. It is left out until this kernel has been measured, as is the fusion with the transposed convolution before the
+unit in the decoder. With more than `WIDEST` hidden channels, where arithmetic is the limit, the accumulator would spill
+registers: `causal_conv1d` is launched twice instead.
+
+A `shortcut` convolution (Mimi has none) is a launch of its own, whose result is added instead of x.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ from ._conv import (
 from ._launch import unsupported  # noqa: F401
 from .causal_conv1d import causal_conv1d
 
-WIDEST = {torch.float32: 64, torch.float16: 256, torch.bfloat16: 256}  # hidden channels that fit the registers
+WIDEST = {torch.float32: 64, torch.float16: 256, torch.bfloat16: 256}  # hidden channels that fit in registers
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -108,16 +111,16 @@ def resblock(
     history: Tensor | None = None,  # [B, C, pad[0]], mutated
     first: Tensor | None = None,  # [B] bool
     active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C, T], time-major
+) -> Tensor:  # [B, C, T], channels-last
     (batch, channels, length), (hidden, _, kernel) = x.shape, weight1.shape
     x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
     if hidden > WIDEST[x.dtype] or output_length(length, kernel, 1, dilation, pad) != length:
-        wide = causal_conv1d(
+        hidden_channels = causal_conv1d(
             x, weight1, bias1, dilation=dilation, pad=pad, pad_mode=pad_mode, pre="elu", post="elu",
             history=history, first=first, active=active,
         )  # fmt: skip
-        return causal_conv1d(wide, weight2, bias2, residual=skip)
+        return causal_conv1d(hidden_channels, weight2, bias2, residual=skip)
     y = layout.empty_channels_last(x, channels, length)
     if not length or not batch:
         return y
@@ -140,11 +143,12 @@ def resblock(
 
 
 def _blocks(rows: int, channels: int, hidden: int, kernel: int, x: Tensor, stream: bool) -> dict[str, int]:
+    """Block sizes, warps and pipeline stages for `rows` = B * T rows."""
     fp32 = x.dtype == torch.float32
-    wide = 32 if fp32 else 64
+    reduction = 32 if fp32 else 64  # as in `_conv.blocks`
     block_h = max(16, triton.next_power_of_2(hidden))
-    block_c = min(wide, triton.next_power_of_2(channels))
-    taps = min(wide // block_c, max(triton.next_power_of_2(kernel), 16 // block_c))
+    block_c = min(reduction, triton.next_power_of_2(channels))
+    taps = min(reduction // block_c, max(triton.next_power_of_2(kernel), 16 // block_c))
     block_t = 16 if rows <= 64 else 64 if fp32 or stream or block_h > 64 else 128
     return {
         "BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_C": block_c, "TAPS": taps,

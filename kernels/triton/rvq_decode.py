@@ -1,8 +1,9 @@
-"""Triton kernel of `rvq_decode`: the sum over levels of the chosen entries in one launch, each read once.
+"""Triton kernel for `rvq_decode`: the sum over levels of the chosen entries in one launch.
 
-    y[n, d] = sum_l codebooks[l, codes[l, n], d]        added level by level, as the reference does: equal bit for bit
+    y[n, d] = sum_l codebooks[l, codes[l, n], d]
 
-PyTorch's chain writes and reads the running sum once more per level: three times the bytes.
+Levels are added in the order of the reference, so the results are bitwise equal. The running sum stays in registers;
+the reference writes and reads it at each level, three times the bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def rvq_decode_fwd_kernel(p_codes, p_books, p_y, N, L, S, D, sc_l, sc_n, BLOCK_N
     b_y = tl.zeros([BLOCK_N, BLOCK_D], dtype=p_books.dtype.element_ty)
     for level in range(L):
         code = tl.load(p_codes + level * sc_l + n * sc_n, mask=n < N, other=0)  # int64
-        exists = (code >= 0) & (code < S)  # an entry that is not there reads nothing
+        exists = (code >= 0) & (code < S)  # an invalid code reads no memory and adds 0
         p_rows = p_books + (level * S + code)[:, None] * D + d[None, :]
         b_y += tl.load(p_rows, mask=m & exists[:, None], other=0.0)
     tl.store(p_y + n[:, None] * D + d[None, :], b_y, mask=m)

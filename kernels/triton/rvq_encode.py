@@ -1,19 +1,20 @@
-"""Triton kernel of `rvq_encode`: the whole residual chain of nearest-entry searches in one launch.
+"""Triton kernel for `rvq_encode`: the nearest-entry searches of all levels in one launch.
 
     code_l = argmin_s |c_{l,s}|^2 - 2 r_l . c_{l,s},      r_{l+1} = r_l - c_{l,code_l}
 
-A program takes its rows through all levels and runs over each codebook in tiles: products on the tensor cores, and
-beside them the two best scores and entries so far; no [N, S] matrix in memory. For N rows, L levels and S entries the
-reference writes and reads 2 L N S floats of scores; this moves N D of residuals, and from the L2 cache S D of codebook
-for each program and level.
+A program takes its rows through all levels. At each level it goes through the codebook in tiles, with the products on
+the tensor cores, and keeps the two lowest scores of each row and their entries; no [N, S] matrix is written to memory.
+For N rows, L levels and S entries of dimension D, the reference writes and reads 2 L N S floats of scores. This kernel
+reads and writes N D floats of residuals and, from the L2 cache, S D floats of codebook per program and level.
 
-Exact: scores from the tensor cores (three TF32 products) err by some 1e-6, so the two best entries are scored again as
-sum_d (r_d - c_d)^2 in fp64, and the nearer wins, the first index on a tie. The residual is subtracted in fp32, as the
-reference does.
+The result is exact: scores from the tensor cores (three TF32 products) have errors of about 1e-6, so the two best
+entries are compared again by sum_d (r_d - c_d)^2 in fp64, and the nearer one wins, or the first on a tie. The residual
+is subtracted in fp32, as in the reference.
 
-The residual lies in a scratch buffer [N, D], which a program reads block by block as it reads the codebook, and which
-its caches hold from one level to the next. Kept in registers, 64 rows of 256 with the parts that three TF32 products
-need spilt 1.4 to 16 KB a thread (compiled for sm_80, 90, 100), and JODIO's 1028 dimensions would not fit at all.
+The residuals are in a scratch buffer [N, D]. A program reads its rows block by block, as it reads the codebook, and
+they stay in its caches from one level to the next. Kept in registers, 64 rows of 256 dimensions and their TF32 parts
+spilled 1.4 to 16 KB per thread (compiled for sm_80, sm_90 and sm_100), and the 1028 dimensions of JODIO would not fit
+at all.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from . import _launch
 from ._launch import unsupported  # noqa: F401
 
 FAR = tl.constexpr(float("inf"))
-BLOCKS = {  # by whether there are more than 16 rows
+BLOCKS = {  # keyed by whether there are more than 16 rows
     False: {"BLOCK_N": 16, "BLOCK_S": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
     True: {"BLOCK_N": 64, "BLOCK_S": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
 }
@@ -36,11 +37,14 @@ BLOCKS = {  # by whether there are more than 16 rows
 
 @triton.jit
 def best_two(score, s, best, code, second, runner_up):
-    """The two lowest of the running two and of score [BLOCK_N, BLOCK_S]; among equals the lower index s comes first."""
+    """Update the two lowest scores of each row, and their entries, with score [BLOCK_N, BLOCK_S] of entries s.
+
+    Of equal scores, the one with the lower index is ranked first.
+    """
     none: tl.constexpr = 2147483647
     for _ in tl.static_range(2):
         low = tl.min(score, axis=1)
-        at = tl.min(tl.where(score == low[:, None], s[None, :], none), axis=1)  # first of equals
+        at = tl.min(tl.where(score == low[:, None], s[None, :], none), axis=1)  # the first of equal scores
         score = tl.where(s[None, :] == at[:, None], FAR, score)
         first = low < best
         later = low < second
@@ -56,11 +60,11 @@ def rvq_encode_fwd_kernel(
     p_r, p_books, p_norms, p_codes, N, L, S, units,
     UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    D = units * UNIT  # so that the compiler knows rows to start at multiples of 16 bytes
+    D = units * UNIT  # tells the compiler that rows start at multiples of 16 bytes
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = n < N
     d = tl.arange(0, BLOCK_D)
-    p_rows = p_r + n[:, None] * D + d[None, :]  # the residual, x at first
+    p_rows = p_r + n[:, None] * D + d[None, :]  # the residual; at first it is x
     for level in range(L):
         p_book = p_books + level * S * D
         best = tl.full([BLOCK_N], FAR, tl.float32)
@@ -78,19 +82,20 @@ def rvq_encode_fwd_kernel(
                 dots = tl.dot(b_r, b_c, dots, input_precision=PRECISION)
             norm = tl.load(p_norms + level * S + s, mask=s < S, other=FAR)
             best, code, second, runner_up = best_two(norm[None, :] - 2.0 * dots, s, best, code, second, runner_up)
-        runner_up = tl.where(second < FAR, runner_up, code)  # a codebook of one entry has no second
+        runner_up = tl.where(second < FAR, runner_up, code)  # a codebook with a single entry
 
-        near = tl.zeros([BLOCK_N], tl.float64)
-        far = tl.zeros([BLOCK_N], tl.float64)
+        best_distance = tl.zeros([BLOCK_N], tl.float64)
+        second_distance = tl.zeros([BLOCK_N], tl.float64)
         for d0 in range(0, D, BLOCK_D):
             m = m_n[:, None] & (d0 + d < D)[None, :]
             b_r = tl.load(p_rows + d0, mask=m, other=0.0)
             p_d = p_book + (d0 + d)[None, :]
             gap = (b_r - tl.load(p_d + code[:, None] * D, mask=m, other=0.0)).to(tl.float64)
-            near += tl.sum(gap * gap, axis=1)
+            best_distance += tl.sum(gap * gap, axis=1)
             gap = (b_r - tl.load(p_d + runner_up[:, None] * D, mask=m, other=0.0)).to(tl.float64)
-            far += tl.sum(gap * gap, axis=1)
-        code = tl.where((far < near) | ((far == near) & (runner_up < code)), runner_up, code)
+            second_distance += tl.sum(gap * gap, axis=1)
+        tie = (second_distance == best_distance) & (runner_up < code)
+        code = tl.where((second_distance < best_distance) | tie, runner_up, code)
         tl.store(p_codes + level * N + n, code.to(tl.int64), mask=m_n)
 
         tl.debug_barrier()  # all threads have read the residuals
@@ -102,7 +107,7 @@ def rvq_encode_fwd_kernel(
 
 
 def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
-    """x [N, D], computed in fp32, and codebooks [L, S, D] fp32 -> codes [L, N] int64."""
+    """x [N, D], converted to fp32, and codebooks [L, S, D] fp32 -> codes [L, N] int64."""
     (rows, dim), (levels, size, _) = x.shape, codebooks.shape
     codes = torch.empty(levels, rows, dtype=torch.int64, device=x.device)
     if not rows:

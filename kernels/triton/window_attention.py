@@ -1,17 +1,20 @@
-"""Triton kernel of `window_attention`: RoPE, sliding-window flash attention (arXiv 2205.14135), ring cache, one launch.
+"""Triton kernel for `window_attention`: RoPE, sliding-window flash attention (arXiv 2205.14135) and ring cache.
 
     y_i = sum_j softmax_j(rope(q_i) . rope(k_j) / sqrt(D)) v_j        over i - window < j <= i
 
-A program holds BLOCK_Q queries of one head and visits the blocks of keys that its band reaches and no others: work and
-memory are linear in T. The two halves of the rotated pairs stay apart, as (a, b), since q . k = qa . ka + qb . kb; the
-half-rotated and the interleaved layout differ in the addresses they are read from only. Scores and sums are fp32.
+A program processes BLOCK_Q queries of one head and visits only the blocks of keys that these can see, so that work and
+memory are linear in T. The two elements of the pairs that RoPE rotates are held in separate tensors (a, b), since
+q . k = qa . ka + qb . kb; the half-rotated and the interleaved layout differ only in the addresses from which they are
+read. Scores and sums are fp32.
 
-Streaming, keys before the call come from the ring ([B, H_kv, window, D], already rotated, position p in slot
-p % window) at each row's own offset, read on the device; the last program of each (row, key head) to arrive writes the
-new ones. Angles are fp32 products, as in the reference; they are brought into [-pi / 4, pi / 4] in fp64, exactly
-enough for any position, without the slow path (and its stack) of the library's sine.
+When streaming, the keys of earlier calls come from the ring buffer ([B, H_kv, window, D], already rotated, position p
+in slot p % window), at an offset per batch row that is read on the device. The last program of each (batch row, key
+head) to arrive writes the new keys and values into the ring.
 
-Dropout is not here: its mask would have to come again in backward.
+RoPE angles are fp32 products, as in the reference. They are reduced to [-pi / 4, pi / 4] in fp64, which is accurate
+enough for any position and avoids the slow path of the library's sine, which needs stack memory.
+
+Dropout is not supported: backward would have to reproduce its mask.
 """
 
 from __future__ import annotations
@@ -39,14 +42,14 @@ def cos_sin(position, b_freq):
     cos = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
     q = quarters.to(tl.int32) & 3
     odd = (q & 1) == 1
-    turned_cos = tl.where(odd, sin, cos) * tl.where((q == 1) | (q == 2), -1.0, 1.0)
-    turned_sin = tl.where(odd, cos, sin) * tl.where(q >= 2, -1.0, 1.0)
-    return turned_cos, turned_sin
+    angle_cos = tl.where(odd, sin, cos) * tl.where((q == 1) | (q == 2), -1.0, 1.0)
+    angle_sin = tl.where(odd, cos, sin) * tl.where(q >= 2, -1.0, 1.0)
+    return angle_cos, angle_sin
 
 
 @triton.jit
 def load_rotated(p_rows, o_a, o_b, m_rows, m_half, position, b_freq, rope_scale):
-    """Rows [N, D] at p_rows [N], turned by their positions: (a, b) [N, HALF] each."""
+    """Load rows [N, D] at p_rows [N] and rotate them by their positions: returns (a, b), [N, HALF] each."""
     m = m_rows[:, None] & m_half[None, :]
     a = tl.load(p_rows[:, None] + o_a[None, :], mask=m, other=0.0)
     b = tl.load(p_rows[:, None] + o_b[None, :], mask=m, other=0.0)
@@ -58,16 +61,16 @@ def load_rotated(p_rows, o_a, o_b, m_rows, m_half, position, b_freq, rope_scale)
 
 
 @triton.jit
-def attend(q_a, q_b, k_a, k_b, v, visible, top, total, acc, scale, PRECISION: tl.constexpr):
-    """One block of keys: the running maximum [N], sum [N] and weighted values [N, D] (arXiv 1805.02867)."""
+def attend(q_a, q_b, k_a, k_b, v, visible, row_max, row_sum, acc, scale, PRECISION: tl.constexpr):
+    """Online softmax (arXiv 1805.02867): update row maximum [N], row sum [N] and acc [N, D] with one block of keys."""
     scores = tl.dot(q_a, tl.trans(k_a), input_precision=PRECISION)
     scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision=PRECISION) * (scale * LOG2_E)
     scores = tl.where(visible, scores, -1.0e30)
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.where(visible, tl.exp2(scores - new_top[:, None]), 0.0)
-    fade = tl.exp2(top - new_top)
-    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-    return new_top, total * fade + tl.sum(weights, axis=1), acc
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    weights = tl.where(visible, tl.exp2(scores - new_max[:, None]), 0.0)
+    rescale = tl.exp2(row_max - new_max)
+    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return new_max, row_sum * rescale + tl.sum(weights, axis=1), acc
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -83,7 +86,7 @@ def window_attention_fwd_kernel(
     head = tl.program_id(0) // blocks
     b, h = (head // H).to(tl.int64), head % H
     h_kv = h // (H // H_kv)
-    i = start + tl.arange(0, BLOCK_Q)  # in this call
+    i = start + tl.arange(0, BLOCK_Q)  # queries, counted from the first of this call
     half, d = tl.arange(0, HALF), tl.arange(0, BLOCK_D)
     m_half, m_d = half < D // 2, d < D
     o_a, o_b = half, half + D // 2
@@ -96,13 +99,13 @@ def window_attention_fwd_kernel(
 
     p_queries = p_q + b * sq_b + h * sq_h + i.to(tl.int64) * sq_t
     q_a, q_b = load_rotated(p_queries, o_a, o_b, i < T, m_half, offset + i, b_freq, rope_scale)
-    top = tl.full([BLOCK_Q], -1.0e30, tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
+    row_max = tl.full([BLOCK_Q], -1.0e30, tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
     p_keys = p_k + b * sk_b + h_kv * sk_h
     p_values = p_v + b * sv_b + h_kv * sv_h
-    if STREAM:  # keys of earlier calls, by their distance j < 0 to this call's first
+    if STREAM:  # keys of earlier calls: j < 0, counted from the first of this call
         o_ring = (b * H_kv + h_kv) * window * D
         for j0 in range(start - window + 1, 0, BLOCK_K):
             j = j0 + tl.arange(0, BLOCK_K)
@@ -112,9 +115,9 @@ def window_attention_fwd_kernel(
             k_a = tl.load(p_ring_k + p_slots[:, None] + o_a[None, :], mask=m_k, other=0.0).to(q_a.dtype)
             k_b = tl.load(p_ring_k + p_slots[:, None] + o_b[None, :], mask=m_k, other=0.0).to(q_a.dtype)
             v = tl.load(p_ring_v + p_slots[:, None] + d[None, :], mask=exists[:, None] & m_d[None, :], other=0.0)
-            v = v.to(q_a.dtype)  # under autocast, rings are wider
+            v = v.to(q_a.dtype)  # under autocast, the ring has a wider dtype
             visible = exists[None, :] & (j[None, :] > i[:, None] - window)
-            top, total, acc = attend(q_a, q_b, k_a, k_b, v, visible, top, total, acc, scale, PRECISION)
+            row_max, row_sum, acc = attend(q_a, q_b, k_a, k_b, v, visible, row_max, row_sum, acc, scale, PRECISION)
     for j0 in range(tl.maximum(start - window + 1, 0), tl.minimum(start + BLOCK_Q, T), BLOCK_K):
         j = j0 + tl.arange(0, BLOCK_K)
         j64 = j.to(tl.int64)
@@ -122,10 +125,10 @@ def window_attention_fwd_kernel(
         m_v = (j < T)[:, None] & m_d[None, :]
         v = tl.load(p_values + (j64 * sv_t)[:, None] + d[None, :], mask=m_v, other=0.0)
         visible = (j[None, :] <= i[:, None]) & (j[None, :] > i[:, None] - window) & (j < T)[None, :]
-        top, total, acc = attend(q_a, q_b, k_a, k_b, v, visible, top, total, acc, scale, PRECISION)
+        row_max, row_sum, acc = attend(q_a, q_b, k_a, k_b, v, visible, row_max, row_sum, acc, scale, PRECISION)
 
     p_rows = p_y + b * sy_b + h * sy_h + i.to(tl.int64) * sy_t
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
     tl.store(p_rows[:, None] + d[None, :], acc.to(p_y.dtype.element_ty), mask=(i < T)[:, None] & m_d[None, :])
 
     if STREAM:
@@ -184,7 +187,7 @@ def window_attention(
 
 
 def _blocks(length: int, dim: int, q: Tensor) -> dict[str, int]:
-    """The largest tiles that spill no register on sm_80, sm_90 and sm_100 (`make kernels-report`)."""
+    """The largest tiles that spill no registers on sm_80, sm_90 and sm_100 (`make kernels-report`)."""
     fp32 = q.dtype == torch.float32
     if length <= 16 or (fp32 and dim > 64):
         return {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}

@@ -1,40 +1,44 @@
-// causal_conv1d, resblock and causal_conv_transpose1d over time-major tensors [B, T, C].
+// causal_conv1d, resblock and causal_conv_transpose1d over channels-last tensors [B, T, C].
 //
-// Input rows are activated once into scratch, where padding or history stands before them, and multiplied from there.
-// Two ways to share the work: threads take chunks of rows, small enough to stay in their caches, or, where there is
-// more weight than input (the last layers, and every layer of a stream), one scratch is shared and threads take panels
-// of weights, so that each weight is read once.
+// The activation is applied to each input row once, while it is copied to scratch behind the padding or the history.
+// The GEMM (gemm.h) reads the scratch. Work is divided among threads in one of two ways:
+//   - by rows: each thread takes chunks of output rows that are small enough for its scratch to stay in its caches;
+//   - by panels: where the weights are larger than the input (the deepest layers, and every layer of a stream), all
+//     threads share one scratch and each takes panels of weights, so that every weight is read once.
 #pragma once
 #include "gemm.h"
 
 namespace {
 
 enum PadMode { CONSTANT = 0, REPLICATE, REFLECT };
-constexpr size_t CHUNK_BYTES = 256 << 10;  // of a thread's scratch, or of its output: a quarter of a 1 MB level-2 cache
-constexpr long LEAST_ROWS = 64;            // in a chunk, where there are so many: the weights are read once per chunk
+constexpr size_t CHUNK_BYTES = 256 << 10;  // of a chunk's scratch, or of its output: a quarter of a 1 MB level-2 cache
+constexpr long MIN_CHUNK_ROWS = 64;        // of a chunk, if there are as many: weights are read once per chunk
 
-thread_local Arena own_scratch, shared_scratch, hidden_scratch, plain_scratch;
+// Where threads share scratch, it is the arena of the thread that starts the parallel region
+thread_local Arena thread_scratch, shared_scratch, hidden_scratch, value_scratch;
 
 struct Input {
-  const void* x;  // [B, T, C], channels next to each other
+  const void* x;  // [B, T, C], channels contiguous
   int dtype;
   long batch, length, channels, batch_step, step;
-  long left, right;  // padding
+  long left, right;  // padding, in samples
   int pad_mode;
-  void* history;  // [B, C, left] contiguous but for its batch step, or null
+  void* history;  // [B, C, left], contiguous except for its batch step, or null
   long history_step;
   const bool *first, *active;  // [B]
 };
 
+// Converts one row, applies the activation and fills up channels [channels, padded) with zeros
 template <class T, class From>
 INLINE void activate_row(T* to, const From* from, long channels, long padded, int activation) {
   long c = 0;
   for (; c + W <= channels; c += W) store(to + c, activate(load(from + c), activation));
-  for (; c < channels; c++) store_some(to + c, activate(load_some(from + c, 1), activation), 1);
+  for (; c < channels; c++) store_partial(to + c, activate(load_partial(from + c, 1), activation), 1);
   for (; c < padded; c++) to[c] = T{};
 }
 
-// Row i of stream b, -left <= i < length + right, activated; with it those behind it, if `count` is more than 1
+// Writes the activated input at time i of batch row b, -left <= i < length + right: from x, the history or the padding.
+// With count > 1, also the rows that follow it; they must be in x, without gaps between rows in x and in `to`.
 template <class T, class From>
 void fill_row(T* to, const Input& in, long b, long i, int activation, long count, long padded) {
   const From* x = (const From*)in.x + b * in.batch_step;
@@ -50,9 +54,9 @@ void fill_row(T* to, const Input& in, long b, long i, int activation, long count
   }
   if (i < 0 || i >= in.length) {
     if (in.pad_mode == REPLICATE) i = i < 0 ? 0 : in.length - 1;
-    if (in.pad_mode == REFLECT) {  // an input shorter than the padding is first lengthened by zeros
-      long lengthened = max(in.length, max(in.left, in.right) + 1);
-      i = i < 0 ? -i : i < lengthened ? in.length : 2 * (lengthened - 1) - i;
+    if (in.pad_mode == REFLECT) {  // an input no longer than the padding is first extended with zeros
+      long extended = max(in.length, max(in.left, in.right) + 1);
+      i = i < 0 ? -i : i < extended ? in.length : 2 * (extended - 1) - i;
     }
     if (i < 0 || i >= in.length) {
       memset((void*)to, 0, padded * sizeof(T));
@@ -62,18 +66,20 @@ void fill_row(T* to, const Input& in, long b, long i, int activation, long count
   activate_row(to, x + i * in.step, count * in.channels, count * padded, activation);
 }
 
+// Writes the activated input at times [first, last) of batch row b, quantized if T is a byte
 template <class T>
 void fill_rows(T* to, long pitch, long padded, const Input& in, long b, long first, long last, int activation) {
-  if constexpr (sizeof(T) == 1) {  // by way of a row of fp32
-    float* row = plain_scratch.take<float>(padded);
+  if constexpr (sizeof(T) == 1) {  // quantized from a row of fp32
+    float* row = value_scratch.take<float>(padded);
     for (long i = first; i < last; i++, to += pitch) {
       fill_rows(row, padded, padded, in, b, i, i + 1, activation);
-      cut_into_digits(to, row, padded);
+      quantize_to_digits(to, row, padded);
     }
   } else {
     for (long i = first; i < last;) {
-      bool inside = i >= 0 && i < in.length, closed = pitch == in.channels && in.step == in.channels;
-      long count = inside && closed ? min(last, in.length) - i : 1;  // rows without gaps are one long row
+      bool inside = i >= 0 && i < in.length, contiguous = pitch == in.channels && in.step == in.channels;
+      // rows without gaps are handled as one long row
+      long count = inside && contiguous ? min(last, in.length) - i : 1;
       if (in.dtype == F32)
         fill_row<T, float>(to, in, b, i, activation, count, padded);
       else
@@ -83,7 +89,7 @@ void fill_rows(T* to, long pitch, long padded, const Input& in, long b, long fir
   }
 }
 
-// The last `left` samples before the next call, in the rows that are active
+// Replaces the history of the active rows by the last `left` samples of history and x
 template <class T>
 void advance_history(const Input& in) {
   for (long b = 0; b < in.batch; b++) {
@@ -108,36 +114,40 @@ struct Weights {
   size_t bytes_per_weight;
 };
 
-// Rows in a chunk: of a size that caches hold, and such that every thread gets several
+// Rows per chunk, a multiple of R: few enough for a chunk to fit in the cache (unless rows are very long) and for every
+// thread to get about two chunks
 INLINE long rows_per_chunk(long rows, long bytes_per_row, int threads) {
-  long fits = max(LEAST_ROWS, CHUNK_BYTES / bytes_per_row);
+  long fits = max(MIN_CHUNK_ROWS, CHUNK_BYTES / bytes_per_row);
   return round_up(max(R, min(fits, ceil_div(rows, 2 * threads))), R);
 }
 
-INLINE bool by_panels(long rows, double input_bytes, double weight_bytes, int threads) {
+// Whether threads divide the panels of weights among them and not the rows: where there are few rows, or more bytes of
+// weights than of an input that a shared cache can hold
+INLINE bool divide_by_panels(long rows, double input_bytes, double weight_bytes, int threads) {
   return rows < 16 * threads || (weight_bytes > input_bytes && input_bytes < (16 << 20));
 }
 
+// Convolution of the whole batch; `out` describes the output of batch row 0
 template <class Kind>
-void conv_of(const Input& in, const Weights& w, Output out, long stride, long dilation, int pre, long out_length,
-             long out_batch_step, long residual_batch_step, int threads) {
+void run_conv(const Input& in, const Weights& w, Output out, long stride, long dilation, int pre, long out_length,
+              long out_batch_step, long residual_batch_step, int threads) {
   typedef typename Kind::Row T;
-  long padded = round_up(in.channels, Kind::GROUP), pitch = pitch_of(Kind::row_of(padded), stride, sizeof(T));
+  long padded = round_up(in.channels, Kind::GROUP), pitch = pitch_of(Kind::row_elements(padded), stride, sizeof(T));
   long panels = ceil_div(w.outputs, P), total = in.left + in.length + in.right;
-  long reach = (w.taps - 1) * dilation + 1;
-  auto output_of = [&](long b, long m) {
+  long receptive_field = (w.taps - 1) * dilation + 1;
+  auto output_at = [&](long b, long m) {
     Output o = out;
     o.rows -= m;
-    if (o.tail) o.tail += b * (out_length - out.rows) * o.row;
+    if (o.tail) o.tail += b * (out_length - out.rows) * o.row_step;
     size_t size = o.dtype == F32 ? 4 : 2, residual_size = o.residual_dtype == F32 ? 4 : 2;
-    o.y = (char*)o.y + (b * out_batch_step + m * o.row) * size;
+    o.y = (char*)o.y + (b * out_batch_step + m * o.row_step) * size;
     if (o.residual)
-      o.residual = (const char*)o.residual + (b * residual_batch_step + m * o.residual_row) * residual_size;
+      o.residual = (const char*)o.residual + (b * residual_batch_step + m * o.residual_row_step) * residual_size;
     return o;
   };
   double input_bytes = (double)in.batch * total * pitch * sizeof(T);
   double weight_bytes = (double)panels * P * w.taps * padded * w.bytes_per_weight;
-  if (by_panels(in.batch * out_length, input_bytes, weight_bytes, threads)) {
+  if (divide_by_panels(in.batch * out_length, input_bytes, weight_bytes, threads)) {
     T* scratch = shared_scratch.take<T>(in.batch * total * pitch);
 #pragma omp parallel num_threads(threads)
     {
@@ -147,8 +157,8 @@ void conv_of(const Input& in, const Weights& w, Output out, long stride, long di
 #pragma omp for schedule(dynamic)
       for (long panel = 0; panel < panels; panel++)
         for (long b = 0; b < in.batch; b++) {
-          Rows<T> rows = rows_of(scratch + b * total * pitch, pitch, stride, dilation, w.taps, padded);
-          multiply_rows<Kind>(rows, out_length, w.packed, panel, panel + 1, w.outputs, output_of(b, 0));
+          Rows<T> rows = conv_rows(scratch + b * total * pitch, pitch, stride, dilation, w.taps, padded);
+          multiply_rows<Kind>(rows, out_length, w.packed, panel, panel + 1, w.outputs, output_at(b, 0));
         }
     }
   } else {
@@ -156,20 +166,21 @@ void conv_of(const Input& in, const Weights& w, Output out, long stride, long di
     long chunk = rows_per_chunk(out_length, row_bytes, threads), chunks = ceil_div(out_length, chunk);
 #pragma omp parallel num_threads(threads)
     {
-      T* scratch = own_scratch.take<T>((chunk * stride + reach) * pitch);
+      T* scratch = thread_scratch.take<T>((chunk * stride + receptive_field) * pitch);
 #pragma omp for schedule(dynamic)
       for (long i = 0; i < in.batch * chunks; i++) {
         long b = i / chunks, m = i % chunks * chunk, count = min(chunk, out_length - m), t = m * stride - in.left;
-        fill_rows(scratch, pitch, padded, in, b, t, t + (count - 1) * stride + reach, pre);
-        Rows<T> rows = rows_of(scratch, pitch, stride, dilation, w.taps, padded);
-        multiply_rows<Kind>(rows, count, w.packed, 0, panels, w.outputs, output_of(b, m));
+        fill_rows(scratch, pitch, padded, in, b, t, t + (count - 1) * stride + receptive_field, pre);
+        Rows<T> rows = conv_rows(scratch, pitch, stride, dilation, w.taps, padded);
+        multiply_rows<Kind>(rows, count, w.packed, 0, panels, w.outputs, output_at(b, m));
       }
     }
   }
 }
 
-// Streams of a transposed convolution: what the last call left over is added to the head of y [B, T s, O], and the tail
-// [B, rows, s, O] of this call, which has no bias yet, is left over for the next one.
+// Overlap-add of a streaming transposed convolution: `overlap` [B, O, length], the tail of the previous call, is added
+// to the first `length` samples of y [B, T s, O]. The tail [B, rows, s, O] of this call, to which no bias has been
+// added, becomes the overlap of the active rows. Where y is shorter than the overlap, the rest is added to the tail.
 template <class T>
 void overlap_add(T* y, float* tail, T* overlap, const bool* active, long batch, long samples, long tail_samples,
                  long outputs, long length, long y_batch_step, long y_step, long overlap_step) {
@@ -179,16 +190,17 @@ void overlap_add(T* y, float* tail, T* overlap, const bool* active, long batch, 
         float before = to_float(overlap[o * length + p]);
         T* sum = y + p * y_step + o;
         if (p < samples)
-          store_some(sum, load_some(sum, 1) + before, 1);
+          store_partial(sum, load_partial(sum, 1) + before, 1);
         else
           tail[(p - samples) * outputs + o] += before;
       }
       if (!active[b]) continue;
-      for (long p = 0; p < length; p++) store_some(overlap + o * length + p, broadcast(tail[p * outputs + o]), 1);
+      for (long p = 0; p < length; p++) store_partial(overlap + o * length + p, broadcast(tail[p * outputs + o]), 1);
     }
 }
 
-// Depthwise: y[t s + j, c] = bias[c] + sum_tap weight[tap, j, c] x[t - taps + 1 + tap, c], `weight` fp32
+// Depthwise transposed convolution, output samples [t s, (t + 1) s) of batch row b; weights and bias are fp32:
+//   y[t s + j, c] = bias[c] + sum_tap weight[tap, j, c] x[t - taps + 1 + tap, c]
 template <class From>
 void depthwise_rows(const Input& in, const float* weight, const float* bias, Output out, long stride, long taps, long b,
                     long t, int pre) {
@@ -214,29 +226,30 @@ void depthwise_rows(const Input& in, const float* weight, const float* bias, Out
     }
 }
 
-// A residual unit in chunks of rows: ELU(x) and the hidden channels stay in a thread's scratch. Few rows go in chunks
-// too.
+// Residual unit, both convolutions for one chunk of rows at a time: ELU(x) and the hidden channels never leave the
+// thread's scratch. Where there are too few rows for chunks, threads divide the panels of each convolution instead.
 template <class Kind>
-void resblock_of(const Input& in, const Weights& w1, const Weights& w2, Output out, long dilation, long out_length,
-                 long out_batch_step, long residual_batch_step, int threads) {
+void run_resblock(const Input& in, const Weights& w1, const Weights& w2, Output out, long dilation, long out_length,
+                  long out_batch_step, long residual_batch_step, int threads) {
   typedef typename Kind::Row T;
-  typedef typename Kind::Plain Plain;
-  constexpr int DTYPE = sizeof(Plain) == 4 ? F32 : BF16;
+  typedef typename Kind::Value Value;
+  constexpr int VALUE_DTYPE = sizeof(Value) == 4 ? F32 : BF16;
   long hidden = round_up(w1.outputs, Kind::GROUP), padded = round_up(in.channels, Kind::GROUP);
-  long pitch = pitch_of(Kind::row_of(padded), 1, sizeof(T)),
-       hidden_pitch = pitch_of(Kind::row_of(hidden), 1, sizeof(T));
-  long plain_pitch = Kind::CUT ? hidden : hidden_pitch;
-  long reach = (w1.taps - 1) * dilation + 1;
+  long pitch = pitch_of(Kind::row_elements(padded), 1, sizeof(T)),
+       hidden_pitch = pitch_of(Kind::row_elements(hidden), 1, sizeof(T));
+  long value_pitch = Kind::QUANTIZED ? hidden : hidden_pitch;
+  long receptive_field = (w1.taps - 1) * dilation + 1;
   size_t size = out.dtype == F32 ? 4 : 2;
-  auto first_output = [&](Plain* h) {
+  auto hidden_output = [&](Value* hidden_values) {
     Output o;
-    o.y = h, o.dtype = DTYPE, o.row = plain_pitch, o.bias = w1.bias, o.dequantize = w1.dequantize, o.post = ELU;
+    o.y = hidden_values, o.dtype = VALUE_DTYPE, o.row_step = value_pitch, o.bias = w1.bias,
+    o.dequantize = w1.dequantize, o.post = ELU;
     return o;
   };
-  auto second_output = [&](long b, long m) {
+  auto final_output = [&](long b, long m) {
     Output o = out;
-    o.y = (char*)o.y + (b * out_batch_step + m * o.row) * size;
-    o.residual = (const char*)o.residual + (b * residual_batch_step + m * o.residual_row) * size;
+    o.y = (char*)o.y + (b * out_batch_step + m * o.row_step) * size;
+    o.residual = (const char*)o.residual + (b * residual_batch_step + m * o.residual_row_step) * size;
     return o;
   };
   long panels1 = ceil_div(w1.outputs, P), panels2 = ceil_div(w2.outputs, P);
@@ -244,9 +257,9 @@ void resblock_of(const Input& in, const Weights& w1, const Weights& w2, Output o
     long total = in.left + in.length + in.right;
     T* scratch = shared_scratch.take<T>(in.batch * total * pitch);
     long rows = in.batch * out_length;
-    Plain* h = hidden_scratch.take<Plain>(rows * plain_pitch);
-    T* second = Kind::CUT ? own_scratch.take<T>(rows * hidden_pitch) : (T*)h;
-    memset((void*)h, 0, rows * plain_pitch * sizeof(Plain));
+    Value* hidden_values = hidden_scratch.take<Value>(rows * value_pitch);
+    T* hidden_rows = Kind::QUANTIZED ? thread_scratch.take<T>(rows * hidden_pitch) : (T*)hidden_values;
+    memset((void*)hidden_values, 0, rows * value_pitch * sizeof(Value));
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
@@ -255,17 +268,19 @@ void resblock_of(const Input& in, const Weights& w1, const Weights& w2, Output o
 #pragma omp for
       for (long panel = 0; panel < panels1; panel++)
         for (long b = 0; b < in.batch; b++)
-          multiply_rows<Kind>(rows_of(scratch + b * total * pitch, pitch, 1, dilation, w1.taps, padded), out_length,
-                              w1.packed, panel, panel + 1, w1.outputs, first_output(h + b * out_length * plain_pitch));
-      if constexpr (Kind::CUT) {
+          multiply_rows<Kind>(conv_rows(scratch + b * total * pitch, pitch, 1, dilation, w1.taps, padded), out_length,
+                              w1.packed, panel, panel + 1, w1.outputs,
+                              hidden_output(hidden_values + b * out_length * value_pitch));
+      if constexpr (Kind::QUANTIZED) {
 #pragma omp for
-        for (long i = 0; i < rows; i++) cut_into_digits(second + i * hidden_pitch, h + i * plain_pitch, hidden);
+        for (long i = 0; i < rows; i++)
+          quantize_to_digits(hidden_rows + i * hidden_pitch, hidden_values + i * value_pitch, hidden);
       }
 #pragma omp for
       for (long panel = 0; panel < panels2; panel++)
         for (long b = 0; b < in.batch; b++)
-          multiply_rows<Kind>(rows_of(second + b * out_length * hidden_pitch, hidden_pitch, 1, 1, 1, hidden),
-                              out_length, w2.packed, panel, panel + 1, w2.outputs, second_output(b, 0));
+          multiply_rows<Kind>(conv_rows(hidden_rows + b * out_length * hidden_pitch, hidden_pitch, 1, 1, 1, hidden),
+                              out_length, w2.packed, panel, panel + 1, w2.outputs, final_output(b, 0));
     }
     return;
   }
@@ -273,20 +288,22 @@ void resblock_of(const Input& in, const Weights& w1, const Weights& w2, Output o
        chunks = ceil_div(out_length, chunk);
 #pragma omp parallel num_threads(threads)
   {
-    T* scratch = own_scratch.take<T>((chunk + reach) * pitch + (Kind::CUT ? chunk * hidden_pitch : 0));
-    Plain* h = hidden_scratch.take<Plain>(chunk * plain_pitch);
-    T* second = Kind::CUT ? scratch + (chunk + reach) * pitch : (T*)h;
-    memset((void*)h, 0, chunk * plain_pitch * sizeof(Plain));
+    T* scratch =
+        thread_scratch.take<T>((chunk + receptive_field) * pitch + (Kind::QUANTIZED ? chunk * hidden_pitch : 0));
+    Value* hidden_values = hidden_scratch.take<Value>(chunk * value_pitch);
+    T* hidden_rows = Kind::QUANTIZED ? scratch + (chunk + receptive_field) * pitch : (T*)hidden_values;
+    memset((void*)hidden_values, 0, chunk * value_pitch * sizeof(Value));
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < in.batch * chunks; i++) {
       long b = i / chunks, m = i % chunks * chunk, count = min(chunk, out_length - m);
-      fill_rows(scratch, pitch, padded, in, b, m - in.left, m - in.left + count - 1 + reach, ELU);
-      multiply_rows<Kind>(rows_of(scratch, pitch, 1, dilation, w1.taps, padded), count, w1.packed, 0, panels1,
-                          w1.outputs, first_output(h));
-      if constexpr (Kind::CUT)
-        for (long r = 0; r < count; r++) cut_into_digits(second + r * hidden_pitch, h + r * plain_pitch, hidden);
-      multiply_rows<Kind>(rows_of(second, hidden_pitch, 1, 1, 1, hidden), count, w2.packed, 0, panels2, w2.outputs,
-                          second_output(b, m));
+      fill_rows(scratch, pitch, padded, in, b, m - in.left, m - in.left + count - 1 + receptive_field, ELU);
+      multiply_rows<Kind>(conv_rows(scratch, pitch, 1, dilation, w1.taps, padded), count, w1.packed, 0, panels1,
+                          w1.outputs, hidden_output(hidden_values));
+      if constexpr (Kind::QUANTIZED)
+        for (long r = 0; r < count; r++)
+          quantize_to_digits(hidden_rows + r * hidden_pitch, hidden_values + r * value_pitch, hidden);
+      multiply_rows<Kind>(conv_rows(hidden_rows, hidden_pitch, 1, 1, 1, hidden), count, w2.packed, 0, panels2,
+                          w2.outputs, final_output(b, m));
     }
   }
 }

@@ -1,10 +1,13 @@
-// Rows as integers of three digits, for int8 weights where the processor multiplies and adds bytes four at a time: no
-// weight is widened, and a weight costs three quarters of what it costs in fp32.
+// int8 weights times activations that are quantized to 24 bits, for processors with int8 dot products (AVX-512 VNNI:
+// each 32-bit lane accumulates four products of bytes). Weights are not widened to fp32, and four of them take
+// three multiply instructions, one per digit of the activations, where fp32 takes four.
 //
-// A row of `depth` fp32 values becomes n = round(x / scale), |n| < 2^23, of digits -128 <= d < 128,
-// n = 2^16 d2 + 2^8 d1 + d0: as near as 2.5e-7 of its largest value; a row with an infinity becomes NaN. In memory:
-// [depth] d2, [depth] d1, [depth] d0, then a Trailer. Weights are stored as w + 128, since the instruction takes bytes
-// without sign on one side; the sums of the digits take that back.
+// Each activation row of `depth` fp32 values is quantized with one scale of its own: n = round(x / scale), |n| < 2^23.
+// The integer is stored as three signed base-256 digits, n = 2^16 d2 + 2^8 d1 + d0 with -128 <= d < 128. The error is
+// at most 2.5e-7 of the row's largest magnitude. A row that contains a NaN or an infinity becomes NaN.
+//
+// A quantized row in memory: [depth] d2, [depth] d1, [depth] d0, then a Trailer. The instruction multiplies unsigned by
+// signed bytes, so weights are stored as w + 128, and 128 times the sum of the digits is subtracted from each product.
 #pragma once
 #include "simd.h"
 
@@ -12,25 +15,25 @@ namespace {
 
 struct Trailer {
   float scale;
-  int32_t sums[3];  // of d2, d1, d0
+  int32_t sums[3];  // sums of the row's digits d2, d1, d0
 };
-constexpr float MOST_DIGITS = 8355000.0f;  // below 127 * (2^16 + 2^8 + 1), with room for rounding
-constexpr float LEAST = 1e-30f;            // rows that are nowhere larger count as zero
+constexpr float MAX_QUANTIZED = 8355000.0f;  // below 127 * (2^16 + 2^8 + 1), with a margin for rounding
+constexpr float MIN_MAGNITUDE = 1e-30f;      // a row whose values are all smaller is treated as zeros
 
 #if defined(__AVX512VNNI__)
-void cut_into_digits(uint8_t* to, const float* x, long depth) {
-  vf most = (vf){}, poison = (vf){};  // the poison is NaN if a value is not finite
+void quantize_to_digits(uint8_t* to, const float* x, long depth) {
+  vf max_abs = (vf){}, not_finite = (vf){};  // NaN if any value is NaN or infinite, else 0
   for (long c = 0; c < depth; c += W) {
-    vf value = depth - c >= W ? load(x + c) : load_some(x + c, depth - c);
-    vf size = value < 0.0f ? -value : value;
-    most = size > most ? size : most;
-    poison += value * 0.0f;
+    vf value = depth - c >= W ? load(x + c) : load_partial(x + c, depth - c);
+    vf magnitude = value < 0.0f ? -value : value;
+    max_abs = magnitude > max_abs ? magnitude : max_abs;
+    not_finite += value * 0.0f;
   }
-  float largest = largest_lane(most), inverse = largest > LEAST ? MOST_DIGITS / largest : 0.0f;
+  float largest = max_lane(max_abs), inverse = largest > MIN_MAGNITUDE ? MAX_QUANTIZED / largest : 0.0f;
   vi sums[3] = {};
   for (long c = 0; c < depth; c += W) {
     long count = min(W, depth - c);
-    vf value = count == W ? load(x + c) : load_some(x + c, count);
+    vf value = count == W ? load(x + c) : load_partial(x + c, count);
     vi n = (vi)_mm512_cvtps_epi32((__m512)(value * inverse));
     for (int plane = 2; plane >= 0; plane--) {
       vi digit = (n << 24) >> 24;
@@ -41,22 +44,22 @@ void cut_into_digits(uint8_t* to, const float* x, long depth) {
     }
   }
   Trailer* trailer = (Trailer*)(to + 3 * depth);
-  trailer->scale = (largest > LEAST ? largest / MOST_DIGITS : 0.0f) + sum_lanes(poison);
+  trailer->scale = (largest > MIN_MAGNITUDE ? largest / MAX_QUANTIZED : 0.0f) + sum_lanes(not_finite);
   for (int plane = 0; plane < 3; plane++) trailer->sums[plane] = _mm512_reduce_add_epi32((__m512i)sums[plane]);
 }
 
-// sums + four products of bytes in each lane
+// Adds to each 32-bit lane of `sum` the dot product of its four weights with the same four digits of the row
 INLINE vi multiply_bytes(vi sum, const uint8_t* weights, const uint8_t* digits) {
   int32_t four;
   memcpy(&four, digits, 4);
   return (vi)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(weights), _mm512_set1_epi32(four));
 }
 #else
-INLINE void cut_into_digits(uint8_t*, const float*, long) { abort(); }  // the variant never chooses Digits
+INLINE void quantize_to_digits(uint8_t*, const float*, long) { abort(); }  // Digits is never selected in this variant
 INLINE vi multiply_bytes(vi, const uint8_t*, const uint8_t*) { abort(); }
 #endif
 
-// sum[r] += row r, which begins at rows + r * step, times a panel's weights [depth / 4, 2 W, 4]
+// total[r] += quantized row r, which starts at rows + r * step, times a panel of weights b [depth / 4, 2 W, 4]
 template <int ROWS>
 INLINE void multiply_digits(const uint8_t* rows, long step, const uint8_t* b, long depth, vf (&total)[ROWS][2]) {
   vi sum[3][ROWS][2] = {};

@@ -1,11 +1,15 @@
-// Products of rows with packed weights: the one inner loop that every op of this library ends in.
+// Matrix products of activation rows with packed weights, with a fused epilogue. Every op of this library except
+// attention and the depthwise convolution is computed by this GEMM.
 //
 //   y[m, n] = residual[m, n] + scale[n] * post( bias[n] + sum_{tap, c} rows[m, tap, c] * weight[n, tap, c] )
 //
-// Weights are packed in panels of P = 2 W outputs: [N / P, taps, C, P], zeros beyond N. `Rows` walks memory by steps,
-// so that a convolution over time-major input is this product without any copy of overlapping windows: row m begins
-// `stride` time steps after row m - 1. A tile is at most R rows by one panel; its sums stay in registers over all taps
-// and channels; a panel is used for all rows before the next one is begun.
+// Weights are packed in panels of P = 2 W outputs, [N / P, taps, C, P], padded with zeros to a multiple of P. `Rows`
+// addresses its elements with explicit steps between rows and between taps, and rows may overlap in memory: a
+// convolution over channels-last input is this product without an im2col copy, since row m begins `stride` time steps
+// after row m - 1. The micro-kernel computes a register tile of at most R rows by one panel and keeps its sums in
+// registers over all taps and channels. A panel is multiplied with all rows before the next panel is started.
+//
+// Strides in memory are called steps here, because `stride` is that of a convolution. They are counted in elements.
 #pragma once
 #include <climits>
 #include <utility>
@@ -15,66 +19,71 @@
 
 namespace {
 
-constexpr int P = 2 * W;  // outputs in a panel
-// Rows in a tile, at most: 2 R sums, two vectors of weights and one input fill the vector registers.
+constexpr int P = 2 * W;  // outputs per panel
+// The most rows of a register tile: 2 R accumulators, two vectors of weights and one broadcast input fill the vector
+// registers.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int R = 12;  // of 32 registers
 #else
 constexpr int R = 6;  // of 16
 #endif
-// Bytes from the weights being multiplied to those being prefetched. A panel is larger than a level-1 cache, and comes
-// from level 3 or memory at its first use.
-constexpr long AHEAD = 2048;
+// Distance in bytes from the weights being multiplied to those being prefetched. A panel does not fit in the level-1
+// cache, and at its first use it comes from the level-3 cache or from memory.
+constexpr long PREFETCH_DISTANCE = 2048;
 constexpr size_t CACHE_LINE = 64;
-constexpr long MOST_DEPTH_OF_ONE = 1024;
+constexpr long MAX_SINGLE_OUTPUT_DEPTH = 1024;  // channels in multiply_single_output
 
+// The type of a row's values before quantization: that of the row, except for rows of digits
 template <class Row>
-struct PlainOf {
+struct ValueOf {
   typedef Row Type;
 };
 template <>
-struct PlainOf<uint8_t> {
+struct ValueOf<uint8_t> {
   typedef float Type;
 };
 
-// How weights are stored, and what rows they multiply
-template <class RowType, class WeightType, long CHANNELS, int MOST_ROWS>
+// A kind of product: the storage types of activation rows and weights (KINDS in _native.py)
+template <class RowType, class WeightType, long CHANNELS, int MAX_ROWS>
 struct KindOf {
   typedef RowType Row;
   typedef WeightType Weight;
-  static constexpr long GROUP = CHANNELS;        // that one step of the inner loop takes
-  static constexpr int ROWS = MOST_ROWS;         // in a tile: as many as the registers hold sums of
-  static constexpr bool CUT = sizeof(Row) == 1;  // rows are written plain, and cut when they are whole
-  typedef typename PlainOf<Row>::Type Plain;
-  // elements of a row that has so many channels
-  static constexpr long row_of(long channels) { return CUT ? 3 * channels + (long)sizeof(Trailer) : channels; }
+  static constexpr long GROUP = CHANNELS;              // channels per iteration of the inner loop
+  static constexpr int ROWS = MAX_ROWS;                // of a register tile
+  static constexpr bool QUANTIZED = sizeof(Row) == 1;  // rows are written as fp32, then quantized (digits.h)
+  typedef typename ValueOf<Row>::Type Value;
+  // Elements of type Row that a row with this many channels occupies
+  static constexpr long row_elements(long channels) {
+    return QUANTIZED ? 3 * channels + (long)sizeof(Trailer) : channels;
+  }
 };
 struct Full : KindOf<float, float, 1, R> {};
-struct Half : KindOf<float, bf16, 1, R> {};    // widened on the way
-struct Int8 : KindOf<float, int8_t, 1, R> {};  // widened on the way, a step for each output
-struct Pairs : KindOf<bf16, bf16, 2, R> {};    // bf16 times bf16, two channels at a time: [N / P, taps, C / 2, P, 2]
-struct Digits : KindOf<uint8_t, uint8_t, 4, 4> {};  // int8 and rows of digits: [N / P, taps, C / 4, P, 4]
+struct Half : KindOf<float, bf16, 1, R> {};         // weights are widened to fp32 when they are loaded
+struct Int8 : KindOf<float, int8_t, 1, R> {};       // the same, with a quantization step per output
+struct Pairs : KindOf<bf16, bf16, 2, R> {};         // dot products of channel pairs: [N / P, taps, C / 2, P, 2]
+struct Digits : KindOf<uint8_t, uint8_t, 4, 4> {};  // VNNI, digits.h: [N / P, taps, C / 4, P, 4]
 
 template <class T>
 struct Rows {
   const T* start;
-  long row, tap;     // steps between rows and between taps, in elements
-  long taps, depth;  // depth: channels, a multiple of GROUP
+  long row_step, tap_step;
+  long taps, depth;  // depth: channels per tap, a multiple of GROUP
 };
 
+// Where the product is written, and the epilogue that is applied to it
 struct Output {
   void* y = nullptr;
   int dtype = F32;
-  long row = 0;  // step between rows of y
+  long row_step = 0;
   const float* bias = nullptr;
-  int post = NONE;
-  const float* scale = nullptr;
-  const float* dequantize = nullptr;  // of int8 weights
+  int post = NONE;                    // activation
+  const float* scale = nullptr;       // LayerScale
+  const float* dequantize = nullptr;  // quantization step of each output's int8 weights
   const void* residual = nullptr;
   int residual_dtype = F32;
-  long residual_row = 0;
-  long rows = LONG_MAX;   // rows from this one on go, as plain sums, to
-  float* tail = nullptr;  // which has the same row step
+  long residual_row_step = 0;
+  long rows = LONG_MAX;   // rows from this index on are written to `tail`, without bias, activation and residual
+  float* tail = nullptr;  // has the row step of y
 };
 
 #if defined(__AVX512BF16__)
@@ -84,18 +93,22 @@ INLINE vf multiply_pairs(vf sum, const bf16* row, const bf16* weight) {
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(weight));
 }
 #else
-INLINE vf multiply_pairs(vf, const bf16*, const bf16*) { abort(); }  // the variant never chooses Pairs
+INLINE vf multiply_pairs(vf, const bf16*, const bf16*) { abort(); }  // Pairs is never selected in this variant
 #endif
 
-// The `count` weights that come AHEAD of those at `read`; beyond the last weight this does nothing
+// Prefetches `count` weights at PREFETCH_DISTANCE bytes after `read`; harmless beyond the last weight, where a prefetch
+// cannot fault
 template <class T>
 INLINE void prefetch(const T* read, long count) {
   for (size_t byte = 0; byte < count * sizeof(T); byte += CACHE_LINE)
-    __builtin_prefetch((const char*)read + AHEAD + byte);
+    __builtin_prefetch((const char*)read + PREFETCH_DISTANCE + byte);
 }
 
-constexpr long BLOCK = 256;  // steps summed before they join the total: fp32's error grows with the length of a sum
+// Channels that are summed before the partial sum is added to the total: shorter chains of fp32 additions have a
+// smaller rounding error
+constexpr long SUM_BLOCK = 256;
 
+// sum[r] = row r times weights b [depth / GROUP, P, GROUP], for a register tile of ROWS rows by one panel
 template <class Kind, int ROWS>
 INLINE void multiply_block(const typename Kind::Row* row, long step, const typename Kind::Weight* b, long depth,
                            vf (&sum)[ROWS][2]) {
@@ -121,20 +134,21 @@ INLINE void multiply_block(const typename Kind::Row* row, long step, const typen
   }
 }
 
+// total[r] = row r times a panel of weights b, summed over all taps and channels
 template <class Kind, int ROWS>
 INLINE void multiply(const Rows<typename Kind::Row>& a, const typename Kind::Weight* b, vf (&total)[ROWS][2]) {
-  if constexpr (Kind::CUT) {
+  if constexpr (Kind::QUANTIZED) {
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) total[r][0] = total[r][1] = (vf){};
     for (long tap = 0; tap < a.taps; tap++, b += a.depth * P)
-      multiply_digits<ROWS>(a.start + tap * a.tap, a.row, b, a.depth, total);
+      multiply_digits<ROWS>(a.start + tap * a.tap_step, a.row_step, b, a.depth, total);
   } else {
     bool begun = false;
     for (long tap = 0; tap < a.taps; tap++)
-      for (long c = 0; c < a.depth; c += BLOCK) {
-        long depth = min(BLOCK, a.depth - c);
+      for (long c = 0; c < a.depth; c += SUM_BLOCK) {
+        long depth = min(SUM_BLOCK, a.depth - c);
         vf sum[ROWS][2];
-        multiply_block<Kind, ROWS>(a.start + tap * a.tap + c, a.row, b, depth, sum);
+        multiply_block<Kind, ROWS>(a.start + tap * a.tap_step + c, a.row_step, b, depth, sum);
         b += depth * P;
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++)
@@ -145,130 +159,136 @@ INLINE void multiply(const Rows<typename Kind::Row>& a, const typename Kind::Wei
   }
 }
 
+// Loads and stores of min(count, W) elements
 template <class T>
 INLINE vf load_up_to(const T* p, long count) {
-  return count >= W ? load(p) : load_some(p, count);
+  return count >= W ? load(p) : load_partial(p, count);
 }
 template <class T>
 INLINE void store_up_to(T* p, vf x, long count) {
   if (count >= W)
     store(p, x);
   else
-    store_some(p, x, count);
+    store_partial(p, x, count);
 }
 
-// One vector of output n of row m, `count` of it inside
-INLINE void finish(vf x, const Output& out, long m, long n, long count) {
+// Applies the epilogue to x, outputs [n, n + W) of row m, and stores the first `count` of them
+INLINE void apply_epilogue(vf x, const Output& out, long m, long n, long count) {
   if (out.dequantize) x *= load(out.dequantize + n);
-  if (m >= out.rows) return store_up_to(out.tail + (m - out.rows) * out.row + n, x, count);
+  if (m >= out.rows) return store_up_to(out.tail + (m - out.rows) * out.row_step + n, x, count);
   if (out.bias) x += load(out.bias + n);
   x = activate(x, out.post);
   if (out.scale) x *= load(out.scale + n);
   if (out.residual) {
-    long i = m * out.residual_row + n;
+    long i = m * out.residual_row_step + n;
     x += out.residual_dtype == F32 ? load_up_to((const float*)out.residual + i, count)
                                    : load_up_to((const bf16*)out.residual + i, count);
   }
-  long i = m * out.row + n;
+  long i = m * out.row_step + n;
   if (out.dtype == F32)
     store_up_to((float*)out.y + i, x, count);
   else
     store_up_to((bf16*)out.y + i, x, count);
 }
 
-// Whole vectors of fp32 with a bias: the convolutions, whose sums are short enough for this to count
+// A faster epilogue for full panels in fp32 with a bias, an activation known at compile time and an optional residual.
+// It is for the convolutions, whose sums are so short that the epilogue takes a noticeable part of the time.
 template <int POST, bool RESIDUAL>
-INLINE void finish_plainly(const vf (*sum)[2], long rows, const Output& out, long m, long n) {
+INLINE void apply_epilogue_fp32(const vf (*sum)[2], long rows, const Output& out, long m, long n) {
   vf left = load(out.bias + n), right = load(out.bias + n + W);
-  float* y = (float*)out.y + m * out.row + n;
-  const float* residual = (const float*)out.residual + m * out.residual_row + n;
-  for (long r = 0; r < rows; r++, y += out.row, residual += out.residual_row) {
+  float* y = (float*)out.y + m * out.row_step + n;
+  const float* residual = (const float*)out.residual + m * out.residual_row_step + n;
+  for (long r = 0; r < rows; r++, y += out.row_step, residual += out.residual_row_step) {
     vf a = activate(sum[r][0] + left, POST), b = activate(sum[r][1] + right, POST);
     store(y, RESIDUAL ? a + load(residual) : a);
     store(y + W, RESIDUAL ? b + load(residual + W) : b);
   }
 }
 
-// Outputs [n, n + P) of rows [m, m + rows), of `width` in all. Called once for each tile: kept out of the tiles, whose
-// inner loops are many, so that it is compiled once.
-__attribute__((noinline)) void finish_tile(const vf (*sum)[2], long rows, const Output& out, long m, long n,
-                                           long width) {
+// Epilogue of a register tile: outputs [n, n + P), of `width` in all, of rows [m, m + rows). Not inlined, so that it is
+// compiled once and not again in each of the many instances of the micro-kernel, which call it once per tile.
+__attribute__((noinline)) void tile_epilogue(const vf (*sum)[2], long rows, const Output& out, long m, long n,
+                                             long width) {
   if (width - n >= P && out.bias && out.dtype == F32 && !out.scale && !out.dequantize && m + rows <= out.rows) {
-    if (out.post == NONE && !out.residual) return finish_plainly<NONE, false>(sum, rows, out, m, n);
-    if (out.post == ELU && !out.residual) return finish_plainly<ELU, false>(sum, rows, out, m, n);
-    if (out.post == NONE && out.residual_dtype == F32) return finish_plainly<NONE, true>(sum, rows, out, m, n);
+    if (out.post == NONE && !out.residual) return apply_epilogue_fp32<NONE, false>(sum, rows, out, m, n);
+    if (out.post == ELU && !out.residual) return apply_epilogue_fp32<ELU, false>(sum, rows, out, m, n);
+    if (out.post == NONE && out.residual_dtype == F32) return apply_epilogue_fp32<NONE, true>(sum, rows, out, m, n);
   }
   for (long r = 0; r < rows; r++) {
-    finish(sum[r][0], out, m + r, n, width - n);
-    if (width - n > W) finish(sum[r][1], out, m + r, n + W, width - n - W);
+    apply_epilogue(sum[r][0], out, m + r, n, width - n);
+    if (width - n > W) apply_epilogue(sum[r][1], out, m + r, n + W, width - n - W);
   }
 }
 
-// A single output: sums along the channels, where a panel would multiply zeros
-__attribute__((noinline)) void multiply_by_one(Rows<float> a, long count, const float* packed, const Output& out) {
+// Product with a single output: vectorized along the channels, since a panel would consist almost entirely of padding
+__attribute__((noinline)) void multiply_single_output(Rows<float> a, long count, const float* packed,
+                                                      const Output& out) {
   long depth = a.depth;
-  float weight[MOST_DEPTH_OF_ONE];
+  float weight[MAX_SINGLE_OUTPUT_DEPTH];
   for (long c = 0; c < depth; c++) weight[c] = packed[c * P];
-  for (long m = 0; m < count; m++, a.start += a.row) {
+  for (long m = 0; m < count; m++, a.start += a.row_step) {
     vf sum[2] = {};
     for (long c = 0; c < depth; c += 2 * W) {
       sum[0] += load(a.start + c) * load(weight + c);
       sum[1] += load(a.start + c + W) * load(weight + c + W);
     }
-    finish(broadcast(sum_lanes(sum[0] + sum[1])), out, m, 0, 1);
+    apply_epilogue(broadcast(sum_lanes(sum[0] + sum[1])), out, m, 0, 1);
   }
 }
 
+// Calls function with `value`, which is in [1, sizeof...(N)], as a compile-time constant
 template <class Function, int... N>
 INLINE void with_constant(long value, const Function& function, std::integer_sequence<int, N...>) {
   ((value == N + 1 ? function(std::integral_constant<int, N + 1>()) : void()), ...);
 }
 
-// Calls tile(rows, first) with the rows of each tile, 1 to MOST as a constant, for `count` rows in tiles of equal
-// height
-template <int MOST, class Tile>
-INLINE void in_tiles(long count, const Tile& tile) {
-  for (long m = 0, tiles = ceil_div(count, MOST); m < count; tiles--) {
+// Divides `count` rows into tiles of at most MAX_HEIGHT rows and nearly equal height, and calls tile(rows, first) for
+// each, where `rows` is a compile-time constant
+template <int MAX_HEIGHT, class Tile>
+INLINE void for_each_tile(long count, const Tile& tile) {
+  for (long m = 0, tiles = ceil_div(count, MAX_HEIGHT); m < count; tiles--) {
     long rows = ceil_div(count - m, tiles);
-    with_constant(rows, [&](auto constant) { tile(constant, m); }, std::make_integer_sequence<int, MOST>());
+    with_constant(rows, [&](auto constant) { tile(constant, m); }, std::make_integer_sequence<int, MAX_HEIGHT>());
     m += rows;
   }
 }
 
+// The product and epilogue of one register tile: rows [m, m + ROWS) by the panel of outputs [n, n + P)
 template <class Kind, int ROWS>
-__attribute__((noinline)) void tile(const Rows<typename Kind::Row>& a, const typename Kind::Weight* b,
-                                    const Output& out, long m, long n, long width) {
+__attribute__((noinline)) void micro_kernel(const Rows<typename Kind::Row>& a, const typename Kind::Weight* b,
+                                            const Output& out, long m, long n, long width) {
   vf sum[ROWS][2];
   multiply<Kind, ROWS>(a, b, sum);
-  finish_tile(sum, ROWS, out, m, n, width);
+  tile_epilogue(sum, ROWS, out, m, n, width);
 }
 
-// Rows [0, count) times panels [first, last), of `width` outputs in all
+// Multiplies rows [0, count) with panels [first, last) of weights with `width` outputs in all, and applies the epilogue
 template <class Kind>
 void multiply_rows(Rows<typename Kind::Row> a, long count, const void* weights, long first, long last, long width,
                    const Output& out) {
   if constexpr (__is_same(Kind, Full)) {
-    if (width == 1 && a.taps == 1 && a.depth % (2 * W) == 0 && a.depth <= MOST_DEPTH_OF_ONE)
-      return multiply_by_one(a, count, (const float*)weights, out);
+    if (width == 1 && a.taps == 1 && a.depth % (2 * W) == 0 && a.depth <= MAX_SINGLE_OUTPUT_DEPTH)
+      return multiply_single_output(a, count, (const float*)weights, out);
   }
   const typename Kind::Row* start = a.start;
   for (long panel = first; panel < last; panel++) {
     const auto* b = (const typename Kind::Weight*)weights + panel * a.taps * a.depth * P;
-    in_tiles<Kind::ROWS>(count, [&](auto rows, long m) {
-      a.start = start + m * a.row;
-      tile<Kind, rows.value>(a, b, out, m, panel * P, width);
+    for_each_tile<Kind::ROWS>(count, [&](auto rows, long m) {
+      a.start = start + m * a.row_step;
+      micro_kernel<Kind, rows.value>(a, b, out, m, panel * P, width);
     });
   }
 }
 
-// A step between time steps of `channels`, such that rows `stride` steps apart do not all fall into the same cache sets
+// The pitch (step between time steps) of scratch with this many channels: padded where rows, `stride` time steps apart,
+// would all map to the same few cache sets
 INLINE long pitch_of(long channels, long stride, size_t size) {
   return channels * stride * size % 2048 ? channels : channels + 64 / size;
 }
 
-// The rows of a convolution over scratch of that pitch: taps next to each other are one long tap
+// The rows of a convolution over scratch with this pitch. Taps that are adjacent in memory are treated as one long tap.
 template <class T>
-INLINE Rows<T> rows_of(const T* start, long pitch, long stride, long dilation, long taps, long channels) {
+INLINE Rows<T> conv_rows(const T* start, long pitch, long stride, long dilation, long taps, long channels) {
   if (dilation == 1 && pitch == channels) return {start, stride * pitch, 0, 1, taps * channels};
   return {start, stride * pitch, dilation * pitch, taps, channels};
 }

@@ -1,4 +1,4 @@
-// Which variants this processor can run.
+// Which variants the processor can run. Compiled without special instructions, so that it runs everywhere.
 #include <cstring>
 
 extern "C" __attribute__((visibility("default"))) int can_run(const char* variant) {
@@ -10,7 +10,7 @@ extern "C" __attribute__((visibility("default"))) int can_run(const char* varian
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!strcmp(variant, "avx2")) return avx2;
   if (!strcmp(variant, "avx512")) return avx512;
-  if (!strcmp(variant, "avx512bf16"))  // no processor has this and not the products of bytes
+  if (!strcmp(variant, "avx512bf16"))  // every processor with bf16 dot products also has those of int8 (VNNI)
     return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
   return 0;

@@ -1,5 +1,8 @@
-// rvq_decode: sums of entries. rvq_encode: the residual chain of searches. code = argmin |c|^2 - 2 r . c, in fp32, and
-// where the two best are near, the sum of squared differences in fp64 decides; the lower index wins a tie.
+// rvq_encode: residual vector quantization, level by level. code = argmin |c|^2 - 2 r . c over the entries c, in fp32.
+// If the distances of the two nearest entries differ by no more than fp32 rounding could explain, they are compared
+// again by their squared differences in fp64; the lower index wins a tie.
+//
+// rvq_decode: the sum over levels of the chosen entries.
 #pragma once
 #if defined(_OPENMP)
 #include <omp.h>
@@ -9,16 +12,19 @@
 
 namespace {
 
+// The two nearest entries so far
 struct Best {
   float distance[2];
   int32_t index[2];
 };
 
-constexpr float NEAR = 1e-4f;  // of |c|^2 + |distance|: well above fp32's rounding over any usual depth
+// Distances closer than this, relative to |c|^2 + |distance|, are compared again in fp64: well above the rounding error
+// of fp32 for any usual dimension
+constexpr float NEAR = 1e-4f;
 
 thread_local Arena best_scratch, residual_scratch;
 
-INLINE void consider(Best& best, float distance, int32_t index) {
+INLINE void update_best(Best& best, float distance, int32_t index) {
   if (distance < best.distance[0]) {
     best.distance[1] = best.distance[0], best.index[1] = best.index[0];
     best.distance[0] = distance, best.index[0] = index;
@@ -27,10 +33,10 @@ INLINE void consider(Best& best, float distance, int32_t index) {
   }
 }
 
-// The two nearest entries of panels [first, last) to ROWS residuals
+// Updates `best` of ROWS residuals with the entries of panels [first, last)
 template <int ROWS>
-__attribute__((noinline)) void search(const float* residual, long dim, const float* packed, const float* norms,
-                                      long first, long last, Best* best) {
+__attribute__((noinline)) void search_panels(const float* residual, long dim, const float* packed, const float* norms,
+                                             long first, long last, Best* best) {
   for (long panel = first; panel < last; panel++) {
     Rows<float> rows = {residual, dim, 0, 1, dim};
     vf sum[ROWS][2];
@@ -42,16 +48,17 @@ __attribute__((noinline)) void search(const float* residual, long dim, const flo
         if (!any_lane(distance < best[r].distance[1])) continue;
         float lanes[W];
         store(lanes, distance);
-        for (int i = 0; i < W; i++) consider(best[r], lanes[i], (int32_t)(n + i));
+        for (int i = 0; i < W; i++) update_best(best[r], lanes[i], (int32_t)(n + i));
       }
   }
 }
 
+// The two nearest entries of panels [first, last) to each residual [rows, dim]
 void search_rows(const float* residual, long rows, long dim, const float* packed, const float* norms, long first,
                  long last, Best* best) {
   for (long m = 0; m < rows; m++) best[m] = {{INFINITY, INFINITY}, {0, 0}};
-  in_tiles<R>(rows, [&](auto count, long m) {
-    search<count.value>(residual + m * dim, dim, packed, norms, first, last, best + m);
+  for_each_tile<R>(rows, [&](auto count, long m) {
+    search_panels<count.value>(residual + m * dim, dim, packed, norms, first, last, best + m);
   });
 }
 
@@ -61,20 +68,21 @@ double squared_distance(const float* a, const float* b, long dim) {
   return sum;
 }
 
-// The nearer of the two, and the residual that it leaves
-int64_t settle(float* residual, const Best& best, const float* codebook, const float* norms, long dim) {
+// Chooses the nearer of the two candidates, subtracts it from the residual and returns its index
+int64_t choose_entry(float* residual, const Best& best, const float* codebook, const float* norms, long dim) {
   int32_t index = best.index[0], other = best.index[1];
   float gap = best.distance[1] - best.distance[0];
   if (gap <= NEAR * (norms[index] + fabsf(best.distance[0]))) {
-    double mine = squared_distance(residual, codebook + index * dim, dim);
-    double theirs = squared_distance(residual, codebook + other * dim, dim);
-    if (theirs < mine || (theirs == mine && other < index)) index = other;
+    double first_distance = squared_distance(residual, codebook + index * dim, dim);
+    double second_distance = squared_distance(residual, codebook + other * dim, dim);
+    if (second_distance < first_distance || (second_distance == first_distance && other < index)) index = other;
   }
   for (long d = 0; d < dim; d++) residual[d] -= codebook[index * dim + d];
   return index;
 }
 
-// x [N, D]; codebooks [L, S, D] plain, and packed as weights [L, S / P, D, P] with norms [L, S], inf beyond S
+// x [N, D] -> codes [L, N]. Codebooks are given as they are, [L, S, D], and packed like weights, [L, S / P, D, P];
+// `norms` [L, S] holds |c|^2, and infinity for the entries that fill up the last panel.
 template <class T>
 void encode_rows(const T* x, long x_step, long rows, long dim, long levels, long size, const float* codebooks,
                  const float* packed, const float* norms, int64_t* codes, int threads) {
@@ -105,10 +113,10 @@ void encode_rows(const T* x, long x_step, long rows, long dim, long levels, long
           search_rows(residual, count, dim, packed + level * panels * P * dim, norm, 0, panels, best);
           for (long i = 0; i < count; i++)
             codes[level * rows + m + i] =
-                settle(residual + i * dim, best[i], codebooks + level * size * dim, norm, dim);
+                choose_entry(residual + i * dim, best[i], codebooks + level * size * dim, norm, dim);
         }
       }
-    } else {  // few rows: each thread searches its share of the entries, and all keep the residuals
+    } else {  // few rows: threads divide the entries among them, and each keeps a copy of all residuals
       take(0, rows);
       for (long level = 0; level < levels; level++) {
         const float* norm = norms + level * panels * P;
@@ -116,12 +124,12 @@ void encode_rows(const T* x, long x_step, long rows, long dim, long levels, long
                     panels * (thread + 1) / team, best);
 #pragma omp barrier
         for (long i = 0; i < rows; i++) {
-          Best all = {{INFINITY, INFINITY}, {0, 0}};
+          Best merged = {{INFINITY, INFINITY}, {0, 0}};
           for (int t = 0; t < team; t++)
             for (int rank = 0; rank < 2; rank++)
               if (shared[t * chunk + i].distance[rank] < INFINITY)
-                consider(all, shared[t * chunk + i].distance[rank], shared[t * chunk + i].index[rank]);
-          int64_t code = settle(residual + i * dim, all, codebooks + level * size * dim, norm, dim);
+                update_best(merged, shared[t * chunk + i].distance[rank], shared[t * chunk + i].index[rank]);
+          int64_t code = choose_entry(residual + i * dim, merged, codebooks + level * size * dim, norm, dim);
           if (thread == 0) codes[level * rows + i] = code;
         }
 #pragma omp barrier
@@ -130,9 +138,9 @@ void encode_rows(const T* x, long x_step, long rows, long dim, long levels, long
   }
 }
 
-constexpr int SUMS = W == 16 ? 16 : 8;  // vectors of a row of rvq_decode in registers
+constexpr int SUMS = W == 16 ? 16 : 8;  // accumulators of rvq_decode, in vectors
 
-// codes [L, N] by steps, codebooks [L, S, D] -> y [N, D], added level by level
+// codes [L, N] with the given steps, codebooks [L, S, D] -> y [N, D]; levels are added in order
 template <class T>
 void decode_rows(const int64_t* codes, long level_step, long row_step, const float* codebooks, long levels, long rows,
                  long size, long dim, T* y, int threads) {

@@ -1,8 +1,9 @@
-// Vectors of floats of the variant's width, conversions, and the elementwise functions. GCC's vector extensions: the
-// same source serves every variant, and the compiler picks the instructions.
+// SIMD vectors of the variant's width: loads and stores, type conversions and elementwise functions. Written with GCC's
+// vector extensions, so that one source serves every variant and the compiler selects the instructions.
 //
-// All of native/ has internal linkage but the entry points of variant.cpp: the variants are linked into one library,
-// and a function shared between them would be compiled for one of them only.
+// Everything in native/ except the entry points of variant.cpp has internal linkage (anonymous namespaces). All
+// variants are linked into one library: of an inline function with external linkage the linker would keep one copy,
+// compiled for only one of the instruction sets.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -27,9 +28,9 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 typedef int8_t vb __attribute__((vector_size(W)));
-typedef float loose_vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef uint16_t loose_vh __attribute__((vector_size(2 * W), aligned(2), may_alias));
-typedef int8_t loose_vb __attribute__((vector_size(W), aligned(1), may_alias));
+typedef float unaligned_vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t unaligned_vh __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef int8_t unaligned_vb __attribute__((vector_size(W), aligned(1), may_alias));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -45,11 +46,11 @@ INLINE long max(long a, long b) { return a > b ? a : b; }
 INLINE long ceil_div(long a, long b) { return (a + b - 1) / b; }
 INLINE long round_up(long a, long b) { return ceil_div(a, b) * b; }
 
-// ---- loads, stores, conversions
+// ---- loads, stores and type conversions
 
 INLINE vf broadcast(float x) { return x - (vf){}; }
-INLINE vf load(const float* p) { return *(const loose_vf*)p; }
-INLINE void store(float* p, vf x) { *(loose_vf*)p = x; }
+INLINE vf load(const float* p) { return *(const unaligned_vf*)p; }
+INLINE void store(float* p, vf x) { *(unaligned_vf*)p = x; }
 
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(bf16 x) {
@@ -59,8 +60,8 @@ INLINE float to_float(bf16 x) {
   return y;
 }
 
-INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const loose_vh*)p, vu) << 16); }
-#if defined(__AVX512F__)  // which GCC does not find on its own
+INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const unaligned_vh*)p, vu) << 16); }
+#if defined(__AVX512F__)  // GCC does not generate the widening instructions from __builtin_convertvector
 INLINE vf load(const int8_t* p) {
   return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
@@ -69,31 +70,31 @@ INLINE vf load(const int8_t* p) {
   return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 #else
-INLINE vf load(const int8_t* p) { return __builtin_convertvector(*(const loose_vb*)p, vf); }
+INLINE vf load(const int8_t* p) { return __builtin_convertvector(*(const unaligned_vb*)p, vf); }
 #endif
 
-INLINE void store(bf16* p, vf x) {  // round to nearest even; a NaN stays one
+INLINE void store(bf16* p, vf x) {  // rounds to nearest even; a NaN stays a NaN
   vu bits = (vu)x;
   vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  vi is_number = x == x;
-  *(loose_vh*)p = __builtin_convertvector(is_number ? rounded : (vu){} + 0x7FC0, vh);
+  vi not_nan = x == x;
+  *(unaligned_vh*)p = __builtin_convertvector(not_nan ? rounded : (vu){} + 0x7FC0, vh);
 }
 
-// `count` < W elements
+// Loads and stores of `count` < W elements; the other lanes of a load are 0
 template <class T>
-INLINE vf load_some(const T* p, long count) {
+INLINE vf load_partial(const T* p, long count) {
   T buffer[W] = {};
   memcpy((void*)buffer, p, count * sizeof(T));
   return load(buffer);
 }
 template <class T>
-INLINE void store_some(T* p, vf x, long count) {
+INLINE void store_partial(T* p, vf x, long count) {
   T buffer[W];
   store(buffer, x);
   memcpy((void*)p, buffer, count * sizeof(T));
 }
 
-INLINE float largest_lane(vf x) {
+INLINE float max_lane(vf x) {
   float buffer[W], y;
   store(buffer, x);
   y = buffer[0];
@@ -125,9 +126,10 @@ INLINE float sum_lanes(vf x) {
 }
 #endif
 
-// Lane k: the sum of x[k]. Each step folds pairs of vectors, one half of the lanes onto the other.
+// Reduces N vectors to one: lane k of the result is the sum of the lanes of x[k]. Each recursion step adds the halves
+// of two vectors and interleaves them into one. Overwrites x.
 template <int N>
-INLINE vf sums_of_lanes(vf* x) {
+INLINE vf sum_lanes_of_each(vf* x) {
   if constexpr (N == 1) {
     return x[0];
   } else {
@@ -137,20 +139,21 @@ INLINE vf sums_of_lanes(vf* x) {
 #pragma GCC unroll 8
     for (int k = 0; k < N / 2; k++)
       x[k] = __builtin_shuffle(x[k], x[k + N / 2], low) + __builtin_shuffle(x[k], x[k + N / 2], high);
-    return sums_of_lanes<N / 2>(x);
+    return sum_lanes_of_each<N / 2>(x);
   }
 }
 
-// The larger, the smaller of a constant and x: x where it is NaN, which a comparison alone would drop
+// max(bound, x) and min(bound, x), which propagate a NaN in x: the operands are ordered so that x is the result where
+// the comparison is unordered
 #if defined(__AVX512F__)
-INLINE vf at_least(float bound, vf x) { return (vf)_mm512_max_ps((__m512)broadcast(bound), (__m512)x); }
-INLINE vf at_most(float bound, vf x) { return (vf)_mm512_min_ps((__m512)broadcast(bound), (__m512)x); }
+INLINE vf clamp_min(float bound, vf x) { return (vf)_mm512_max_ps((__m512)broadcast(bound), (__m512)x); }
+INLINE vf clamp_max(float bound, vf x) { return (vf)_mm512_min_ps((__m512)broadcast(bound), (__m512)x); }
 #else
-INLINE vf at_least(float bound, vf x) { return x < bound ? broadcast(bound) : x; }
-INLINE vf at_most(float bound, vf x) { return x > bound ? broadcast(bound) : x; }
+INLINE vf clamp_min(float bound, vf x) { return x < bound ? broadcast(bound) : x; }
+INLINE vf clamp_max(float bound, vf x) { return x > bound ? broadcast(bound) : x; }
 #endif
 
-// ---- elementwise functions. Each lets a NaN through.
+// ---- elementwise functions; all propagate NaN
 
 template <int N>
 INLINE vf polynomial(const float (&c)[N], vf x) {
@@ -160,12 +163,13 @@ INLINE vf polynomial(const float (&c)[N], vf x) {
   return y;
 }
 
-// (e^r - 1) / r for |r| <= ln 2 / 2: a minimax fit, 2e-8
+// Coefficients of (e^r - 1) / r for |r| <= ln 2 / 2: a minimax polynomial with an error of 2e-8
 constexpr float EXPM1[] = {1.000000011e+00f, 5.000000081e-01f, 1.666650518e-01f,
                            4.166624059e-02f, 8.369156142e-03f, 1.394858857e-03f};
 
-// x = n ln 2 + r: e^r - 1, and 2^n. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; 127 is the
-// bias of the exponent, to which a shift moves them.
+// Range reduction x = n ln 2 + r; returns e^r - 1 and sets power = 2^n, so that e^x = (e^r - 1) * power + power.
+// Adding 1.5 * 2^23 to x / ln 2 rounds it to an integer n, which is then in the low bits of the float. With the
+// exponent bias 127 added as well, shifting those bits left by 23 gives the float 2^n.
 INLINE vf expm1_parts(vf x, vf& power) {
   const float magic = 12582912.0f + 127.0f;
   vf shifted = x * 1.44269504088896341f + magic;
@@ -176,37 +180,38 @@ INLINE vf expm1_parts(vf x, vf& power) {
 }
 
 INLINE vf exp(vf x) {
-  vf power, p = expm1_parts(at_most(88.0f, at_least(-87.0f, x)), power);
+  vf power, p = expm1_parts(clamp_max(88.0f, clamp_min(-87.0f, x)), power);
   return p * power + power;
 }
 
 INLINE vf expm1_of_negative(vf x) {
-  vf power, p = expm1_parts(at_least(-30.0f, x), power);
+  vf power, p = expm1_parts(clamp_min(-30.0f, x), power);
   return p * power + (power - 1.0f);
 }
 
 INLINE vf elu(vf x) {
-  vf y = expm1_of_negative(at_most(0.0f, x));
+  vf y = expm1_of_negative(clamp_max(0.0f, x));
   return x > 0.0f ? x : y;
 }
 
 INLINE vf tanh(vf x) {
-  vf size = x < 0.0f ? -x : x;
-  vf e = expm1_of_negative(-2.0f * size);
+  vf magnitude = x < 0.0f ? -x : x;
+  vf e = expm1_of_negative(-2.0f * magnitude);
   vf y = -e / (e + 2.0f);
   return x < 0.0f ? -y : y;
 }
 
-// |x| < 1: x P(x^2); beyond, 1 - exp(Q(|x|)). Both are minimax fits; 1.4e-7 is the largest error.
+// erf(x) = x P(x^2) for |x| < 1, and sign(x) (1 - exp(Q(|x|))) elsewhere. P and Q are minimax polynomials; the largest
+// error is 1.4e-7.
 constexpr float ERF_P[] = {1.128379166e+00f, -3.761262714e-01f, 1.128360018e-01f, -2.685444459e-02f,
                            5.189535343e-03f, -8.020841305e-04f, 7.889119606e-05f};
 constexpr float ERF_Q[] = {1.834514681e-04f, -1.129556868e+00f, -6.332625312e-01f, -1.083725738e-01f,
                            2.517903359e-02f, -4.193637789e-03f, 4.391122643e-04f,  -2.149665814e-05f};
 
 INLINE vf erf(vf x) {
-  vf size = x < 0.0f ? -x : x, square = x * x;
+  vf magnitude = x < 0.0f ? -x : x, square = x * x;
   vf inner = x * polynomial(ERF_P, square);
-  vf outer = 1.0f - exp(polynomial(ERF_Q, at_most(4.0f, size)));
+  vf outer = 1.0f - exp(polynomial(ERF_Q, clamp_max(4.0f, magnitude)));
   return square < 1.0f ? inner : x < 0.0f ? -outer : outer;
 }
 
@@ -228,8 +233,11 @@ INLINE vf activate(vf x, int activation) {
   return x;
 }
 
-// ---- memory that a thread keeps from call to call: mapping it anew each time costs a page fault for every 4 KB
+// ---- scratch memory
 
+// A scratch buffer that grows and is kept from call to call, one per thread and purpose (thread_local): memory
+// allocated anew for each call would cost a page fault for every 4 KB. An arena holds a single buffer: take() returns
+// the same memory each time, uninitialized, and invalidates what it returned before.
 struct Arena {
   char* memory = nullptr;
   size_t size = 0;

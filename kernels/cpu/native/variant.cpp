@@ -1,5 +1,5 @@
-// The entry points, compiled once for each instruction set: VARIANT ends their names. Structures are passed as
-// _native.py lays them out.
+// The entry points. This file is compiled once for each instruction set, and VARIANT is the suffix of the entry points'
+// names. The structures that they take are declared again in _native.py and must agree with it field by field.
 #include "rvq.h"
 #include "transformer.h"
 
@@ -9,6 +9,7 @@
 
 namespace {
 
+// The kinds of gemm.h, numbered as KINDS in _native.py
 enum Kind { FULL = 0, HALF, INT8, PAIRS, DIGITS };
 
 template <class Function>
@@ -37,15 +38,15 @@ ENTRY(outputs_per_panel)(long* count) { *count = P; }
 ENTRY(conv)(const Input& in, const Weights& weights, const Output& out, int kind, long stride, long dilation, int pre,
             long out_length, long out_batch_step, long residual_batch_step, int threads) {
   with_kind(kind, [&](auto k) {
-    conv_of<decltype(k)>(in, weights, out, stride, dilation, pre, out_length, out_batch_step, residual_batch_step,
-                         threads);
+    run_conv<decltype(k)>(in, weights, out, stride, dilation, pre, out_length, out_batch_step, residual_batch_step,
+                          threads);
   });
 }
 
 ENTRY(resblock)(const Input& in, const Weights& w1, const Weights& w2, const Output& out, int kind, long dilation,
                 long out_length, long out_batch_step, long residual_batch_step, int threads) {
   with_kind(kind, [&](auto k) {
-    resblock_of<decltype(k)>(in, w1, w2, out, dilation, out_length, out_batch_step, residual_batch_step, threads);
+    run_resblock<decltype(k)>(in, w1, w2, out, dilation, out_length, out_batch_step, residual_batch_step, threads);
   });
 }
 
@@ -113,7 +114,8 @@ ENTRY(rvq_decode)(const int64_t* codes, long level_step, long row_step, const fl
     decode_rows(codes, level_step, row_step, codebooks, levels, rows, size, dim, (bf16*)y, threads);
 }
 
-// A recorded program: calls of the entries above, in the order of ENTRIES in _native.py
+// A recorded program is an array of calls: `entry` is the index of an entry point in ENTRIES of _native.py, `a` holds
+// its arguments, each widened to 64 bits
 struct Call {
   long entry, a[13];
 };
