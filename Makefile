@@ -23,7 +23,7 @@ SHORT := tests/test_compat_*.py tests/test_parity_transformers.py tests/test_rea
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest test-newest test-newest-short peer-tests fuzz bench bench-report \
+.PHONY: help demo check test test-oldest test-newest test-newest-short peer-tests fuzz bench bench-report \
 	native-sanitize numerics kernels-report lint types clean
 
 help:  ## print this list
@@ -32,6 +32,9 @@ help:  ## print this list
 demo: $(VENV)/stamp-demo  ## install, then encode and decode a bundled speech clip; results in out/
 	mkdir -p out
 	$(VENV)/bin/fastmimi roundtrip $(CLIP) out/demo.wav --model demo --tokens out/demo.safetensors --plot out/demo.png
+
+check: lint types $(VENV)/stamp-test  ## lint, types and the fast tests (not marked slow): before every commit
+	$(PY) -m pytest tests/ -m "not slow" -n 2 -x -q
 
 test: $(VENV)/stamp-test  ## install the test extras and the peers, run the tests and the kernels' parity tests
 	$(PY) -m pytest tests/ --kernels -n auto

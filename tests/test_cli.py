@@ -110,6 +110,7 @@ def test_it_is_what_the_model_gives(here: Path, models: dict[str, str]) -> None:
     np.testing.assert_allclose(soundfile.read("out/a.mat5")[0], audio, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_real_speech_whole_and_as_a_stream(here: Path) -> None:
     common = CLIP, "--model", "random:0", "--codebooks", 8
     whole = run("roundtrip", common[0], "out/whole.wav", "--tokens", "out/whole.st", "--packed", *common[1:])
@@ -173,6 +174,7 @@ def test_jodio_is_used_as_mimi_is(here: Path, models: dict[str, str]) -> None:
         assert part in printed
 
 
+@pytest.mark.slow
 def test_what_the_architectures_cost(here: Path) -> None:
     printed = run("info", "jodio").stdout
     assert printed == printed.replace("\x1b", "") and "mimi: both directions" in printed
@@ -224,6 +226,7 @@ def test_info_takes_what_model_takes(here: Path) -> None:
     assert "random:7" in run("info", "random:7").stdout
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(here: Path, models: dict[str, str]) -> None:
     common = "--model", models["small"]
     printed = run("roundtrip", "in.wav", "out/a.wav", "--tokens", "out/a.st", "--plot", "out/r.png", *common).stdout

@@ -90,7 +90,9 @@ def make_pair(loaders, tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name == "mimi" else ()) for name in CONFIGS]
+)
 def pair(request, make_pair):
     return make_pair(request.param)
 
@@ -161,6 +163,7 @@ def test_constants_and_the_default_configuration(loaders):
 # ---- streaming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "frames"), [("small", 1), ("small", 2), ("small", 5), ("mimi", 1)])
 def test_streams_equal_the_peers_up_to_10_s(make_pair, name, frames):
     peer, mine = make_pair(name)
@@ -314,6 +317,7 @@ def test_forward_of_any_length_and_its_gradients(model):
     assert model.core.encoder.layers["0"].conv.weight.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_it_runs_without_moshi():
     code = (
         "import sys; sys.modules['moshi'] = None\n"

@@ -106,6 +106,7 @@ def test_the_comparison_of_codes_sees_a_wrong_one(mine):
             assert_same_codes(codes, other, mine._mimi, audio)
 
 
+@pytest.mark.slow
 def test_ten_seconds(peer, mine):
     audio = samples(125 * FRAME)
     codes = peer.encode(audio)
@@ -120,6 +121,7 @@ def test_audio(peer, mine):
     assert mine.decode(some_codes(0)).shape == (1, 1, 0)
 
 
+@pytest.mark.slow
 def test_beyond_ten_seconds_the_difference_is_the_window(peer, mine):
     """rustymimi is our core with a window of 251; this face is our core with 250."""
     codes = some_codes(130)
@@ -137,6 +139,7 @@ def test_beyond_ten_seconds_the_difference_is_the_window(peer, mine):
 # ---- steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [FRAME, 700, 5000])
 def test_steps(package, file, mine, size):
     peer = package.Tokenizer(file)
@@ -188,6 +191,7 @@ def wait(get):
     raise TimeoutError("no result")
 
 
+@pytest.mark.slow
 def test_threads_give_what_the_peers_give(package, file, mine):
     theirs, ours = package.StreamTokenizer(file), face.StreamTokenizer(file)
     assert ours.get_encoded() is None and ours.get_decoded() is None
@@ -210,6 +214,7 @@ def test_threads_give_what_the_peers_give(package, file, mine):
     assert ours.get_decoded() is None
 
 
+@pytest.mark.slow
 def test_frames_together_and_arrays_that_are_used_again(file, mine):
     stream, codes = face.StreamTokenizer(file), some_codes(4)
     given = np.ascontiguousarray(codes[0].T)

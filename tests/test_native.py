@@ -29,6 +29,7 @@ def small_workloads():
     return [(w, rows) for w in workloads.distinct() for rows in ROWS.get(w.op, [3, 61])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workload, rows", small_workloads(), ids=str)
 @torch.inference_mode()

@@ -79,6 +79,7 @@ def test_each_side_has_its_own_step(steps, monkeypatch):
     assert reached == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture, frozen, stays, moves",
     [
@@ -142,6 +143,7 @@ def test_a_frozen_name_must_be_there(tiny_training):
         Generator(tiny_training(freeze=["encodr"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cpu", "onednn", "triton"])
 def test_fused_ops_train_as_the_reference(steps, kind, request, monkeypatch):
     from fastmimi.runtime import dispatch
@@ -170,6 +172,7 @@ def test_fused_ops_train_as_the_reference(steps, kind, request, monkeypatch):
         assert (gradients[1][name] - gradient).abs().max() < 1e-3 * gradient.abs().max() + 1e-6 * largest, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference", "auto"])
 @pytest.mark.parametrize("architecture", ["mimi", "jodio"])
 def test_mixed_precision(tiny_training, impl, architecture, monkeypatch):
@@ -267,6 +270,7 @@ def test_discriminators_look_at_several_scales():
     assert [layers[0].shape for layers in features[:2]] == [(2, 32, 10, 1025), (2, 32, 19, 513)]
 
 
+@pytest.mark.slow
 def test_new_discriminators_hear_quiet_sound():
     """As they hear loud sound: what they say of it is as much smaller, and no less of what they take."""
     torch.manual_seed(0)
@@ -280,6 +284,7 @@ def test_new_discriminators_hear_quiet_sound():
         assert 0.2 < scale[-1].norm() / scale[-1].numel() ** 0.5 / audio.std() < 5
 
 
+@pytest.mark.slow
 def test_discriminators_learn_to_tell(steps):
     """Their hinge is 2 where they cannot, 0 where they always can."""
     learns = steps(lr=2e-3)

@@ -125,6 +125,7 @@ def test_folders_that_hold_nothing(tmp_path):
         Folder(tmp_path / "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_processes_share_the_windows_of_a_step(folder, workers):
     config = DataConfig(batch_size=4, workers=workers)
@@ -140,6 +141,7 @@ def test_processes_share_the_windows_of_a_step(folder, workers):
         batches(source, config, 0, 3, (0, 3))
 
 
+@pytest.mark.slow
 def test_data_sets(folder, tmp_path, monkeypatch):
     import datasets
 

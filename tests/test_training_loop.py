@@ -21,6 +21,8 @@ from fastmimi.train.data import HEARD, Batch, Folder
 from fastmimi.train.loop import checkpoints, train
 from fastmimi.train.step import Steps, used
 
+pytestmark = pytest.mark.slow
+
 SPEECH = Path(__file__).parent / "data" / "synthetic.ogg"  # a speech synthesiser's
 
 
@@ -46,7 +48,6 @@ def scalars(out, name):
 # It learns
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "without straight-through"])
 def test_it_learns_a_sentence_by_heart(tiny_training, monkeypatch, whole):
     """What straight-through gives is that latents and entries find each other: without it, entries fall out of use."""
@@ -89,7 +90,6 @@ def wait_for(what, process, seconds=240):
     raise AssertionError("it took too long")
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_training, speech, tmp_path):
     config = tiny_training(folder=str(speech), steps=7, save_every=2)
     train(config)
@@ -112,7 +112,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_training, speech, tmp_p
     assert all(torch.allclose(broken[name], whole[name], rtol=1e-3, atol=1e-5) for name in whole)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_sigterm_is_answered_with_a_checkpoint(tiny_training, speech):
     """To the whole group of processes, as job schedulers send it: also to those that read."""
@@ -323,7 +322,6 @@ def test_averages_are_of_the_weights(tiny_training, speech, monkeypatch):
 # Several processes
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="two processes on a CPU, through gloo")
 def test_two_processes_train_as_one(tiny_training, speech, tmp_path):
     """The same windows, divided: nothing is drawn but candidates for dead entries, and none dies in four steps."""
