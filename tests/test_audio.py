@@ -105,6 +105,7 @@ def test_several_channels_become_their_mean(tmp_path: Path) -> None:
         read(path, channels=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "frames"), [(10, 9_000), (50, 60_000), (2**31 - 1, 9_000_000)])
 def test_a_rate_that_is_nonsense_costs_little_memory(tmp_path: Path, rate: int, frames: int) -> None:
     path = tmp_path / "a.wav"

@@ -74,6 +74,7 @@ def codes_of(path: str) -> np.ndarray:
 # Equal, however
 
 
+@pytest.mark.slow
 def test_every_way_gives_the_same(here: Path, models: dict[str, str]) -> None:
     common = "--model", models["small"]
     run("roundtrip", "in.wav", "out/whole.wav", "--tokens", "out/whole.st", *common)
@@ -220,6 +221,7 @@ def test_explain_a_model(here: Path, models: dict[str, str]) -> None:
     assert "window_attention in it: reference" in printed
 
 
+@pytest.mark.slow
 def test_info_takes_what_model_takes(here: Path) -> None:
     printed = run("info", "demo").stdout
     assert "demo" in printed and fastmimi.checkpoints.weights.fingerprint(fastmimi.load("demo")) in printed

@@ -110,6 +110,7 @@ def in_chunks(function, x, size):
 # ---- offline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(5))
 def test_codes_and_audio(pair, index):
     peer, mine = pair
@@ -177,6 +178,7 @@ def test_streams_equal_the_peers_up_to_10_s(make_pair, name, frames):
     assert torch.equal(ours, peer.encode(audio))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [1, 5])
 def test_beyond_10_s_streams_equal_the_peer_offline(make_pair, frames):
     """There the peer's own streams part from it: its ring forgets while it takes a call's keys."""
@@ -193,6 +195,7 @@ def test_beyond_10_s_streams_equal_the_peer_offline(make_pair, frames):
     assert relative_error(theirs, whole) > 1e-4, "the peer's ring keeps 250 now: say so in compat/moshi.py"
 
 
+@pytest.mark.slow
 def test_masks_and_resets_equal_the_peers(make_pair):
     peer, mine = make_pair("small")
     generator = torch.Generator().manual_seed(3)

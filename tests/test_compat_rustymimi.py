@@ -16,10 +16,10 @@ import torch
 from fastmimi.checkpoints import weights
 from fastmimi.compat import rustymimi as face
 from fastmimi.devtools import testing
-from fastmimi.devtools.testing import noise, relative_error
 from fastmimi.models.config import CodecConfig
 from fastmimi.models.mimi import Mimi
 
+pytestmark = pytest.mark.slow  # a model of 300 MB
 FRAME = 1920
 
 
@@ -64,7 +64,7 @@ def mine(tokenizer):
 
 
 def samples(count, seed=0, batch=1):
-    return noise(batch, 1, count, seed=seed).numpy()
+    return testing.noise(batch, 1, count, seed=seed).numpy()
 
 
 def some_codes(frames, seed=0, batch=1):
@@ -84,7 +84,7 @@ def assert_same_codes(mine, theirs, core, audio):
 
 def assert_same_audio(mine, theirs):
     assert mine.dtype == theirs.dtype == np.float32
-    assert relative_error(torch.from_numpy(mine), torch.from_numpy(theirs)) < 1e-5
+    assert testing.relative_error(torch.from_numpy(mine), torch.from_numpy(theirs)) < 1e-5
 
 
 # ---- whole clips
@@ -106,7 +106,6 @@ def test_the_comparison_of_codes_sees_a_wrong_one(mine):
             assert_same_codes(codes, other, mine._mimi, audio)
 
 
-@pytest.mark.slow
 def test_ten_seconds(peer, mine):
     audio = samples(125 * FRAME)
     codes = peer.encode(audio)
@@ -121,7 +120,6 @@ def test_audio(peer, mine):
     assert mine.decode(some_codes(0)).shape == (1, 1, 0)
 
 
-@pytest.mark.slow
 def test_beyond_ten_seconds_the_difference_is_the_window(peer, mine):
     """rustymimi is our core with a window of 251; this face is our core with 250."""
     codes = some_codes(130)
@@ -139,7 +137,6 @@ def test_beyond_ten_seconds_the_difference_is_the_window(peer, mine):
 # ---- steps
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [FRAME, 700, 5000])
 def test_steps(package, file, mine, size):
     peer = package.Tokenizer(file)
@@ -191,7 +188,6 @@ def wait(get):
     raise TimeoutError("no result")
 
 
-@pytest.mark.slow
 def test_threads_give_what_the_peers_give(package, file, mine):
     theirs, ours = package.StreamTokenizer(file), face.StreamTokenizer(file)
     assert ours.get_encoded() is None and ours.get_decoded() is None
@@ -214,7 +210,6 @@ def test_threads_give_what_the_peers_give(package, file, mine):
     assert ours.get_decoded() is None
 
 
-@pytest.mark.slow
 def test_frames_together_and_arrays_that_are_used_again(file, mine):
     stream, codes = face.StreamTokenizer(file), some_codes(4)
     given = np.ascontiguousarray(codes[0].T)
@@ -328,7 +323,7 @@ def test_half_precision(file, mine, dtype):
     assert half.encode(audio).dtype == np.uint32
     out = half.decode(codes)
     assert out.dtype == np.float32
-    assert relative_error(torch.from_numpy(out), torch.from_numpy(mine.decode(codes))) < 0.05
+    assert testing.relative_error(torch.from_numpy(out), torch.from_numpy(mine.decode(codes))) < 0.05
 
 
 def test_arrays_in_any_order(mine):
