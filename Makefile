@@ -23,8 +23,8 @@ SHORT := tests/test_compat_*.py tests/test_parity_transformers.py tests/test_rea
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo check test test-oldest test-newest test-newest-short peer-tests fuzz bench bench-report \
-	native-sanitize numerics kernels-report lint types clean
+.PHONY: help demo test test-oldest test-newest test-newest-short peer-tests fuzz bench bench-report \
+	native-sanitize numerics kernels-report docs lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ numerics: $(VENV)/stamp-test  ## run the ops' tests with PyTorch's other CPU ker
 kernels-report: $(VENV)/stamp-test  ## compile every kernel for four GPU generations, without one: bench/results/kernels.md
 	$(PY) bench/kernels_report.py
 
+docs: $(VENV)/stamp-docs  ## build the documentation: site/index.html, which opens without a server or a network
+	$(PY) -m mkdocs build --strict
+
 lint: $(VENV)/stamp-lint  ## ruff: rules and format; vermin: nothing that Python 3.10 lacks (seconds; installs no more)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -79,7 +82,7 @@ types: $(VENV)/stamp-types  ## mypy over the package
 	$(PY) -m mypy
 
 clean:  ## remove what builds, tests and the demo leave behind (.venv stays: remove it by hand)
-	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf out build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find fastmimi kernels reference tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/stamp-venv:
@@ -110,6 +113,10 @@ $(VENV)/stamp-uv: $(VENV)/stamp-venv
 	$(UV) venv --clear --seed --python $(PYTHON_NEWEST) .venv-newest
 	$(UV) pip install --python .venv-newest --upgrade -e '.[test]' setuptools rustymimi $(MOSHI_NEEDS)
 	$(UV) pip install --python .venv-newest --no-deps moshi
+	touch $@
+
+$(VENV)/stamp-docs: $(VENV)/stamp-venv $(PACKAGE)
+	$(INSTALL) mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 $(VENV)/stamp-lint: $(VENV)/stamp-venv constraints.txt

@@ -1,8 +1,8 @@
-"""How near cheaper numbers stay to fp32: codes that are the same, and the ratio of decoded audio to its error.
+"""Accuracy of bf16 and int8 weights relative to fp32: percentage of equal codes, and signal-to-error ratio of audio.
 
     python bench/accuracy.py
 
-compares our bf16, our int8 weights and transformers' bf16 with fp32, on random weights, for noise and for speech.
+compares our bf16, our int8 weights and transformers' bf16 with our fp32, on random weights, for noise and for speech.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ def speech() -> Tensor:
 
 
 def accuracy(folder: Path) -> dict[str, dict[str, float]]:
-    """For each codec and sound, the percentage of equal codes and the signal-to-error ratio in dB."""
+    """For each codec and test signal, the percentage of equal codes and the signal-to-error ratio in dB."""
     plain = peers.load("fastmimi", folder)
     others = {name: peers.load(name, folder) for name in ("fastmimi bf16", "fastmimi int8")}
     if peers.load("transformers", folder) is not None:
         others["transformers bf16"] = peers._transformers(folder, torch.bfloat16)
     found: dict[str, dict[str, float]] = {name: {} for name in others}
-    for sound, audio in (("noise", noise(4, 1, 240_000, scale=0.1)), ("speech", speech())):
+    for signal, audio in (("noise", noise(4, 1, 240_000, scale=0.1)), ("speech", speech())):
         codes = plain.encode(audio)
         truth = plain.decode(codes)
         for name, codec in others.items():
-            found[name][f"{sound}: equal codes, %"] = (codec.encode(audio) == codes).float().mean().item() * 100
+            found[name][f"{signal}: equal codes, %"] = (codec.encode(audio) == codes).float().mean().item() * 100
             error = (codec.decode(codes).float() - truth).square().sum()
-            found[name][f"{sound}: audio, dB"] = (10 * torch.log10(truth.square().sum() / error)).item()
+            found[name][f"{signal}: audio, dB"] = (10 * torch.log10(truth.square().sum() / error)).item()
     return found
 
 

@@ -1,8 +1,8 @@
-"""End to end against transformers, moshi and rustymimi on the same weights: offline, a frame of a stream, cold start.
+"""End-to-end time beside transformers, moshi and rustymimi with the same weights: offline, streaming, cold start.
 
-Each case takes rounds in turn, ours and each peer's, in one process, so that a busy machine is busy for all, and checks
-that the results are equal (a red check gives no report). Long clips and cold starts are in processes of their own. The
-times of the peers and the ratios stand in the JSON's `extra_info` and are printed at the end.
+The rounds of all codecs alternate in one process, so that other load on the machine affects all alike, and their
+results are checked to be equal (if they are not, `bench/report.py` writes no report). Long clips and cold starts run in
+processes of their own. The peers' times and ratios are in `extra_info` of the JSON and are printed at the end.
 """
 
 import json
@@ -20,8 +20,8 @@ from fastmimi.devtools.testing import noise, relative_error
 
 OFFLINE = {"1 x 10 s": (1, 7), "8 x 10 s": (8, 2)}  # batch, rounds
 LONG = {"1 x 10 min": ("encode", 600, ["transformers"]), "1 x 60 s": ("decode", 60, ["transformers", "moshi"])}
-EXACT = ("transformers", "moshi")  # codecs of the same numbers
-SLOW = {"rustymimi"}  # some 2 s for 10 s of audio, one row only
+EXACT = ("transformers", "moshi")  # peers that must give the same results
+SLOW = {"rustymimi"}  # takes some 2 s for 10 s of audio, and one row only
 FRAMES, WARM_UP = 60, 8  # of a stream
 
 
@@ -56,7 +56,7 @@ def bench_offline(in_turn, codecs, case, direction):
     calls = {name: lambda name=name: getattr(codecs[name], direction)(inputs) for name in names}
     for name in names:
         if name not in SLOW:
-            calls[name]()  # packs weights, in ours and where a peer does the like
+            calls[name]()  # a warm-up, which packs weights
     results = in_turn(f"{direction} {case}", calls, rounds)
     for name in EXACT:
         if name in results:
@@ -64,7 +64,7 @@ def bench_offline(in_turn, codecs, case, direction):
 
 
 def assert_same(theirs, mine, name):
-    """Equal codes, but for ties that rounding decides, or audio to 1e-5 of the peak."""
+    """Assert that more than 99.99% of codes are equal (rounding decides ties), or audio to 1e-5 of its peak."""
     if mine.is_floating_point():
         assert relative_error(theirs, mine) < 1e-5, f"the audio of {name} differs"
     else:
@@ -73,8 +73,8 @@ def assert_same(theirs, mine, name):
 
 @pytest.mark.parametrize("case", LONG)
 def bench_long(benchmark, codecs, folder, case):
-    """Each codec in a process of its own: its time, and its memory over what the loaded model takes."""
-    direction, seconds, peers = LONG[case]
+    """Each codec in a process of its own: its time, and its peak memory beyond that of the loaded model."""
+    direction, seconds, compared = LONG[case]
 
     def run(name):
         script = str(Path(__file__).with_name("long.py"))
@@ -86,7 +86,7 @@ def bench_long(benchmark, codecs, folder, case):
 
     benchmark.group = f"{direction} {case}"
     mine = benchmark.pedantic(run, args=("fastmimi",), rounds=1)
-    runs = {name: result for name in peers if name in codecs and (result := run(name)) is not None}
+    runs = {name: result for name in compared if name in codecs and (result := run(name)) is not None}
     for name in runs:
         assert_same(torch.load(folder / name), torch.load(folder / "fastmimi"), name)
     benchmark.extra_info["own"] = mine["seconds"]
@@ -149,7 +149,7 @@ with torch.inference_mode():
 
 
 def bench_cold_start(in_turn, codecs, folder):
-    """From nothing to the first code: the interpreter, imports, weights, one frame."""
+    """Time from the start of the interpreter to the first codes: imports, loading the weights, encoding one frame."""
     here = str(folder.__class__(__file__).parent)
 
     def start(name):

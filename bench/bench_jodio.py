@@ -1,6 +1,6 @@
-"""JODIO, both directions, by each implementation: at an eighth of its width on a CPU, at full width on a GPU.
+"""JODIO, encoding and decoding, with each implementation: an eighth of its width on a CPU, full width on a GPU.
 
-The codes are checked to equal the reference's, and the audio to lie within 1e-5 of its peak, before anything is timed.
+Before anything is timed, codes are checked to equal the reference's, and audio to agree to 1e-5 of its peak.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""What benchmarks share: rounds in turn, what must not be timed, and the table of ratios."""
+"""Shared by the benchmarks: alternating rounds, a check for one-time work in timed rounds, and the table of ratios."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastmimi.runtime import packing
 
 @pytest.fixture
 def benchmark(benchmark, monkeypatch):
-    """pytest-benchmark's; red where a timed round packs weights or records a step, which is done only once."""
+    """pytest-benchmark's fixture; fails if a timed round packs weights or records a step, both one-time work."""
     prepared: list[int] = []
     pedantic = benchmark.pedantic
 
@@ -26,7 +26,7 @@ def benchmark(benchmark, monkeypatch):
 
         result = pedantic(counted, *arguments, **options)
         timed = prepared[-options["rounds"] :] if benchmark.enabled else []
-        assert not any(timed), f"timed rounds packed weights or recorded steps, so many times each: {timed}"
+        assert not any(timed), f"timed rounds packed weights or recorded steps; times in each round: {timed}"
         return result
 
     monkeypatch.setattr(benchmark, "pedantic", steady)
@@ -35,7 +35,7 @@ def benchmark(benchmark, monkeypatch):
 
 @pytest.fixture
 def record(benchmark) -> Callable[[dict[str, list[float]]], None]:
-    """Writes medians, and ratios to ours, into `extra_info`, from the seconds of each round of each other."""
+    """A function that stores medians and ratios to ours in `extra_info`, from the seconds of each round by name."""
 
     def run(times: dict[str, list[float]]) -> None:
         if benchmark.stats is None:  # --benchmark-disable
@@ -49,7 +49,10 @@ def record(benchmark) -> Callable[[dict[str, list[float]]], None]:
 
 @pytest.fixture
 def in_turn(benchmark, record) -> Callable[..., dict[str, Any]]:
-    """Time one of several calls by the benchmark and, before each of its rounds, every other by hand; the results."""
+    """A function that times several calls in alternation and returns their results.
+
+    pytest-benchmark times the call `ours`; all others are timed once before each of its rounds.
+    """
 
     def run(group: str, calls: dict[str, Callable[[], Any]], rounds: int, ours: str = "fastmimi") -> dict[str, Any]:
         times: dict[str, list[float]] = {name: [] for name in calls if name != ours}
@@ -70,11 +73,11 @@ def in_turn(benchmark, record) -> Callable[..., dict[str, Any]]:
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
-    """The ratios to the others, which the table of pytest-benchmark has no column for."""
+    """Print the ratios to the others, for which the table of pytest-benchmark has no column."""
     session = getattr(config, "_benchmarksession", None)
     rows = [bench for bench in getattr(session, "benchmarks", []) if bench.extra_info.get("ratios")]
     if rows:
-        terminalreporter.section("times of the others as multiples of ours, taken in turn")
+        terminalreporter.section("times of the others as multiples of ours, in alternating rounds")
     for bench in rows:
         ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in bench.extra_info["ratios"].items())
         terminalreporter.write_line(f"{bench.group:72} {bench.stats.median * 1e3:10.3f} ms   {ratios}")

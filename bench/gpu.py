@@ -1,16 +1,17 @@
-"""One command for a machine with a GPU: check every kernel, time it beside what people use today, and keep the numbers.
+"""Checks and benchmarks on a GPU in one command: every kernel beside the alternatives, and the whole codec.
 
     python bench/gpu.py          # needs a GPU and some 8 minutes; writes bench/results/<gpu>.json, prints tables
-    python bench/gpu.py --dry    # no GPU: the checks on small shapes in Triton's interpreter; times: not measured
-    python bench/gpu.py --only rvq    # the ops or cases whose names hold this, with --dry or without
+    python bench/gpu.py --dry    # no GPU needed: checks small shapes in Triton's interpreter, measures nothing
+    python bench/gpu.py --only rvq    # only the ops or cases whose names contain this; also with --dry
 
-It runs from any folder; what the package needs must be there, the package itself need not be installed.
+It runs from any folder. The package itself need not be installed, only its dependencies.
 
-First the two ceilings of the card (a copy, a bf16 matrix product). Then each op at the models' shapes: against the
-reference in fp64 (an op that fails gets no time), then the median of CUDA-event times, inputs rotated so that none is
-found in the L2 cache, beside PyTorch eager, `torch.compile` of the reference, and for attention also FlexAttention and
-SDPA with a dense mask. "of ceiling" is the time that the binding ceiling allows over the time taken. Then the whole
-codec beside transformers' module.
+It first measures two peak rates of the GPU: memory bandwidth, by a copy, and FLOP/s, by a bf16 matrix product. Each op
+is then checked against the reference in fp64 at the models' shapes; an op that fails is not timed. Times are medians of
+CUDA events, with rotating inputs so that none is in the L2 cache, beside PyTorch eager, `torch.compile` of the
+reference, and for attention also FlexAttention and SDPA with a dense mask. "of_ceiling" is the fraction of roofline:
+the lower bound that the binding peak rate sets, divided by the measured time. Last comes the whole codec, beside
+transformers' model.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-BUDGET_S = 450  # after which what is left is reported as not measured
+BUDGET_S = 450  # after this time nothing more is measured
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 Timed = Callable[[], Any]
@@ -38,7 +39,7 @@ sys.path.insert(0, str(ROOT))  # this repository's package, wherever another one
 
 
 def median_ms(calls: list[Timed], repeats: int = 20) -> float:
-    """Median time of a call in ms, going round over `calls`, which do the same on different memory."""
+    """Median time of a call in ms, rotating through `calls`, which do the same on different memory."""
     for call in calls[:2] * 2:
         call()
     torch.cuda.synchronize()
@@ -52,7 +53,7 @@ def median_ms(calls: list[Timed], repeats: int = 20) -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """Bytes/s of a device copy (read + written), and FLOP/s of a bf16 matrix product."""
+    """Measured peak rates: bytes/s of a device copy (read + written), and FLOP/s of a bf16 matrix product."""
     pair = [torch.randn(2**28, device="cuda") for _ in range(2)]
     square = [torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     copy_ms, product_ms = (median_ms([f]) for f in (lambda: pair[0].copy_(pair[1]), lambda: square[0] @ square[1]))
@@ -60,22 +61,22 @@ def ceilings() -> dict[str, float]:
 
 
 def rotated(make: Callable[[], list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    """Copies of the inputs, three L2 caches full of them, at least two and at most sixteen."""
+    """Copies of the inputs that fill the L2 cache three times: at least two and at most sixteen."""
     first = make()
     size = sum(t.numel() * t.element_size() for t in first)
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     return [first, *([t.clone() for t in first] for _ in range(min(15, max(1, 3 * l2 // size))))]
 
 
-def as_in_the_model(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Features [B, C, T] with channels next to each other in memory, as one kernel leaves them to the next."""
+def as_between_layers(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The inputs with features [B, C, T] in channels-last memory, as one kernel passes them to the next."""
     from fastmimi.runtime.layout import channels_last
 
     return [channels_last(tensors[0]) if tensors[0].ndim == 3 else tensors[0], *tensors[1:]]
 
 
-def rivals(workload: Any, sets: list[list[torch.Tensor]]) -> dict[str, list[Timed]]:
-    """By name, the same work as others do it, once for each set of inputs."""
+def alternatives(workload: Any, sets: list[list[torch.Tensor]]) -> dict[str, list[Timed]]:
+    """Alternative implementations of the workload by name: a list of calls, one for each set of inputs."""
     from fastmimi.runtime import dispatch
 
     reference = dispatch.implementation(workload.op, "reference")
@@ -84,12 +85,12 @@ def rivals(workload: Any, sets: list[list[torch.Tensor]]) -> dict[str, list[Time
         compiled = torch.compile(reference, dynamic=False)
         calls["compile"] = [lambda s=s: compiled(*s, **workload.options) for s in sets]
     if workload.op == "window_attention":
-        calls |= attention_rivals(workload, sets)
+        calls |= attention_alternatives(workload, sets)
     return calls
 
 
-def attention_rivals(workload: Any, sets: list[list[torch.Tensor]]) -> dict[str, list[Timed]]:
-    """Without the rotation, which they leave to others: what they take is a little less than the same work."""
+def attention_alternatives(workload: Any, sets: list[list[torch.Tensor]]) -> dict[str, list[Timed]]:
+    """Other attention implementations, without RoPE, which they do not include: they do slightly less work."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -98,38 +99,38 @@ def attention_rivals(workload: Any, sets: list[list[torch.Tensor]]) -> dict[str,
     band = create_block_mask(lambda b, h, i, j: (j <= i) & (j > i - window), None, None, length, length)
     calls = {"flex": [lambda s=s: flex(*s[:3], block_mask=band) for s in sets]}
     if length <= 10_000:
-        steps = torch.arange(length, device="cuda")
-        mask = (steps[None] <= steps[:, None]) & (steps[None] > steps[:, None] - window)
+        positions = torch.arange(length, device="cuda")
+        mask = (positions[None] <= positions[:, None]) & (positions[None] > positions[:, None] - window)
         calls["sdpa, dense mask"] = [lambda s=s: scaled_dot_product_attention(*s[:3], mask) for s in sets]
     return calls
 
 
-def measure(workload: Any, dtype: torch.dtype, roof: dict[str, float]) -> dict[str, Any]:
-    """The row of one op: its error, its times, and how near it comes to the ceiling that binds."""
+def measure(workload: Any, dtype: torch.dtype, peak: dict[str, float]) -> dict[str, Any]:
+    """The result row of one op: failure or times, and the fraction of the roofline that it reaches."""
     row: dict[str, Any] = {"op": workload.op, "case": workload.name, "dtype": str(dtype)[6:]}
     row |= {"bytes": workload.bytes(dtype), "flops": workload.flops(workload.rows)}
     try:
         workload.check("triton", dtype, min(workload.rows, 24_000))
-    except Exception as error:  # a red check gives no number, and the other ops still get theirs
+    except Exception as error:  # an op that fails is not timed; the others are
         return row | {"failed": f"{type(error).__name__}: {error}"[:500]}
     sets = rotated(lambda: workload.tensors(dtype))
-    row["ms"] = median_ms([lambda s=s: workload.run("triton", s) for s in map(as_in_the_model, sets)])
-    flops_s = roof["bf16_flops_s"] / (6 if dtype == torch.float32 else 1)  # three TF32 products at half the rate
-    least = max(row["bytes"] / roof["copy_bytes_s"], row["flops"] / flops_s) * 1e3
-    row["of_ceiling"] = least / row["ms"]
-    row["binds"] = "bytes" if least == row["bytes"] / roof["copy_bytes_s"] * 1e3 else "flops"
-    for name, calls in rivals(workload, sets).items():
+    row["ms"] = median_ms([lambda s=s: workload.run("triton", s) for s in map(as_between_layers, sets)])
+    flops_s = peak["bf16_flops_s"] / (6 if dtype == torch.float32 else 1)  # three TF32 products at half the rate
+    bound = max(row["bytes"] / peak["copy_bytes_s"], row["flops"] / flops_s) * 1e3
+    row["of_ceiling"] = bound / row["ms"]
+    row["binds"] = "bytes" if bound == row["bytes"] / peak["copy_bytes_s"] * 1e3 else "flops"
+    for name, calls in alternatives(workload, sets).items():
         if time.monotonic() - start > BUDGET_S:
             break
         try:
             row[f"{name}_ms"] = median_ms(calls)
-        except Exception as error:  # a rival that cannot run here is no reason to stop
+        except Exception as error:  # an alternative that cannot run here does not stop the benchmark
             row[f"{name}_failed"] = f"{type(error).__name__}: {error}"[:200]
     return row
 
 
 def end_to_end(dtype: torch.dtype, batch: int) -> list[dict[str, Any]]:
-    """10 s of audio both ways, ours beside transformers' on the same weights, and one frame of streams."""
+    """Encode and decode 10 s beside transformers with the same weights, and one frame of streams."""
     import tempfile
 
     from transformers import MimiModel
@@ -140,12 +141,12 @@ def end_to_end(dtype: torch.dtype, batch: int) -> list[dict[str, Any]]:
         mimi = fastmimi.load("random:0", num_codebooks=8)
         fastmimi.save_pretrained(mimi, folder)
         peer = MimiModel.from_pretrained(folder).eval().to("cuda", dtype)
-    mimi = mimi.to("cuda", dtype)  # outside inference mode, in which weights would be packed anew at each call
+    mimi = mimi.to("cuda", dtype)  # outside inference mode, in which weights would be packed at every call
     with torch.inference_mode():
-        return both_ways(mimi, peer, dtype, batch)
+        return encode_and_decode(mimi, peer, dtype, batch)
 
 
-def both_ways(mimi: Any, peer: Any, dtype: torch.dtype, batch: int) -> list[dict[str, Any]]:
+def encode_and_decode(mimi: Any, peer: Any, dtype: torch.dtype, batch: int) -> list[dict[str, Any]]:
     audio = (torch.randn(batch, 1, 240_000, device="cuda") * 0.1).to(dtype)
     codes = mimi.encode(audio)
     rows = []
@@ -155,7 +156,7 @@ def both_ways(mimi: Any, peer: Any, dtype: torch.dtype, batch: int) -> list[dict
     ):
         row = {"case": name, "batch": batch, "dtype": str(dtype)[6:]}
         row["equal_codes"] = (ours() == theirs()).float().mean().item() if "encode" in name else None
-        pairs = [(median_ms([ours], 5), median_ms([theirs], 5)) for _ in range(4)]  # in turn
+        pairs = [(median_ms([ours], 5), median_ms([theirs], 5)) for _ in range(4)]  # alternating
         row["ms"], row["transformers_ms"] = (statistics.median(p[i] for p in pairs) for i in range(2))
         rows.append(row)
     state, frame, one = mimi.new_state(batch), audio[..., : mimi.frame_size], codes[..., :1]
@@ -176,21 +177,22 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 
 def workloads(only: str) -> list[Any]:
-    """Those that Triton has a kernel for, and whose op or name holds `only`."""
+    """The workloads that Triton has a kernel for and whose op or name contains `only`."""
     from fastmimi.devtools.workloads import WORKLOADS
     from fastmimi.runtime import dispatch
 
     chosen = [w for w in WORKLOADS if not dispatch.is_absent(w.op, "triton") and (only in w.op or only in w.name)]
     if not chosen:
-        raise SystemExit(f"--only {only!r} is in the name of no op and of no case")
+        raise SystemExit(f"--only {only!r} matches no op and no case")
     return chosen
 
 
 def dry(only: str) -> int:
+    """Check in Triton's interpreter; the number of failures."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from fastmimi.devtools.testing import mend_interpreter
+    from fastmimi.devtools.testing import patch_triton_interpreter
 
-    mend_interpreter()
+    patch_triton_interpreter()
     torch.set_num_threads(1)
     rows = []
     for workload in workloads(only):
@@ -213,28 +215,29 @@ def commit() -> str:
 
 
 def measured(out: Path | None, only: str) -> int:
+    """Check and measure on the GPU, and write the results; the number of failures."""
     import triton
 
     gpu = torch.cuda.get_device_name()
-    roof = ceilings()
+    peak = ceilings()
     result: dict[str, Any] = {
-        "gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "commit": commit(), "ceilings": roof,
+        "gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "commit": commit(), "ceilings": peak,
         "ops": [], "end_to_end": [],
     }  # fmt: skip
     path = out or RESULTS / f"{gpu.lower().replace(' ', '-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{gpu}: copy {roof['copy_bytes_s'] / 1e12:.2f} TB/s, bf16 {roof['bf16_flops_s'] / 1e12:.0f} TFLOP/s")
+    print(f"{gpu}: copy {peak['copy_bytes_s'] / 1e12:.2f} TB/s, bf16 {peak['bf16_flops_s'] / 1e12:.0f} TFLOP/s")
     with torch.device("cuda"), torch.no_grad():
         for workload in workloads(only):
             for dtype in (torch.bfloat16, torch.float32)[1 if workload.op.startswith("rvq") else 0 :]:
-                result["ops"].append(measure(workload, dtype, roof))
+                result["ops"].append(measure(workload, dtype, peak))
                 print(json.dumps(result["ops"][-1]), flush=True)
-                path.write_text(json.dumps(result, indent=1) + "\n")  # what there is so far, should the time run out
+                path.write_text(json.dumps(result, indent=1) + "\n")  # after each op, in case of an interruption
     for dtype, batch in ((torch.bfloat16, 1), (torch.bfloat16, 32), (torch.float32, 1)):
         if time.monotonic() - start < BUDGET_S:
             try:
                 result["end_to_end"] += end_to_end(dtype, batch)
-            except Exception as error:  # the ops' numbers are worth keeping
+            except Exception as error:  # keep the results of the ops
                 result["end_to_end"].append({"batch": batch, "failed": f"{type(error).__name__}: {error}"[:500]})
             path.write_text(json.dumps(result, indent=1) + "\n")
     table(result["ops"])
@@ -245,14 +248,14 @@ def measured(out: Path | None, only: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dry", action="store_true", help="check in Triton's interpreter; nothing is timed")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the ops or cases whose names hold this")
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--dry", action="store_true", help="check in Triton's interpreter, measure nothing")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only ops or cases whose names contain this")
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
     arguments = parser.parse_args()
     if arguments.dry:
         return min(1, dry(arguments.only))
     if not torch.cuda.is_available():
-        print("there is no GPU here: pass --dry to run the checks in Triton's interpreter", file=sys.stderr)
+        print("no GPU found: pass --dry to run the checks in Triton's interpreter", file=sys.stderr)
         return 2
     return min(1, measured(arguments.out, arguments.only))
 

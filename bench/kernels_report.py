@@ -1,12 +1,12 @@
-"""Every Triton kernel as the models launch it, compiled ahead of time: registers, spills, shared memory, tensor cores.
+"""Compiles every Triton kernel launch of the models ahead of time: registers, spills, shared memory, tensor cores.
 
     python bench/kernels_report.py             # all targets, writes bench/results/kernels.md (`make kernels-report`)
-    python bench/kernels_report.py sm_90       # one target, only the checks
+    python bench/kernels_report.py sm_90       # only the checks, for one target
 
-No GPU is needed: the launches of Mimi and of JODIO (offline, and one frame of a stream) are listened to, not run, and
-each distinct one is compiled for each target as it would be at its first launch there. Exit code 1 where a
-kernel spills registers, exceeds the shared memory of its target, has no tensor-core instruction where it multiplies, or
-where the table that is committed lacks a kernel.
+No GPU is needed: the launches of Mimi and of JODIO (offline, and for one frame of a stream) are recorded instead of
+run, and each distinct one is compiled for each target as at its first launch there. The exit code is 1 if a kernel
+spills registers, exceeds the shared memory of its target, or multiplies without tensor-core instructions, and if the
+committed table lacks a kernel.
 """
 
 from __future__ import annotations
@@ -52,14 +52,16 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a block may have
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # largest shared memory of a block
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
-SMALL_TILES = "HMMA"  # tiles of 16 or 32 rows are too short for a warp group: the older instruction is the right one
-NO_PRODUCTS = ("rvq_decode_fwd_kernel", "causal_conv_transpose1d_depthwise_kernel")
+SMALL_TILES = "HMMA"  # for tiles of 16 or 32 rows, which are too short for the instructions of a warp group
+WITHOUT_PRODUCTS = ("rvq_decode_fwd_kernel", "causal_conv_transpose1d_depthwise_kernel")
 OUT = Path(__file__).parent / "results" / "kernels.md"
 
 
 class Launch(NamedTuple):
+    """One kernel launch."""
+
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
@@ -67,7 +69,7 @@ class Launch(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What Triton compiles anew for: types, alignment, ones, constants."""
+        """What Triton specializes a kernel for: dtypes, divisibility by 16, arguments that are 1, and constants."""
         parameters = zip(self.args, self.kernel.params, strict=False)
         kinds = [
             str(a.dtype) if isinstance(a, torch.Tensor) else p.do_not_specialize or (a == 1, a % 16 == 0)
@@ -77,14 +79,16 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    registers: int
-    spilled: int  # bytes a thread
-    shared: int  # bytes a block
-    tensor_cores: str  # the instruction, or ""
+    """Resources of a compiled kernel."""
+
+    registers: int  # per thread
+    spilled: int  # bytes per thread
+    shared: int  # bytes per block
+    tensor_cores: str  # the tensor-core instruction, or ""
 
 
-class Absent:
-    """A driver for a GPU that is not there."""
+class AbsentGPU:
+    """A Triton driver for a GPU that the machine does not have."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -93,38 +97,38 @@ class Absent:
         return self.target
 
     def get_current_device(self) -> str:
-        return str(self.target.arch)  # Triton keeps what it compiled by device
+        return str(self.target.arch)  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: Any) -> int:
         return 0
 
 
 def launches() -> list[Launch]:
-    """The distinct launches of the models."""
-    heard: dict[tuple[Any, ...], Launch] = {}
+    """The distinct kernel launches of the models."""
+    recorded: dict[tuple[Any, ...], Launch] = {}
 
-    def listen(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    def record(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         launch = Launch(kernel, grid, args, options)
-        heard.setdefault(launch.key, launch)
+        recorded.setdefault(launch.key, launch)
 
-    _launch.launch = listen
+    _launch.launch = record
     kernels = {op: getattr(module, op) for op, module in KERNELS.items()}
     kernels["window_attention"] = lambda *a, dropout, **k: window_attention.window_attention(*a, **k)
     layer = partial(transformer_layer, attention=kernels["window_attention"])
     ops = Ops(transformer_layer=layer, **kernels)
     for dtype in (torch.float32, torch.bfloat16):
-        few_layers = JodioTransformerConfig(num_hidden_layers=1)  # all launch the same
+        few_layers = JodioTransformerConfig(num_hidden_layers=1)  # all layers launch the same kernels
         for model in (Mimi(CodecConfig()), JodioModel(JodioConfig(encoder_transformer=few_layers))):
             _run(model.to(dtype).eval(), ops)
         _run_other_shapes(dtype)
-    return list(heard.values())
+    return list(recorded.values())
 
 
 @torch.no_grad()
 def _run(model: Codec, ops: Ops) -> None:
     audio = torch.zeros(1, 1, 96_000, dtype=model.dtype)
     codes = torch.zeros(1, model.total_codebooks, 50, dtype=torch.int64)
-    whole = mock.patch.object(tiles.Tiling, "positions_per_subtile", return_value=None)  # as on an accelerator
+    whole = mock.patch.object(tiles.Tiling, "positions_per_subtile", return_value=None)  # no subtiles, as on a GPU
     with whole, mock.patch.object(Codec, "ops", ops):
         model.encode(audio)
         model.decode(codes)
@@ -143,7 +147,7 @@ def _run_other_shapes(dtype: torch.dtype) -> None:
 def compile_for(name: str, launch: Launch) -> Usage:
     target = TARGETS[name]
     options = _launch.for_amd(launch.options) if target.backend == "hip" else launch.options
-    driver.set_active(Absent(target))
+    driver.set_active(AbsentGPU(target))
     compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **options)
     shared = compiled.metadata.shared
     if target.backend == "hip":
@@ -165,16 +169,17 @@ def _cuobjdump(flag: str, path: str) -> str:
 
 
 def faults(name: str, launch: Launch, usage: Usage) -> Iterator[str]:
+    """What is wrong with a compiled kernel, one sentence each."""
     where = f"{describe(launch)} for {name}"
     if usage.spilled:
-        yield f"{where} spills {usage.spilled} bytes a thread"
-    if usage.shared > SHARED[name] * 1024:
-        yield f"{where} wants {usage.shared} bytes of shared memory of {SHARED[name]} KiB"
-    if launch.kernel.__name__ not in NO_PRODUCTS and usage.tensor_cores not in (TENSOR_CORES[name], SMALL_TILES):
-        yield f"{where} has no tensor-core instruction, but {usage.tensor_cores or 'none'}"
+        yield f"{where} spills {usage.spilled} bytes per thread"
+    if usage.shared > SHARED_KIB[name] * 1024:
+        yield f"{where} needs {usage.shared} bytes of shared memory, more than {SHARED_KIB[name]} KiB"
+    if launch.kernel.__name__ not in WITHOUT_PRODUCTS and usage.tensor_cores not in (TENSOR_CORES[name], SMALL_TILES):
+        yield f"{where} uses {usage.tensor_cores or 'no tensor-core instruction'}, not {TENSOR_CORES[name]}"
     rows = launch.options.get("BLOCK_T", launch.options.get("BLOCK_Q", launch.options.get("BLOCK_N", 0)))
-    if rows >= 64 and launch.kernel.__name__ not in NO_PRODUCTS and usage.tensor_cores != TENSOR_CORES[name]:
-        yield f"{where} runs on {usage.tensor_cores}, not on {TENSOR_CORES[name]}"
+    if rows >= 64 and launch.kernel.__name__ not in WITHOUT_PRODUCTS and usage.tensor_cores != TENSOR_CORES[name]:
+        yield f"{where} uses {usage.tensor_cores}, not {TENSOR_CORES[name]}, with {rows} rows per tile"
 
 
 def describe(launch: Launch) -> str:
@@ -193,7 +198,7 @@ def tile(launch: Launch) -> str:
 
 
 def head(launch: Launch) -> str:
-    """The cells of a kernel's row that say which it is."""
+    """The first cells of a kernel's row, which identify it."""
     name, dtype, *form = describe(launch).removesuffix(tile(launch)).split()
     warps = f"{launch.options['num_warps']}, {launch.options.get('num_stages', '-')}"
     return f"| {name} | {dtype} | {' '.join(form)} | {tile(launch)} | {warps} |"
@@ -221,22 +226,24 @@ def table(rows: list[tuple[Launch, dict[str, Usage]]], targets: list[str]) -> st
 
 
 def main(targets: list[str]) -> int:
-    heard = sorted(launches(), key=lambda launch: describe(launch))
+    recorded = sorted(launches(), key=lambda launch: describe(launch))
     rows, wrong = [], []
-    for launch in track(heard, f"compiling {len(heard)} kernels for {', '.join(targets or TARGETS)}"):
+    for launch in track(recorded, f"compiling {len(recorded)} kernels for {', '.join(targets or TARGETS)}"):
         usages = {name: compile_for(name, launch) for name in targets or TARGETS}
         rows.append((launch, usages))
         wrong += [fault for name, usage in usages.items() for fault in faults(name, launch, usage)]
     if targets:
         committed = OUT.read_text(encoding="utf-8")
-        wrong += [f"{describe(k)} is not in {OUT.name}: make kernels-report" for k in heard if head(k) not in committed]
+        wrong += [
+            f"{describe(k)} is not in {OUT.name}: make kernels-report" for k in recorded if head(k) not in committed
+        ]
     for sentence in dict.fromkeys(wrong):
         print(sentence, file=sys.stderr)
     if not targets and not wrong:
         OUT.parent.mkdir(exist_ok=True)
         OUT.write_text(table(rows, list(TARGETS)), encoding="utf-8")
         print(f"wrote {OUT}")
-    print(f"{len(heard)} kernels compiled, {len(wrong)} faults")
+    print(f"{len(recorded)} kernels compiled, {len(wrong)} faults")
     return 1 if wrong else 0
 
 

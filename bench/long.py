@@ -1,9 +1,9 @@
-"""One long clip through one codec, in a process of its own: seconds, and memory over what the loaded model takes.
+"""One long clip through one codec in a process of its own: time, and peak memory beyond that of the loaded model.
 
     python bench/long.py NAME FOLDER DIRECTION SECONDS [RESULT]
 
-prints them as JSON, and puts the codes or the audio into the file RESULT (torch.save). Linux only: the peak is the
-kernel's, set back before the clip.
+prints them as JSON and writes the codes or the audio to the file RESULT (torch.save). Linux only: the kernel counts the
+peak, which is reset before the clip.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import peers
 import torch
 
 WARM_UP = 2  # seconds of audio
-MIB = 1024
+MIB = 1024  # KiB
 
 
 def memory(what: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM at most so far."""
+    """Memory of this process in MiB: "VmRSS" for the current and "VmHWM" for the peak resident size."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) / MIB
 
@@ -39,7 +39,7 @@ def measure(name: str, folder: Path, direction: str, seconds: int) -> tuple[dict
 
     x = inputs(seconds)
     run(inputs(WARM_UP))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = memory("VmRSS"), time.perf_counter()
     y = run(x)
     taken, added = time.perf_counter() - start, memory("VmHWM") - before

@@ -1,6 +1,6 @@
-"""The codecs that are compared, all of the same weights: ours, transformers', moshi's and rustymimi's.
+"""The codecs that are compared, all with the same weights: ours, transformers', moshi's and rustymimi's.
 
-Each is a `Codec` of functions on tensors. Peers that are not installed are left out; `missing` names them.
+Each is a `Codec` of functions on tensors. `load` gives None for a peer that is not installed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from torch import Tensor
 import fastmimi
 
 CODEBOOKS = 8
-FRAME = 1920  # samples of 80 ms
+FRAME = 1920  # samples, 80 ms
 NAMES = ("fastmimi", "fastmimi bf16", "fastmimi int8", "transformers", "moshi", "rustymimi")
 
 
 @dataclass
 class Codec:
-    """encode: [B, 1, N] -> [B, K, T]; decode: back; stream(batch): a context that gives step(frames) -> codes and
-    unstep(codes) -> audio of a stream, or None where the peer cannot stream."""
+    """One codec.
+
+    encode: audio [B, 1, N] -> codes [B, K, T]; decode: the inverse. stream(batch): a context manager that yields two
+    functions, which encode and decode the next frames of a stream; None if the codec cannot stream in both directions.
+    """
 
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
@@ -32,7 +35,7 @@ class Codec:
 
 
 def weights(folder: Path) -> Path:
-    """A folder with random weights in both layouts, made where it is not there."""
+    """Write a checkpoint with random weights in both layouts to the folder, unless it exists; return the folder."""
     if not (folder / "kyutai.safetensors").exists():
         mimi = fastmimi.load("random:0")
         fastmimi.save_pretrained(mimi, folder)
@@ -41,7 +44,7 @@ def weights(folder: Path) -> Path:
 
 
 def load(name: str, folder: Path) -> Codec | None:
-    """None where the peer is not installed."""
+    """The codec, or None if it is not installed."""
     codecs = (_ours, _bf16, _int8, _transformers, _moshi, _rustymimi)
     try:
         return dict(zip(NAMES, codecs, strict=True))[name](folder)

@@ -1,9 +1,10 @@
-"""`make bench-report`: the end-to-end benchmarks as data, a table and a picture in bench/results/.
+"""`make bench-report`: the end-to-end benchmarks as JSON, a table and a picture in bench/results/.
 
-    python bench/report.py [pytest-benchmark's JSON, allocator as it is] [the same, told to keep its memory]
+    python bench/report.py [JSON of pytest-benchmark, default allocator] [JSON, allocator that keeps its memory]
 
-Without arguments it runs them first (two times 10 minutes). Beside the times stand what this machine can do at most,
-measured in the same minute (a product of matrices and a copy), and how near bf16 and int8 stay to fp32.
+Without arguments it first runs the benchmarks with each allocator setting (two times 10 minutes). The report also gives
+peak rates of the machine (a matrix product, a copy, a read), measured at the same time, and the accuracy of bf16 and
+int8.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from fastmimi.devtools.costs import ceilings
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": "268435456"}
-GFLOP = 5.3  # per second of audio, each way
-WEIGHTS_OF_A_FRAME = {"encode": 0.173, "decode": 0.161}  # GB in fp32 that a frame of a stream reads; 8 codebooks
+GFLOP = 5.3  # per second of audio, in each direction
+WEIGHTS_OF_A_FRAME = {"encode": 0.173, "decode": 0.161}  # GB in fp32 that one frame of a stream reads, with 8 codebooks
 PACKAGES = ("torch", "transformers", "moshi", "rustymimi")
 
 
@@ -44,7 +45,7 @@ def run(environment: dict[str, str], output: Path) -> dict[str, Any]:
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per end-to-end case: its name, our median in seconds, and the peers' as multiples of it."""
+    """One row for each end-to-end case: its name, our median in seconds, and the peers' times as multiples of it."""
     return [
         {"case": bench["group"], **info, "seconds": info.get("own", bench["stats"]["median"])}
         for bench in result["benchmarks"]
@@ -52,8 +53,8 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def of_floor(case: dict[str, Any], ceilings: dict[str, float]) -> str:
-    """What a case takes at least on this machine, as a percentage of what it took; "" where no floor is known."""
+def percent_of_roofline(case: dict[str, Any], ceilings: dict[str, float]) -> str:
+    """The lower bound that the measured peak rates set, as a percentage of the time; "" if no bound is known."""
     name = case["case"]
     found = re.match(r"(encode|decode) (\d+) x (\d+) (s|min)$", name)
     if found is not None:
@@ -89,26 +90,26 @@ def table(data: dict[str, Any]) -> str:
         + ", ".join(f"{name} {value}" for name, value in data["versions"].items())
         + f"; commit {data['commit']}.",
         "",
-        "Times of the peers are multiples of ours, medians of rounds taken in turn in one process.",
+        "Times of the peers are multiples of ours; all are medians of alternating rounds in one process.",
     ]
     for allocator, cases in data["allocators"].items():
         peers = sorted({name for case in cases for name in case["ratios"]})
-        text += ["", f"Allocator: {allocator}.", "", f"| case | fastmimi | of the floor | {' | '.join(peers)} |"]
+        text += ["", f"Allocator: {allocator}.", "", f"| case | fastmimi | % of roofline | {' | '.join(peers)} |"]
         text += ["|---" * (len(peers) + 3) + "|"]
         for case in sorted(cases, key=lambda case: case["case"]):
             ratios = (f"{case['ratios'][name]:.2f}" if name in case["ratios"] else "-" for name in peers)
-            floor = of_floor(case, data["ceilings"])
-            text.append(f"| {case['case']} | {case['seconds'] * 1e3:.1f} ms | {floor} | {' | '.join(ratios)} |")
+            roofline = percent_of_roofline(case, data["ceilings"])
+            text.append(f"| {case['case']} | {case['seconds'] * 1e3:.1f} ms | {roofline} | {' | '.join(ratios)} |")
         for case in cases:
             if "MiB" in case:
                 taken = ", ".join(f"{name} {value:.0f} MiB" for name, value in case["MiB"].items())
-                text += ["", f"Memory of {case['case']} over the loaded model's: {taken}."]
-    text += ["", "How near to fp32, on random weights (encoding, and decoding the fp32 codes):", ""]
-    text += [f"- {name}: {', '.join(_told(values))}" for name, values in data["accuracy"].items()]
+                text += ["", f"Peak memory of {case['case']} beyond that of the loaded model: {taken}."]
+    text += ["", "Accuracy relative to fp32, on random weights (encoding, and decoding the fp32 codes):", ""]
+    text += [f"- {name}: {', '.join(_format(values))}" for name, values in data["accuracy"].items()]
     return "\n".join(text) + "\n"
 
 
-def _told(values: dict[str, float]) -> list[str]:
+def _format(values: dict[str, float]) -> list[str]:
     return [f"{what} {value:.1f}" for what, value in values.items()]
 
 
@@ -127,7 +128,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
         axes.barh([y + (i - len(peers) / 2) * height for y in range(len(cases))], values, height, label=name)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(cases)), [case["case"] for case in cases])
-    axes.set_xlabel("time as a multiple of fastmimi's in fp32 (1: as fast; more: slower)")
+    axes.set_xlabel("time relative to fastmimi in fp32 (above 1: slower)")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)

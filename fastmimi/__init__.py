@@ -1,10 +1,13 @@
 """fastmimi: the Mimi neural audio codec, fast, streaming and trainable; a drop-in for its other implementations.
 
+Audio is float [batch, channels, samples], codes are int64 [batch, codebooks, frames]:
+
     mimi = fastmimi.load("kyutai/mimi")
     codes = mimi.encode(audio)  # [B, 1, N] at 24 kHz -> [B, K, T] at 12.5 Hz
     audio = mimi.decode(codes)
 
-Names load on first use, so that `import fastmimi` costs little: no transformers until one of its faces is named.
+Public names are imported on first use, which keeps `import fastmimi` cheap: transformers is imported only when one of
+its drop-ins (such as `fastmimi.MimiModel`) is accessed.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from .runtime.dispatch import explain
     from .runtime.state import StreamState
 
-_HOMES = {
+_MODULES = {
     "CodecConfig": "models.config",
     "JodioConfig": "models.config",
     "JodioModel": "models.jodio",
@@ -62,8 +65,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     elif name == "__version__":
         from importlib.metadata import version
 
@@ -75,4 +78,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, "__version__"})
+    return sorted({*globals(), *_MODULES, "__version__"})

@@ -1,4 +1,7 @@
-"""The one error that a user's input raises, and how values stand in its sentence. A leaf."""
+"""The error raised for invalid user input, and helpers that format values for its message.
+
+This module imports nothing else of the package.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,26 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """What was handed in cannot be served; the message is one sentence that names the value and says what to do.
+    """Invalid input from the caller; the message is one sentence that names the offending value.
 
-    The command line shows that sentence and ends with exit code 2. Any other exception is a bug of ours, and keeps
+    The command line prints that sentence and exits with code 2. Any other exception is a bug in fastmimi and keeps
     its traceback.
     """
 
 
 def named(name: Any) -> str:
-    """A name out of a file, for a sentence: as it is, or where it is no plain word, quoted and cut short."""
+    """Format a name that was read from a file: unchanged if printable and short, else as its shortened `repr`."""
     return name if isinstance(name, str) and name.isprintable() and len(name) <= 100 else shown(name)
 
 
 def one_line(error: BaseException) -> str:
-    """What another library says of a file, which may quote the file."""
+    """The message of another library's error on one line, shortened because it may quote the contents of a file."""
     return " ".join(str(error).split())[:300]
 
 
 def shown(value: Any) -> str:
-    """`repr` of any value, cut short."""
-    if isinstance(value, int) and abs(value) >= 1 << 128:  # Python refuses to write integers of thousands of digits
+    """`repr` of any value, on one line and shortened."""
+    if isinstance(value, int) and abs(value) >= 1 << 128:  # Python refuses to print integers of thousands of digits
         return f"an integer of {value.bit_length()} bits"
     return " ".join(_repr.repr(value).split())
 

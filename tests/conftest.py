@@ -1,4 +1,4 @@
-"""The --kernels option, threads, hypothesis settings, and the sources that the layout tests read."""
+"""Command-line options, threads, hypothesis settings, and fixtures that several test files use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# No deadline: how long an example takes is the machine's business. "fuzz" is for tests/test_fuzz.py (`make fuzz`).
+# No deadline: the time of an example depends on the machine. "fuzz" is for tests/test_fuzz.py (`make fuzz`).
 hypothesis.settings.register_profile("fastmimi", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True, max_examples=10_000)
 
@@ -27,13 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="also run the Triton kernels' parity tests: on the GPU where there is one, else in Triton's interpreter",
     )
 
-    parser.addoption("--threads", type=int, default=1, help="PyTorch's threads in each process (default: 1)")
-    parser.addoption("--native-library", help="a build of the native CPU kernels to test in place of the installed one")
+    parser.addoption("--threads", type=int, default=1, help="PyTorch's threads per process (default: 1)")
+    parser.addoption("--native-library", help="a build of the native CPU kernels to test instead of the installed one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernels: runs Triton kernels; needs --kernels")
-    # One by default: small tensors gain nothing from more, and threads that wait spin on a busy machine.
+    # One by default: small tensors gain nothing from more, and waiting threads spin and slow down a busy machine.
     torch.set_num_threads(config.getoption("--threads"))
     if not config.getoption("--hypothesis-profile", None):
         hypothesis.settings.load_profile("fastmimi")
@@ -59,9 +59,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(params=["reference", "cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)])
 def op(request: pytest.FixtureRequest, where_it_runs: Callable[..., Any]) -> Iterator[Callable[..., torch.Tensor]]:
-    """The op that the test's file is named after, by each implementation; tensors are made where that runs.
+    """The op that the test file is named after, in each implementation; tensors are created on its device.
 
-    What is not written in its output is NaN.
+    Elements of the output that an implementation does not write are NaN.
     """
     from fastmimi.runtime.dispatch import implementation
 
@@ -76,7 +76,7 @@ def op(request: pytest.FixtureRequest, where_it_runs: Callable[..., Any]) -> Ite
 
 @pytest.fixture
 def where_it_runs() -> Callable[..., Any]:
-    """Wraps a CPU implementation: tests in dtypes that it does not compute are skipped with its own sentence."""
+    """Wrap a CPU implementation: tests in dtypes that it does not support are skipped, with its own reason."""
     from fastmimi.runtime.dispatch import Target, why_not
 
     def wrap(op: Callable[..., torch.Tensor], name: str, candidate: str) -> Callable[..., torch.Tensor]:
@@ -93,7 +93,7 @@ def where_it_runs() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def repository() -> dict[str, str]:
-    """{path: source} of every Python file, without links, hidden folders, environments and build outputs."""
+    """{path: source} of every Python file, except in links, hidden folders, environments and build outputs."""
     sources = {}
     for folder, folders, files in os.walk(ROOT):
         if "pyvenv.cfg" in files:
@@ -107,19 +107,19 @@ def repository() -> dict[str, str]:
 
 
 def _prepare_triton() -> None:
-    """Without a GPU, choose Triton's interpreter; Triton reads the variable when it is first imported."""
+    """Without a GPU, select Triton's interpreter by the variable that Triton reads when it is first imported."""
     if sys.platform == "linux" and not _has_triton():
         raise pytest.UsageError("--kernels needs Triton: pip install triton")
     if torch.cuda.is_available():
         return
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise pytest.UsageError("triton was imported before --kernels could choose its interpreter")
+        raise pytest.UsageError("triton was imported before --kernels could select its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
-    from fastmimi.devtools.testing import mend_interpreter
+    from fastmimi.devtools.testing import patch_triton_interpreter
     from fastmimi.errors import InputError
 
     try:
-        mend_interpreter()
+        patch_triton_interpreter()
     except InputError as error:
         raise pytest.UsageError(f"--kernels: {error}") from None
 
@@ -133,7 +133,7 @@ def _has_triton() -> bool:
 
 @pytest.fixture
 def wavlm_config(tmp_path):
-    """The config.json of a WavLM of 32 features, which has random weights."""
+    """The config.json of a WavLM with 32 features, for a teacher with random weights."""
     from transformers import WavLMConfig
 
     path = tmp_path / "wavlm.json"
@@ -145,7 +145,7 @@ def wavlm_config(tmp_path):
 
 @pytest.fixture
 def tiny_training(tmp_path, wavlm_config):
-    """A configuration that trains in moments; arguments are its fields, whatever part they stand in."""
+    """Makes configurations of tiny runs; arguments set fields by name, whatever section they belong to."""
 
     def make(architecture="mimi", **given):
         from fastmimi.train.config import TrainConfig
@@ -175,14 +175,14 @@ def tiny_training(tmp_path, wavlm_config):
             "log_every": 1,
         }
         for name, value in given.items():
-            part = next((key for key in PARTS if name in PARTS[key]), None)
-            (values if part is None else values.setdefault(part, {}))[name] = value
+            section = next((key for key in SECTIONS if name in SECTIONS[key]), None)
+            (values if section is None else values.setdefault(section, {}))[name] = value
         return TrainConfig.of(values)
 
     return make
 
 
-PARTS = {  # of a training configuration: fields that tests change by name alone
+SECTIONS = {  # sections of a training configuration, and the fields that tests set by name alone
     "model": ("impl", "freeze", "load"),
     "data": ("folder", "seconds", "batch_size", "workers"),
     "optimizer": ("lr", "betas", "ema"),

@@ -1,9 +1,9 @@
-"""`make numerics`: the ops' tests with PyTorch's other CPU kernels, and how near to the bound errors come.
+"""`make numerics`: the ops' tests with the CPU kernels that PyTorch uses on other processors, and a table of errors.
 
-PyTorch, oneDNN and MKL choose kernels by the processor; each setting makes them choose as on another one. Under each,
-with one thread and with two, the tests of the ops run, and then each op of the models on several random inputs. The
-table shows the worst error against fp64 as a share of the bound of `testing.assert_as_exact` (above 1: refused, unless
-plain PyTorch errs half as much).
+PyTorch, oneDNN and MKL choose their kernels by the processor; each setting makes them choose as on another processor.
+With each setting, with one thread and with two, the tests of the ops run, and then each op of the models on several
+random inputs. The table shows the largest error against fp64 divided by the bound of `testing.assert_as_exact`. Above 1
+the test would fail, unless plain PyTorch's error is at least half as large.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ from fastmimi.runtime import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-SETTINGS = {  # ATen's level goes down together with oneDNN's: alone, its bf16 attention raises where there is AMX
-    "as it is": {},
+# ATen's level is lowered together with oneDNN's: otherwise its bf16 attention raises on processors with AMX.
+SETTINGS = {
+    "default": {},
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", **AVX2},
-    "no vectors": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
-    "MKL the same everywhere": {"MKL_CBWR": "COMPATIBLE"},
+    "no AVX": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_CBWR": "COMPATIBLE",
+    },
+    "MKL in compatible mode": {"MKL_CBWR": "COMPATIBLE"},
 }
 OPS = ("causal_conv1d", "causal_conv_transpose1d", "resblock", "window_attention", "transformer_layer")
 TESTS = [f"tests/test_{name}.py" for name in (*OPS, "rvq_encode", "rvq_decode", "native", "int8", "kernels", "testing")]
@@ -39,13 +44,13 @@ ROWS = (8, 64)  # samples, frames or positions
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="random inputs of each op (default: 5)")
-    parser.add_argument("--no-tests", action="store_true", help="only the table")
-    parser.add_argument("--measure", type=int, metavar="THREADS", help="print the shares as JSON, in this process")
+    parser.add_argument("--seeds", type=int, default=5, help="number of random inputs for each op (default: 5)")
+    parser.add_argument("--no-tests", action="store_true", help="only print the table")
+    parser.add_argument("--measure", type=int, metavar="THREADS", help="measure in this process, print JSON")
     options = parser.parse_args()
     if options.measure:
         torch.set_num_threads(options.measure)
-        print(json.dumps(shares(options.seeds)))
+        print(json.dumps(relative_errors(options.seeds)))
         return
     runs = [(name, threads) for name in SETTINGS for threads in (1, 2)]
     failed = [] if options.no_tests else [run for run in runs if not tests_pass(*run)]
@@ -62,7 +67,7 @@ def tests_pass(setting: str, threads: int) -> bool:
 
 
 def measured(setting: str, threads: int, seeds: int) -> dict[str, float]:
-    """`shares` in a process of its own: libraries read their settings once."""
+    """`relative_errors` in a process of its own: the libraries read their settings only once."""
     command = [sys.executable, __file__, f"--measure={threads}", f"--seeds={seeds}"]
     environment = {**os.environ, **SETTINGS[setting]}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -70,8 +75,8 @@ def measured(setting: str, threads: int, seeds: int) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def shares(seeds: int) -> dict[str, float]:
-    """{"op, dtype, implementation": the worst error over its bound}."""
+def relative_errors(seeds: int) -> dict[str, float]:
+    """{"op, dtype, implementation": the largest error divided by its bound}."""
     worst: dict[str, float] = {}
     workloads = [w for w in distinct() if w.op in OPS]
     for workload, dtype, rows, seed in product(workloads, (torch.float32, torch.bfloat16), ROWS, range(seeds)):
@@ -85,7 +90,10 @@ def shares(seeds: int) -> dict[str, float]:
 
 
 def implementations(op: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
-    """What runs here: a name for the table and the dispatcher's; within each turn that variant is in use."""
+    """The implementations that run here: a name for the table, and the dispatcher's.
+
+    The native kernels come once for each variant, which is active until the next one is requested.
+    """
     for candidate in ("reference", "onednn"):
         if dispatch.why_not(candidate, op, dispatch.Target("cpu", dtype)) is None:
             yield candidate, candidate
@@ -96,10 +104,10 @@ def implementations(op: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
 
 def print_table(tables: dict[tuple[str, int], dict[str, float]]) -> None:
     rows = sorted({row for table in tables.values() for row in table})
-    print("\nworst error / bound of each setting, with one thread and with two: " + ", ".join(SETTINGS))
+    print("\nlargest error / bound with each setting, with one thread and with two: " + ", ".join(SETTINGS))
     for row in rows:
         found = [table.get(row) for table in tables.values()]
-        print(f"{row:52}" + "".join("      -" if share is None else f"{share:7.2f}" for share in found))
+        print(f"{row:52}" + "".join("      -" if ratio is None else f"{ratio:7.2f}" for ratio in found))
 
 
 if __name__ == "__main__":

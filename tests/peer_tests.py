@@ -1,7 +1,8 @@
-"""transformers' own tests of any model, on its MimiModel and on ours: `make peer-tests`.
+"""`make peer-tests`: transformers' common model tests, on its MimiModel and on ours.
 
-The tests are those of the installed version, from its source distribution, which is downloaded; tests of generation and
-export are not in there. A few suit no codec and fail for both; it is an error where ours fails what theirs does not.
+The tests are those of the installed version, from its source distribution, which is downloaded and does not contain the
+tests of generation and export. A few tests do not apply to a codec and fail for both models; the exit code is 1 if ours
+fails a test that theirs passes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-MISSING = {  # what the tests import and the source distribution leaves out
+MISSING = {  # imported by the tests, but not in the source distribution
     "exporters/test_export.py": "class ExportTesterMixin: ...",
     "generation/test_utils.py": "class GenerationTesterMixin: ...",
 }
@@ -51,7 +52,7 @@ class MimiModelTest(ModelTesterMixin, unittest.TestCase):
 
 
 def prepare(folder: Path) -> None:
-    """The installed version's tests, in `folder/tests`."""
+    """Download the installed version's tests to `folder/tests`."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     wanted = f"transformers=={transformers.__version__}"
     subprocess.run([*pip, "download", "--no-deps", "--no-binary", ":all:", wanted, "-d", folder], check=True)
@@ -67,7 +68,7 @@ def prepare(folder: Path) -> None:
 
 
 def run(folder: Path, package: str) -> dict[str, str]:
-    """{test: "passed", "skipped", "failure" or "error"} of a package's MimiModel."""
+    """Run the tests on a package's MimiModel: {test: "passed", "skipped", "failure" or "error"}."""
     (folder / "tests" / "test_mimi.py").write_text(TESTS.format(package=package))
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", folder, "--tb=line",
                "-p", "no:cacheprovider", "--junit-xml", folder / "report.xml", "tests/test_mimi.py"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Audio files in and out: every format, rate and channel count; what is cut or broken is refused."""
+"""Audio files: every format, rate and channel count is read and written; truncated and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fastmimi.io import audio
 
 RATE = 24_000
-CODED = {"mp3", "ogg", "oga", "opus"}  # lossy, so that not each sample comes back
+LOSSY = {"mp3", "ogg", "oga", "opus"}
 WRITTEN = re.findall(
     r"\w+",
     "aif aifc aiff au avr caf flac ircam mat4 mat5 mp3 mpc2k nist oga ogg opus paf pvf rf64 snd svx voc w64 wav wave "
@@ -25,7 +25,7 @@ WRITTEN = re.findall(
 
 
 def noise(samples: int, channels: int = 1, seed: int = 0) -> np.ndarray:
-    """[samples, channels] float32 in [-1, 1]."""
+    """[samples, channels] float32 in [-0.5, 0.5]."""
     return np.random.default_rng(seed).uniform(-0.5, 0.5, (samples, channels)).astype(np.float32)
 
 
@@ -53,18 +53,18 @@ def test_every_written_format_is_read_back(tmp_path: Path, suffix: str) -> None:
     assert found.duration == len(samples) / RATE
     back = read(path)
     assert back.shape == samples.shape
-    assert np.abs(back - samples).max() < (2.0 if suffix in CODED else 1e-4)
+    assert np.abs(back - samples).max() < (2.0 if suffix in LOSSY else 1e-4)
 
 
-def test_the_written_formats_are_those_that_are_listed() -> None:
+def test_the_error_lists_the_formats_that_can_be_written() -> None:
     with pytest.raises(ValueError, match="must be one of") as error:
         audio.output_format("a.xyz")
     assert re.search("one of (.*), got", str(error.value))[1].split(", ") == WRITTEN
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "opus", "mp3"])
-def test_blocks_are_the_whole_file(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """soundfile's own blocks of an MP3 are not: it seeks between them."""
+def test_blocks_make_up_the_whole_file(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With soundfile's own blocks of an MP3 that fails, because it seeks between them."""
     path = tmp_path / f"a.{suffix}"
     write(path, noise(3 * RATE))
     whole, _ = soundfile.read(path, dtype="float32", always_2d=True)
@@ -74,7 +74,7 @@ def test_blocks_are_the_whole_file(tmp_path: Path, suffix: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
-def test_resampling_is_that_of_the_whole(tmp_path: Path, rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resampling_does_not_depend_on_blocks(tmp_path: Path, rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.wav"
     soundfile.write(path, noise(rate + 331), rate, subtype="FLOAT")
     monkeypatch.setattr(audio, "BLOCK_VALUES", 1_999)
@@ -83,7 +83,7 @@ def test_resampling_is_that_of_the_whole(tmp_path: Path, rate: int, monkeypatch:
 
 @settings(max_examples=60)
 @given(rate=st.integers(1_000, 200_000), frames=st.integers(1, 60_000))
-def test_the_length_is_the_rounded_one(tmp_path_factory: pytest.TempPathFactory, rate: int, frames: int) -> None:
+def test_the_resampled_length_is_rounded(tmp_path_factory: pytest.TempPathFactory, rate: int, frames: int) -> None:
     path = tmp_path_factory.mktemp("length") / "a.wav"
     soundfile.write(path, np.zeros(frames), rate, subtype="PCM_16")
     file = audio.probe(path)
@@ -96,7 +96,7 @@ def test_the_length_is_the_rounded_one(tmp_path_factory: pytest.TempPathFactory,
             read(path)
 
 
-def test_several_channels_become_their_mean(tmp_path: Path) -> None:
+def test_several_channels_are_downmixed_to_their_mean(tmp_path: Path) -> None:
     path, samples = tmp_path / "a.wav", noise(5_000, channels=5)
     soundfile.write(path, samples, RATE, subtype="FLOAT")
     np.testing.assert_allclose(read(path), samples.mean(axis=1, keepdims=True), atol=1e-7)
@@ -107,7 +107,7 @@ def test_several_channels_become_their_mean(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rate", "frames"), [(10, 9_000), (50, 60_000), (2**31 - 1, 9_000_000)])
-def test_a_rate_that_is_nonsense_costs_little_memory(tmp_path: Path, rate: int, frames: int) -> None:
+def test_an_absurd_sample_rate_needs_little_memory(tmp_path: Path, rate: int, frames: int) -> None:
     path = tmp_path / "a.wav"
     soundfile.write(path, np.zeros(frames), rate, subtype="PCM_U8")
     file, total = audio.probe(path), 0
@@ -117,8 +117,8 @@ def test_a_rate_that_is_nonsense_costs_little_memory(tmp_path: Path, rate: int, 
     assert total == file.length_at(RATE)
 
 
-def test_a_wav_written_to_a_pipe_is_whole(tmp_path: Path) -> None:
-    """Its writer could not go back to fill in the sizes."""
+def test_a_wav_written_to_a_pipe_is_not_truncated(tmp_path: Path) -> None:
+    """Its writer could not seek back to fill in the chunk sizes."""
     path, samples = tmp_path / "a.wav", noise(5_000)
     soundfile.write(path, samples, RATE)
     data = bytearray(path.read_bytes())
@@ -128,36 +128,36 @@ def test_a_wav_written_to_a_pipe_is_whole(tmp_path: Path) -> None:
         assert audio.probe(path).frames == len(read(path)) == len(samples)
 
 
-def test_a_flac_written_to_a_pipe_is_whole(tmp_path: Path) -> None:
+def test_a_flac_written_to_a_pipe_is_not_truncated(tmp_path: Path) -> None:
     path, samples = tmp_path / "a.flac", noise(5_000)
     soundfile.write(path, samples, RATE)
     data = bytearray(path.read_bytes())
-    data[21] &= 0xF0  # the 36 bits of the number of samples, in STREAMINFO
+    data[21] &= 0xF0  # clear the number of samples in STREAMINFO, 36 bits
     data[22:26] = bytes(4)
     path.write_bytes(data)
     assert audio.probe(path).frames == len(read(path)) == len(samples)
 
 
-def test_an_mp3_without_a_count_is_counted(tmp_path: Path) -> None:
+def test_an_mp3_whose_header_has_no_length_is_read_to_find_it(tmp_path: Path) -> None:
     path = tmp_path / "a.mp3"
     write(path, np.concatenate([np.zeros((RATE, 1), np.float32), noise(3 * RATE)]))
     data = path.read_bytes()
-    path.write_bytes(data[data.index(b"\xff\xf3", 4) :])  # without its first frame, the Xing header
+    path.write_bytes(data[data.index(b"\xff\xf3", 4) :])  # drop its first frame, the Xing header
     file = audio.probe(path)
     assert file.frames == len(read(path))
     assert abs(file.duration - 4) < 0.2
 
 
-# What is refused
+# Files that are refused
 
 
 @pytest.mark.parametrize("suffix", ["wav", "aiff", "au", "caf", "flac", "mp3", "ogg", "opus", "rf64", "w64"])
-@pytest.mark.parametrize("part", [0.02, 0.5, 0.95])
-def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, part: float) -> None:
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
+def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, kept: float) -> None:
     path = tmp_path / f"a.{suffix}"
     write(path, noise(2 * RATE))
     data = path.read_bytes()
-    path.write_bytes(data[: int(part * len(data))])
+    path.write_bytes(data[: int(kept * len(data))])
     with pytest.raises(ValueError, match="truncated") as error:
         read(path)
     assert str(path) in str(error.value)
@@ -165,7 +165,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, part: float) -
 
 
 def test_an_ogg_file_without_its_last_page_is_refused(tmp_path: Path) -> None:
-    """Each page that is left is complete, and libsndfile takes the last for the end."""
+    """The remaining pages are complete, and libsndfile takes the last of them for the end of the file."""
     path = tmp_path / "a.ogg"
     write(path, noise(4 * RATE))
     data = path.read_bytes()
@@ -175,7 +175,7 @@ def test_an_ogg_file_without_its_last_page_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_samples_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
+def test_samples_that_are_nan_or_infinite_are_refused(tmp_path: Path, value: float) -> None:
     path, samples = tmp_path / "a.wav", noise(3 * RATE, channels=2)
     samples[50_000, 1] = value
     soundfile.write(path, samples, RATE, subtype="FLOAT")
@@ -188,11 +188,11 @@ def test_samples_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -
     [
         ("a.wav", None, "does not exist"),
         ("a.wav", b"", "is empty"),
-        ("a.wav", b"no audio, but a text" * 50, "not an audio file"),
+        ("a.wav", b"text instead of audio" * 50, "not an audio file"),
         ("a.raw", bytes(2_000), "headerless"),
     ],
 )
-def test_what_is_not_audio_is_refused(tmp_path: Path, name: str, content: bytes | None, sentence: str) -> None:
+def test_files_that_are_not_audio_are_refused(tmp_path: Path, name: str, content: bytes | None, sentence: str) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -211,7 +211,7 @@ def test_audio_without_samples_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "clips"), [("wav", True), ("flac", True), ("mat5", False), ("ogg", False)])
-def test_integers_are_clipped_and_counted(tmp_path: Path, suffix: str, clips: bool) -> None:
+def test_clipped_samples_are_counted(tmp_path: Path, suffix: str, clips: bool) -> None:
     path, samples = tmp_path / f"a.{suffix}", noise(9_000)
     samples[:3] = [[1.5], [-7.0], [1.0]]
     assert write(path, samples).clipped == (2 if clips else 0)
@@ -219,6 +219,6 @@ def test_integers_are_clipped_and_counted(tmp_path: Path, suffix: str, clips: bo
         np.testing.assert_allclose(read(path), samples.clip(-1, 1) if clips else samples, atol=1e-4)
 
 
-def test_a_format_that_cannot_take_the_rate_says_so(tmp_path: Path) -> None:
+def test_a_rate_that_the_format_does_not_support_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot write MP3 audio at 12345 Hz"):
         audio.AudioWriter(tmp_path / "a.mp3", ("MP3", "MPEG_LAYER_III"), 12_345)

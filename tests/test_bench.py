@@ -1,4 +1,4 @@
-"""The benchmarks themselves: every op has one, and one that times what is done only once is red."""
+"""Tests of the benchmarks: every op has a workload, and timing one-time work fails."""
 
 import os
 import shutil
@@ -24,11 +24,11 @@ def bench_packing(benchmark):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "weight, warm, red",
+    "weight, warm, fails",
     [("weight", 1, False), ("weight", 0, True), ("weight + 1", 1, True)],
     ids=["kept", "cold", "new"],
 )
-def test_a_benchmark_that_packs_in_its_timed_rounds_is_red(tmp_path, weight, warm, red):
+def test_a_benchmark_that_packs_in_its_timed_rounds_fails(tmp_path, weight, warm, fails):
     path = tmp_path / "bench_packing.py"
     path.write_text(BENCHMARK.format(weight=weight, warm=warm))
     shutil.copy(ROOT / "bench" / "conftest.py", tmp_path)
@@ -42,12 +42,12 @@ def test_a_benchmark_that_packs_in_its_timed_rounds_is_red(tmp_path, weight, war
         "-c",
         str(ROOT / "pyproject.toml"),
     ]
-    # Without what pytest-xdist tells its workers, in which pytest-benchmark measures nothing.
+    # Without the variables of pytest-xdist: in its workers, pytest-benchmark measures nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    said = "timed rounds packed weights or recorded steps" in done.stdout
-    assert (done.returncode, said) == ((1, True) if red else (0, False)), done.stdout + done.stderr
+    reported = "timed rounds packed weights or recorded steps" in done.stdout
+    assert (done.returncode, reported) == ((1, True) if fails else (0, False)), done.stdout + done.stderr
 
 
 def test_every_op_has_a_workload():

@@ -1,4 +1,4 @@
-"""bench/gpu.py --dry runs where nothing but its imports is there: from another folder, without git, not installed."""
+"""bench/gpu.py --dry needs nothing but its imports: it runs from another folder, without git, not installed."""
 
 import os
 import subprocess
@@ -33,14 +33,14 @@ def test_a_dry_run_of_each_op(tmp_path):
         assert f"| {op} " in done.stdout and "| equal |" in done.stdout and "transformer_layer" not in done.stdout
 
 
-def test_no_git_is_no_error(tmp_path):
+def test_it_runs_without_git(tmp_path):
     code = f"import runpy; print(runpy.run_path({str(SCRIPT)!r})['commit']())"
     environment = {**os.environ, "PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout == "unknown\n", done.stderr
 
 
-def test_a_name_of_nothing_is_told(tmp_path):
+def test_a_name_that_matches_nothing_is_an_error(tmp_path):
     command = [sys.executable, SCRIPT, "--dry", "--only", "nothing"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "--only 'nothing' is in the name of no op" in done.stderr
+    assert done.returncode == 1 and "--only 'nothing' matches no op" in done.stderr

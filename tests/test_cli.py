@@ -1,4 +1,4 @@
-"""The command line: results, equal however they are reached, and what is printed and drawn."""
+"""The command line: equal results of all ways to get them, and what is printed and drawn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastmimi.io.tokens import Tokens
 
 CLIP = Path(fastmimi.__file__).parent / "assets" / "198-209-0000.ogg"
 RATE = 44_100
-FRAMES = 30_011  # of the sound at that rate: 16_333 samples at 24 kHz, 8.5 frames of codes
+FRAMES = 30_011  # of the test signal at that rate: 16_333 samples at 24 kHz, 8.5 frames of codes
 
 
 @pytest.fixture(scope="session")
@@ -71,11 +71,10 @@ def codes_of(path: str) -> np.ndarray:
     return Tokens.load(path).codes
 
 
-# Equal, however
+# Equal results
 
 
-@pytest.mark.slow
-def test_every_way_gives_the_same(here: Path, models: dict[str, str]) -> None:
+def test_every_way_gives_the_same_codes_and_audio(here: Path, models: dict[str, str]) -> None:
     common = "--model", models["small"]
     run("roundtrip", "in.wav", "out/whole.wav", "--tokens", "out/whole.st", *common)
     run("roundtrip", "in.wav", "out/stream.wav", "--tokens", "out/stream.st", "--stream", *common)
@@ -97,7 +96,7 @@ def test_every_way_gives_the_same(here: Path, models: dict[str, str]) -> None:
         np.testing.assert_allclose(soundfile.read(f"out/{other}.wav")[0], audio, atol=2**-14)
 
 
-def test_it_is_what_the_model_gives(here: Path, models: dict[str, str]) -> None:
+def test_results_equal_those_of_the_model(here: Path, models: dict[str, str]) -> None:
     write_sound(here / "in.flac", rate=24_000, channels=1)
     samples = soundfile.read("in.flac", dtype="float32")[0]
     codec = weights.load(models["small"])
@@ -111,8 +110,7 @@ def test_it_is_what_the_model_gives(here: Path, models: dict[str, str]) -> None:
     np.testing.assert_allclose(soundfile.read("out/a.mat5")[0], audio, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_real_speech_whole_and_as_a_stream(here: Path) -> None:
+def test_real_speech_in_one_call_and_as_a_stream(here: Path) -> None:
     common = CLIP, "--model", "random:0", "--codebooks", 8
     whole = run("roundtrip", common[0], "out/whole.wav", "--tokens", "out/whole.st", "--packed", *common[1:])
     run("encode", common[0], "out/stream.st", "--stream", *common[1:])
@@ -151,7 +149,7 @@ def test_half_precision(here: Path, models: dict[str, str], dtype: str) -> None:
     assert np.abs(soundfile.read("out/a.wav")[0]).max() > 0
 
 
-def test_fewer_codebooks_are_decoded(here: Path, models: dict[str, str]) -> None:
+def test_fewer_codebooks_can_be_decoded(here: Path, models: dict[str, str]) -> None:
     run("encode", "in.wav", "out/a.st", "--model", models["small"])
     run("encode", "in.wav", "out/b.st", "--model", models["small"], "--codebooks", 2)
     run("decode", "out/a.st", "out/a.wav", "--model", models["small"], "--codebooks", 2)
@@ -159,10 +157,10 @@ def test_fewer_codebooks_are_decoded(here: Path, models: dict[str, str]) -> None
     assert Path("out/a.wav").read_bytes() == Path("out/b.wav").read_bytes()
 
 
-# What is printed, and drawn
+# Printed output and pictures
 
 
-def test_jodio_is_used_as_mimi_is(here: Path, models: dict[str, str]) -> None:
+def test_jodio_works_as_mimi_does(here: Path, models: dict[str, str]) -> None:
     run("encode", "in.wav", "whole.st", "--model", models["jodio"])
     run("encode", "in.wav", "stream.st", "--model", models["jodio"], "--stream")
     whole, stream = Tokens.load("whole.st"), Tokens.load("stream.st")
@@ -175,13 +173,12 @@ def test_jodio_is_used_as_mimi_is(here: Path, models: dict[str, str]) -> None:
         assert part in printed
 
 
-@pytest.mark.slow
-def test_what_the_architectures_cost(here: Path) -> None:
+def test_info_shows_the_cost_of_the_architectures(here: Path) -> None:
     printed = run("info", "jodio").stdout
     assert printed == printed.replace("\x1b", "") and "mimi: both directions" in printed
     row = next(line for line in printed.splitlines() if "encoder.conv_blocks.0" in line)
     assert [cell.strip() for cell in row.split("│")[2:5]] == ["6,000", "9.64", "375.72"]
-    assert "386.24" in printed and "96.15" in printed and "GFLOP/s of products in fp32" in printed
+    assert "386.24" in printed and "96.15" in printed and "GFLOP/s for matrix products in fp32" in printed
 
 
 def test_info(here: Path, models: dict[str, str]) -> None:
@@ -221,8 +218,7 @@ def test_explain_a_model(here: Path, models: dict[str, str]) -> None:
     assert "window_attention in it: reference" in printed
 
 
-@pytest.mark.slow
-def test_info_takes_what_model_takes(here: Path) -> None:
+def test_info_takes_what_the_model_option_takes(here: Path) -> None:
     printed = run("info", "demo").stdout
     assert "demo" in printed and fastmimi.checkpoints.weights.fingerprint(fastmimi.load("demo")) in printed
     assert "random:7" in run("info", "random:7").stdout
@@ -241,8 +237,8 @@ def test_pictures_are_drawn(here: Path, models: dict[str, str]) -> None:
     assert Path("out/b.wav").read_bytes() == Path("out/a.wav").read_bytes()
 
 
-def test_help_prints_every_text_as_it_is_written() -> None:
-    """Brackets are no markup: `fastmimi[train]`, `[jodio-]random[:seed]`."""
+def test_help_prints_every_text_unchanged() -> None:
+    """Brackets are not parsed as markup: `fastmimi[train]`, `[jodio-]random[:seed]`."""
     group = typer.main.get_command(app)
     listed = letters(run("--help").stdout)
     for name, command in group.commands.items():
@@ -254,7 +250,7 @@ def test_help_prints_every_text_as_it_is_written() -> None:
 
 
 def letters(text: str) -> str:
-    """Without white space, the frame of a table, and Markdown's quotes of code."""
+    """The text without white space, table borders and Markdown's backticks."""
     return re.sub(r"[\s│|`]", "", text)
 
 

@@ -1,4 +1,4 @@
-"""The command line's errors: a mistake of the user's is one sentence, a bug is not, and nothing is left behind."""
+"""Errors of the command line: a user's mistake is one sentence, a bug is not, and no partial file is left behind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def run(*args: object) -> None:
 
 
 def refused(*args: object) -> str:
-    """The sentence of a command that a user's mistake ends; it leaves nothing in out/."""
+    """Run a command that must fail with exit code 2 and change nothing in out/; return its error message."""
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
     assert result.exit_code == 2
@@ -92,8 +93,7 @@ def test_other_weights_are_refused_unless_forced(here: Path, models: dict[str, s
     assert "48000 Hz" in sentence
 
 
-@pytest.mark.slow
-def test_what_a_model_cannot_do(here: Path, models: dict[str, str]) -> None:
+def test_what_a_model_does_not_support_is_refused(here: Path, models: dict[str, str]) -> None:
     sentence = refused("roundtrip", "in.wav", "out/a.wav", "--stream", "--model", models["not_causal"])
     assert "this configuration cannot stream" in sentence
     run("encode", "in.wav", "out/a.st", "--model", models["encoder"])
@@ -119,7 +119,7 @@ def write_broken_inputs(folder: Path, model: str) -> None:
         data = Path(source).read_bytes()
         (folder / name).write_bytes(data[: len(data) // 2])
     tokens = bytearray(Path("ours.st").read_bytes())
-    tokens[-1] = 64  # one more than the last entry
+    tokens[-1] = 64  # one more than the largest code
     (folder / "range.st").write_bytes(tokens)
     (folder / "pickle.pt").write_bytes(b"\x80\x02")
 
@@ -159,7 +159,7 @@ BAD = [
     ("decode in.wav out/a.wav", "in.wav is not a safetensors file"),
     ("decode cut.st out/a.wav", "cut.st is not a safetensors file, or is truncated"),
     ("decode range.st out/a.wav", "codes must lie in [0, 64), got 64"),
-    ("decode cut.safetensors out/a.wav", "cut.safetensors is a safetensors file, but not one of tokens"),
+    ("decode cut.safetensors out/a.wav", "cut.safetensors is a safetensors file, but not a token file"),
     ("decode ours.st out/a.wav --codebooks 7", "codebooks must be from 1 to 6, got 7"),
     ("decode ours.st ours.st", "cannot write ours.st"),
     ("decode ours.st out/a.txt", "its suffix must be one of"),
@@ -200,8 +200,8 @@ def test_a_mistake_is_one_sentence(
     assert expected in refused(*args)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test wants to be absent")
-def test_a_gpu_that_is_not_there(here: Path, models: dict[str, str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_named(here: Path, models: dict[str, str]) -> None:
     sentence = refused("encode", "in.wav", "out/a.st", "--device", "cuda", "--model", models["a"])
     assert "device 'cuda' was asked for, and PyTorch finds only" in sentence
 
@@ -209,7 +209,7 @@ def test_a_gpu_that_is_not_there(here: Path, models: dict[str, str]) -> None:
 def test_an_existing_target_survives_a_mistake(here: Path, models: dict[str, str]) -> None:
     write_noise(here / "long.wav", 9)
     data = bytearray(Path("long.wav").read_bytes())
-    data[-4:] = np.float32("nan").tobytes()  # noticed when most has been encoded
+    data[-4:] = np.float32("nan").tobytes()  # found after most of the file has been encoded
     Path("long.wav").write_bytes(data)
     for name in ("a.wav", "a.st", "a.png"):
         Path("out", name).write_text("old")
@@ -218,10 +218,10 @@ def test_an_existing_target_survives_a_mistake(here: Path, models: dict[str, str
 
 
 @pytest.mark.parametrize("line", ["np.zeros(3) + np.zeros(4)", "torch.zeros(3) @ torch.zeros(4)", "int('three')"])
-def test_a_bug_of_ours_is_no_sentence(
+def test_a_bug_of_ours_keeps_its_traceback(
     here: Path, models: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But it leaves nothing behind either."""
+    """It leaves no partial file behind either."""
     module = {"__name__": "fastmimi.buggy", "np": np, "torch": torch}
     exec(f"def decode(*args, **options): {line}", module)
     monkeypatch.setattr(transcode, "decode", module["decode"])
@@ -233,9 +233,9 @@ def test_a_bug_of_ours_is_no_sentence(
     assert os.listdir("out") == []
 
 
-def test_an_interruption_leaves_nothing(here: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_leaves_no_files(here: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
-        assert len(os.listdir("out")) == 1  # half of the audio
+        assert len(os.listdir("out")) == 1  # the temporary file with part of the audio
         raise KeyboardInterrupt
 
     monkeypatch.setattr(work.AudioWriter, "write", interrupted)
@@ -263,11 +263,13 @@ def start(*args: object, **options: object) -> subprocess.Popen:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_nothing(here: Path, models: dict[str, str], number: int, code: int) -> None:
+def test_a_signal_leaves_no_files(here: Path, models: dict[str, str], number: int, code: int) -> None:
     run("encode", "in.wav", "a.st", "--model", models["a"])
     long = np.zeros((6, 20_000), int)
     replace(Tokens.load("a.st"), codes=long, length=1920 * long.shape[1]).save("long.st")
-    process = start("decode", "long.st", "out/a.wav", "--stream", "--model", models["a"])
+    # what a shell starts in the background ignores SIGINT, and so do its children: `make test &`
+    heard = partial(signal.signal, number, signal.SIG_DFL)
+    process = start("decode", "long.st", "out/a.wav", "--stream", "--model", models["a"], preexec_fn=heard)
     while not os.listdir("out"):
         assert process.poll() is None
         time.sleep(0.05)
@@ -280,7 +282,7 @@ def test_a_signal_leaves_nothing(here: Path, models: dict[str, str], number: int
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="resource limits")
-def test_a_full_disk_leaves_nothing(here: Path, models: dict[str, str]) -> None:
+def test_a_full_disk_leaves_no_files(here: Path, models: dict[str, str]) -> None:
     import resource
 
     def limit() -> None:
@@ -294,9 +296,9 @@ def test_a_full_disk_leaves_nothing(here: Path, models: dict[str, str]) -> None:
     assert os.listdir("out") == []
 
 
-def test_without_matplotlib_it_says_what_to_install(
+def test_without_matplotlib_the_error_says_what_to_install(
     here: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     sentence = refused("encode", "in.wav", "out/a.st", "--plot", "out/a.png", "--model", models["a"])
-    assert sentence == "error: pictures need matplotlib: pip install 'fastmimi[plot]'"
+    assert sentence == "error: plots need matplotlib: pip install 'fastmimi[plot]'"

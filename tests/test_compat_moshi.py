@@ -1,4 +1,4 @@
-"""The moshi face against moshi on the same weights: codes identical, audio within 1e-5 of the peak."""
+"""The moshi drop-in against moshi with the same weights: codes identical, audio within 1e-5 of the peak."""
 
 import copy
 import subprocess
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastmimi.checkpoints.weights import save_kyutai
-from fastmimi.compat import moshi as face
+from fastmimi.compat import moshi as drop_in
 from fastmimi.devtools.testing import assert_same_codes, lengths, noise, relative_error
 from fastmimi.runtime.state import StreamState
 
@@ -29,10 +29,10 @@ TRANSFORMER = {
 
 
 def small(seanet=(), quantizer=(), transformer=(), **top):
-    """A mimi_config of moshi's with small widths, changed part by part."""
-    parts = {"seanet": SEANET | dict(seanet), "quantizer": QUANTIZER | dict(quantizer)}
-    parts["transformer"] = TRANSFORMER | dict(transformer)
-    return {"sample_rate": 24_000, "channels": 1, "frame_rate": 12.5} | parts | top
+    """A mimi_config, as moshi takes it, for a small model; the arguments change it section by section."""
+    sections = {"seanet": SEANET | dict(seanet), "quantizer": QUANTIZER | dict(quantizer)}
+    sections["transformer"] = TRANSFORMER | dict(transformer)
+    return {"sample_rate": 24_000, "channels": 1, "frame_rate": 12.5} | sections | top
 
 
 CONFIGS = {
@@ -53,7 +53,7 @@ CONFIGS = {
 
 
 def randomize(model):
-    """Weights that let every part count: biases, layer scales and usages are not what they start from."""
+    """Random biases, layer scales and codebooks instead of the initial zeros and ones, so that each affects results."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -72,18 +72,18 @@ def loaders():
 
 @pytest.fixture(scope="module")
 def make_pair(loaders, tmp_path_factory):
-    """Name of a configuration -> moshi's model and ours, from one file that either has written."""
+    """Name of a configuration -> moshi's model and ours, with the same weights, passed in a file."""
 
     def make(name):
         file, config = tmp_path_factory.mktemp(name) / "tokenizer.safetensors", CONFIGS[name]
         if config is None:
-            save_kyutai(randomize(face.get_mimi(None)).core, file)
+            save_kyutai(randomize(drop_in.get_mimi(None)).core, file)
             peer = loaders.get_mimi(file)
         else:
             torch.manual_seed(0)
             peer = randomize(loaders.get_mimi(None, config))
             save_file(peer.state_dict(), file)
-        mine = face.get_mimi(file, config)
+        mine = drop_in.get_mimi(file, config)
         file.unlink()
         return peer.requires_grad_(False), mine.requires_grad_(False)
 
@@ -99,12 +99,12 @@ def pair(request, make_pair):
 
 @pytest.fixture(scope="module")
 def model():
-    """Ours alone: these tests run without moshi."""
-    return randomize(face.get_mimi(None, CONFIGS["small"])).requires_grad_(False)
+    """Only our model, for tests that run without moshi."""
+    return randomize(drop_in.get_mimi(None, CONFIGS["small"])).requires_grad_(False)
 
 
 def in_chunks(function, x, size):
-    return torch.cat([function(piece) for piece in x.split(size, dim=-1)], dim=-1)
+    return torch.cat([function(chunk) for chunk in x.split(size, dim=-1)], dim=-1)
 
 
 # ---- offline
@@ -122,7 +122,7 @@ def test_codes_and_audio(pair, index):
         peer.set_num_codebooks(count)
         mine.set_num_codebooks(count)
         assert mine.num_codebooks == peer.num_codebooks == count
-        if samples < 10_000 or count == 8:  # once is enough where it takes seconds
+        if samples < 10_000 or count == 8:  # long audio takes seconds, so with one count only
             theirs = peer.encode(audio)
             assert_same_codes(mine.encode(audio), theirs, latents, mine.core)
             assert relative_error(mine.decode(theirs), peer.decode(theirs)) < 1e-5
@@ -157,8 +157,8 @@ def test_properties_and_forward(pair):
 
 def test_constants_and_the_default_configuration(loaders):
     for name in ("SAMPLE_RATE", "FRAME_RATE", "MIMI_NAME", "DEFAULT_REPO"):
-        assert getattr(face, name) == getattr(loaders, name), name
-    assert face.codec_config(loaders._mimi_config) == face.CodecConfig()
+        assert getattr(drop_in, name) == getattr(loaders, name), name
+    assert drop_in.codec_config(loaders._mimi_config) == drop_in.CodecConfig()
 
 
 # ---- streaming
@@ -181,7 +181,7 @@ def test_streams_equal_the_peers_up_to_10_s(make_pair, name, frames):
 @pytest.mark.slow
 @pytest.mark.parametrize("frames", [1, 5])
 def test_beyond_10_s_streams_equal_the_peer_offline(make_pair, frames):
-    """There the peer's own streams part from it: its ring forgets while it takes a call's keys."""
+    """The peer's own streams do not: its ring buffer overwrites keys before a call's first queries have read them."""
     peer, mine = make_pair("small")
     audio = noise(1, 1, 160 * mine.frame_size)
     codes = peer.encode(audio)
@@ -192,7 +192,7 @@ def test_beyond_10_s_streams_equal_the_peer_offline(make_pair, frames):
         theirs = in_chunks(peer.decode, codes, frames)
     edge = 125 * mine.frame_size
     assert relative_error(theirs[..., :edge], whole[..., :edge]) < 1e-5
-    assert relative_error(theirs, whole) > 1e-4, "the peer's ring keeps 250 now: say so in compat/moshi.py"
+    assert relative_error(theirs, whole) > 1e-4, "the peer's streams attend to 250 now: update compat/moshi.py"
 
 
 @pytest.mark.slow
@@ -225,13 +225,13 @@ def test_latents_and_forward_while_streaming(make_pair):
     audio = noise(2, 1, 6 * mine.frame_size)
     for method in ("encode_to_latent", "forward"):
         with peer.streaming(2), mine.streaming(2):
-            for piece in audio.split(2 * mine.frame_size, dim=-1):
-                theirs, ours = getattr(peer, method)(piece), getattr(mine, method)(piece)
+            for chunk in audio.split(2 * mine.frame_size, dim=-1):
+                theirs, ours = getattr(peer, method)(chunk), getattr(mine, method)(chunk)
                 assert method != "forward" or torch.equal(ours.codes, theirs.codes)
                 assert relative_error(getattr(ours, "x", ours), getattr(theirs, "x", theirs)) < 1e-5
 
 
-def test_the_comparison_of_codes_sees_a_wrong_one(model):
+def test_assert_same_codes_detects_a_wrong_code(model):
     audio = noise(1, 1, 9600)
     codes, latents = model.encode(audio), model.encode_to_latent(audio, quantize=False)
     other = torch.where(torch.arange(8)[:, None] == 3, 63 - codes, codes)
@@ -244,13 +244,13 @@ def test_any_chunk_length(model):
     whole = model.encode(audio)
     with model.streaming(2):
         assert model.encode(audio[..., :100]).shape == (2, 8, 0)
-        pieces = [model.encode(piece) for piece in audio[..., 100:].split(777, dim=-1)]
-        assert torch.equal(torch.cat([*pieces, model.flush()], dim=-1), whole)
+        codes = [model.encode(chunk) for chunk in audio[..., 100:].split(777, dim=-1)]
+        assert torch.equal(torch.cat([*codes, model.flush()], dim=-1), whole)
         assert model.flush().shape == (2, 8, 0)
 
 
-def test_a_row_without_a_frame_is_not_taken_for_codes(model):
-    """Ruled out: 0, which can be embedded. Not ruled out, but without a frame where others have one: -1."""
+def test_codes_of_rows_without_a_frame(model):
+    """0, which can be embedded, for an inactive row; -1 for an active one that completes no frame where others do."""
     half = noise(3, 1, model.frame_size // 2)
     with model.streaming(3):
         model.set_exec_mask(torch.tensor([True, False, True]))
@@ -269,16 +269,16 @@ def test_the_state_is_saved_and_restored_in_the_middle(make_pair):
     with mine.streaming(2):
         mine.encode(first)
         mine.decode(codes[..., :4])
-        kept, again = ({"": mine.get_streaming_state()[""].clone()} for _ in range(2))
-        once = mine.encode(rest), mine.decode(codes[..., 4:])
-        assert torch.equal(once[0], codes[..., 4:])
-        assert relative_error(once[1], peer.decode(codes)[..., first.shape[-1] - 5 :]) < 1e-5
-        mine.set_streaming_state(kept)
-        assert torch.equal(mine.encode(rest), once[0])
+        snapshot, same_snapshot = ({"": mine.get_streaming_state()[""].clone()} for _ in range(2))
+        expected = mine.encode(rest), mine.decode(codes[..., 4:])
+        assert torch.equal(expected[0], codes[..., 4:])
+        assert relative_error(expected[1], peer.decode(codes)[..., first.shape[-1] - 5 :]) < 1e-5
+        mine.set_streaming_state(snapshot)
+        assert torch.equal(mine.encode(rest), expected[0])
     other = copy.deepcopy(mine)
-    other.set_streaming_state(again)  # a model that was not streaming goes on with the stream
+    other.set_streaming_state(same_snapshot)  # a model that was not streaming continues the stream
     assert other.is_streaming and not mine.is_streaming
-    assert torch.equal(other.encode(rest), once[0]) and torch.equal(other.decode(codes[..., 4:]), once[1])
+    assert torch.equal(other.encode(rest), expected[0]) and torch.equal(other.decode(codes[..., 4:]), expected[1])
     other.set_streaming_state({"": None})
     assert not other.is_streaming
 
@@ -298,12 +298,12 @@ def test_streaming_begins_with_the_call_and_ends_with_the_context(model):
 def test_it_is_a_module(model, tmp_path):
     config = CONFIGS["small"]
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in model.core.parameters())
-    twin = face.get_mimi(None, config)
+    twin = drop_in.get_mimi(None, config)
     assert not torch.equal(twin.encode(noise(1, 1, 9600)), model.encode(noise(1, 1, 9600)))
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin.encode(noise(1, 1, 9600)), model.encode(noise(1, 1, 9600)))
     save_kyutai(model.core, tmp_path / "x.safetensors")
-    back = face.get_mimi(str(tmp_path / "x.safetensors"), config, num_codebooks=3)
+    back = drop_in.get_mimi(str(tmp_path / "x.safetensors"), config, num_codebooks=3)
     assert torch.equal(back.encode(noise(1, 1, 9600)), model.encode(noise(1, 1, 9600))[:, :3])
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert half.decode(half.encode(noise(1, 1, 1920))).dtype == torch.bfloat16
@@ -340,35 +340,35 @@ def test_it_runs_without_moshi():
     [
         ({"seanet": {"activation": "SiLU"}}, r"\['seanet'\]\['activation'\] must be 'ELU', got 'SiLU'"),
         ({"seanet": {"pad_mode": "reflect"}}, r"\['pad_mode'\] must be constant or replicate, got 'reflect'"),
-        ({"seanet": {"final_activation": "Tanh"}}, r"no model for: final_activation"),
+        ({"seanet": {"final_activation": "Tanh"}}, r"not supported: final_activation"),
         ({"quantizer": {"input_dimension": 64}}, r"\['input_dimension'\] must be 32, got 64"),
         ({"quantizer": {"dimension": 32}}, r"\['dimension'\] must differ from seanet's, both are 32"),
         ({"transformer": {"d_model": 64}}, r"\['transformer'\]\['d_model'\] must be 32, got 64"),
         ({"transformer": {"positional_embedding": "sin"}}, r"\['positional_embedding'\] must be 'rope'"),
         ({"transformer": {"layer_scale": None}}, r"\['layer_scale'\] must be given"),
-        ({"transformer": {"kv_repeat": 3}}, r"4 heads cannot be shared by kv_repeat=3"),
+        ({"transformer": {"kv_repeat": 3}}, r"num_heads=4 must be divisible by kv_repeat=3"),
         ({"channels": 2}, r"mimi_config\['channels'\] must be 1, got 2"),
         ({"frame_rate": 10.0}, r"frame_rate must divide"),
     ],
 )
-def test_configurations_that_there_is_no_model_for(changes, sentence):
+def test_unsupported_configurations(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        face.get_mimi(None, small(**changes))
+        drop_in.get_mimi(None, small(**changes))
     with pytest.raises(ValueError, match="mimi_config has no frame_rate, seanet"):
-        face.codec_config({"sample_rate": 24_000, "channels": 1, "quantizer": {}, "transformer": {}})
+        drop_in.codec_config({"sample_rate": 24_000, "channels": 1, "quantizer": {}, "transformer": {}})
 
 
-def test_files_that_are_not_read(tmp_path, model):
+def test_invalid_files_and_numbers_of_codebooks(tmp_path, model):
     (tmp_path / "x.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"x\.pt is not a \.safetensors file; pickled checkpoints can run code"):
-        face.get_mimi(tmp_path / "x.pt")
+        drop_in.get_mimi(tmp_path / "x.pt")
     with pytest.raises(ValueError, match="no model at"):
-        face.get_mimi(tmp_path / "y.safetensors")
+        drop_in.get_mimi(tmp_path / "y.safetensors")
     save_kyutai(model.core, tmp_path / "z.safetensors")
     with pytest.raises(ValueError, match=r"96,151,393 parameters, and .*z\.safetensors holds 152,830"):
-        face.get_mimi(tmp_path / "z.safetensors")  # a small model, the default configuration
+        drop_in.get_mimi(tmp_path / "z.safetensors")  # a small model with the default configuration
     with pytest.raises(ValueError, match="number of codebooks must be from 1 to 9, got 10"):
-        face.get_mimi(tmp_path / "z.safetensors", CONFIGS["small"], num_codebooks=10)
+        drop_in.get_mimi(tmp_path / "z.safetensors", CONFIGS["small"], num_codebooks=10)
     with pytest.raises(ValueError, match="number of codebooks must be from 1 to 9, got 0"):
         model.set_num_codebooks(0)
 
@@ -378,7 +378,7 @@ def test_calls_out_of_order(model):
     for call in (model.reset_streaming, model.flush, lambda: model.set_exec_mask(mask)):
         with pytest.raises(RuntimeError, match="needs a streaming model"):
             call()
-    with pytest.raises(RuntimeError, match=r"has the one name '', got \['encoder'\]"):
+    with pytest.raises(RuntimeError, match=r"must have the single name '', got \['encoder'\]"):
         model.set_streaming_state({"encoder": None})
     with pytest.raises(ValueError, match="state must come from new_state"):
         model.set_streaming_state({"": 3})

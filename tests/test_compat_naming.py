@@ -1,4 +1,4 @@
-"""The transformers face takes the arguments of the installed transformers and answers under its names."""
+"""The transformers drop-in has the argument names and output fields of the installed version of transformers."""
 
 import inspect
 import subprocess
@@ -11,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import fastmimi  # noqa: E402
-from fastmimi.compat import transformers as face  # noqa: E402
+from fastmimi.compat import transformers as drop_in  # noqa: E402
 from fastmimi.devtools.testing import SMALL, noise  # noqa: E402
 
 
@@ -25,7 +25,7 @@ def models():
 
 
 def methods(module):
-    models = [module.MimiModel, *([module.MimiEncoderModel, module.MimiDecoderModel] if face.HALVES else [])]
+    models = [module.MimiModel, *([module.MimiEncoderModel, module.MimiDecoderModel] if drop_in.HALVES else [])]
     return [getattr(m, name) for m in models for name in ("forward", "encode", "decode") if hasattr(m, name)]
 
 
@@ -34,7 +34,7 @@ def test_signatures_are_the_peers():
 
 
 def outcome(call):
-    """What a call gives: its result and the deprecations it warns of, or the type of its error."""
+    """The deprecation warnings and the result of a call, or (TypeError, None) if it raises that."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -49,11 +49,11 @@ CALLS = {
         padding_mask=None, use_streaming=True, padding_cache=None, num_quantizers=2, input_values=noise(1, 1, 1920)
     ),
     "all by position": lambda m: m.encode(noise(1, 1, 1920), None, 2, None, None, True),
-    "a keyword that there is not": lambda m: m.decode(torch.zeros(1, 6, 2, dtype=torch.int64), nonsense=1),
-    "another one": lambda m: m.encode(noise(1, 1, 1920), past=None),
-    "nothing": lambda m: m(),
-    "twice": lambda m: m.decode(torch.zeros(1, 6, 2, dtype=torch.int64), audio_codes=None),
-    "too much": lambda m: m.decode(torch.zeros(1, 6, 2, dtype=torch.int64), None, None, None, None),
+    "unknown keyword": lambda m: m.decode(torch.zeros(1, 6, 2, dtype=torch.int64), nonsense=1),
+    "the drop-in's own name": lambda m: m.encode(noise(1, 1, 1920), past=None),
+    "no arguments": lambda m: m(),
+    "the same argument twice": lambda m: m.decode(torch.zeros(1, 6, 2, dtype=torch.int64), audio_codes=None),
+    "too many arguments": lambda m: m.decode(torch.zeros(1, 6, 2, dtype=torch.int64), None, None, None, None),
     "old name, encoder": lambda m: m.encoder(
         noise(1, 1, 1920), past_key_values=transformers.DynamicCache(), use_streaming=True
     ),
@@ -67,8 +67,8 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 @torch.no_grad()
-def test_arguments_are_taken_as_the_peer_takes_them(models, name):
-    if not face.HALVES and name in ("old name, encoder", "old name, decoder"):
+def test_calls_succeed_and_fail_as_the_peers(models, name):
+    if not drop_in.HALVES and name in ("old name, encoder", "old name, decoder"):
         pytest.skip("this transformers has no MimiEncoderModel")
     (mine, result), (theirs, expected) = (outcome(lambda m=m: CALLS[name](m)) for m in models)
     assert mine == theirs
@@ -113,6 +113,6 @@ assert again.decoder_memory.get_seq_length() == 8
 
 
 def test_names_are_read_off_the_peer():
-    """A transformers with other names for its caches needs nothing changed here."""
+    """A version of transformers with other names for its caches works without changes to the drop-in."""
     done = subprocess.run([sys.executable, "-c", OTHER_NAMES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

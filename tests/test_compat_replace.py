@@ -1,4 +1,4 @@
-"""`replace_mimi`: transformers' Mimi inside larger models becomes ours and back, sharing every parameter."""
+"""`replace_mimi` and `restore_mimi`: transformers' Mimi in a larger model becomes ours and back, sharing parameters."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_inside_larger_models(make):
     assert getattr(model, name) is codec and isinstance(codec, fastmimi.MimiModel)
     assert isinstance(codec, transformers.MimiModel) and type(codec).__name__ == "MimiModel"
     check_same(codec(audio), before)
-    assert "_binding" in codec.__dict__, "our core did the computing"
+    assert "_binding" in codec.__dict__, "our core did the computation"
     assert list(model.state_dict()) == keys and [p.data_ptr() for p in model.parameters()] == addresses
     fastmimi.restore_mimi(model)
     assert type(codec) is transformers.MimiModel and not isinstance(codec, fastmimi.MimiModel)
@@ -86,7 +86,7 @@ def test_replacing_a_subclass_keeps_what_it_overrides():
 
 
 @torch.no_grad()
-def test_restored_after_a_cast_it_runs_as_the_peer():
+def test_a_model_restored_after_a_cast_runs():
     torch.manual_seed(0)
     model = transformers.MimiModel(transformers.MimiConfig(**SMALL)).eval()
     fill_codebooks(model)

@@ -1,4 +1,4 @@
-"""The rustymimi face against rustymimi on the same weights: codes identical up to 10 s, audio within 1e-5."""
+"""The rustymimi drop-in against rustymimi with the same weights: codes identical up to 10 s, audio within 1e-5."""
 
 import dataclasses
 import gc
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastmimi.checkpoints import weights
-from fastmimi.compat import rustymimi as face
+from fastmimi.compat import rustymimi as drop_in
 from fastmimi.devtools import testing
 from fastmimi.models.config import CodecConfig
 from fastmimi.models.mimi import Mimi
@@ -25,7 +25,7 @@ FRAME = 1920
 
 @pytest.fixture(scope="module")
 def file():
-    """A checkpoint of the only architecture that rustymimi knows, in which every part counts; 300 MB, so removed."""
+    """A checkpoint of the only architecture that rustymimi supports; every weight affects results. Deleted: 300 MB."""
     model = weights.random(CodecConfig(num_quantizers=8))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -48,13 +48,13 @@ def package():
 
 @pytest.fixture(scope="module")
 def peer(package, file):
-    """For whole clips: its streams do not start anew."""
+    """For whole clips only, since the streams of a shared object are never fresh again, even after `reset`."""
     return package.Tokenizer(file)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(file):
-    return face.Tokenizer(file)
+    return drop_in.Tokenizer(file)
 
 
 @pytest.fixture
@@ -71,12 +71,12 @@ def some_codes(frames, seed=0, batch=1):
     return np.random.default_rng(seed).integers(0, 2048, (batch, 8, frames), dtype=np.uint32)
 
 
-def pieces(x, size):
+def chunks(x, size):
     return [np.ascontiguousarray(x[..., start : start + size]) for start in range(0, x.shape[-1], size)]
 
 
 def assert_same_codes(mine, theirs, core, audio):
-    """`testing.assert_same_codes` on arrays."""
+    """`testing.assert_same_codes` for arrays."""
     assert mine.dtype == theirs.dtype == np.uint32
     latents = core.encode_to_latent(torch.from_numpy(audio), last_frame="layers")
     testing.assert_same_codes(*(torch.from_numpy(codes.astype(np.int64)) for codes in (mine, theirs)), latents, core)
@@ -96,7 +96,7 @@ def test_codes_of_any_length(peer, mine, count):
     assert_same_codes(mine.encode(audio), peer.encode(audio), mine._mimi, audio)
 
 
-def test_the_comparison_of_codes_sees_a_wrong_one(mine):
+def test_assert_same_codes_detects_a_wrong_code(mine):
     audio = samples(FRAME)
     codes = mine.encode(audio)
     for level in (0, 3):
@@ -121,7 +121,7 @@ def test_audio(peer, mine):
 
 
 def test_beyond_ten_seconds_the_difference_is_the_window(peer, mine):
-    """rustymimi is our core with a window of 251; this face is our core with 250."""
+    """rustymimi equals our core with a window of 251 positions; the drop-in equals our core with 250."""
     codes = some_codes(130)
     core = mine._mimi
     wider = Mimi(dataclasses.replace(core.config, sliding_window=251)).eval().requires_grad_(False)
@@ -131,7 +131,7 @@ def test_beyond_ten_seconds_the_difference_is_the_window(peer, mine):
     ours = mine.decode(codes)
     assert_same_audio(ours, core.decode(torch.from_numpy(codes.astype(np.int64))).numpy())
     assert_same_audio(ours[..., : 125 * FRAME], theirs[..., : 125 * FRAME])
-    assert np.abs(ours - theirs).max() > 1e-4 * np.abs(theirs).max(), "rustymimi sees 250 now: say so in compat/"
+    assert np.abs(ours - theirs).max() > 1e-4 * np.abs(theirs).max(), "rustymimi attends to 250 now: update its docs"
 
 
 # ---- steps
@@ -141,33 +141,33 @@ def test_beyond_ten_seconds_the_difference_is_the_window(peer, mine):
 def test_steps(package, file, mine, size):
     peer = package.Tokenizer(file)
     audio = samples(6 * FRAME + 500, batch=2)
-    for piece in pieces(audio, size):
-        theirs, ours = peer.encode_step(piece), mine.encode_step(piece)
+    for chunk in chunks(audio, size):
+        theirs, ours = peer.encode_step(chunk), mine.encode_step(chunk)
         assert (ours is None) == (theirs is None)
         assert ours is None or np.array_equal(ours, theirs)
     codes = some_codes(7, batch=2)
-    for piece in [*pieces(codes, 1 + size // FRAME), codes[..., :0]]:
-        theirs, ours = peer.decode_step(piece), mine.decode_step(piece)
+    for chunk in [*chunks(codes, 1 + size // FRAME), codes[..., :0]]:
+        theirs, ours = peer.decode_step(chunk), mine.decode_step(chunk)
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert_same_audio(ours, theirs)
 
 
-def test_steps_equal_the_whole_after_a_reset_and_beside_other_clips(mine):
+def test_streams_equal_whole_clips_after_a_reset_and_between_other_clips(mine):
     audio, codes = samples(3 * FRAME), some_codes(3)
     whole = mine.encode(audio), mine.decode(codes)
     for _ in range(2):
         mine.reset()
         steps = []
-        for piece, code in zip(pieces(audio, FRAME), pieces(codes, 1), strict=True):
-            steps.append((mine.encode_step(piece), mine.decode_step(code)))
+        for chunk, code in zip(chunks(audio, FRAME), chunks(codes, 1), strict=True):
+            steps.append((mine.encode_step(chunk), mine.decode_step(code)))
             mine.encode(samples(FRAME, seed=9))
             mine.decode(some_codes(2, seed=9))
         assert np.array_equal(np.concatenate([step[0] for step in steps], -1), whole[0])
         assert_same_audio(np.concatenate([step[1] for step in steps], -1), whole[1])
 
 
-def test_streams_have_the_rows_that_they_began_with(mine):
+def test_streams_keep_their_batch_size_until_reset(mine):
     assert mine.encode_step(samples(FRAME, batch=3)).shape == (3, 8, 1)
     with pytest.raises(ValueError, match="the state is for 3 streams"):
         mine.encode_step(samples(FRAME, batch=2))
@@ -179,7 +179,7 @@ def test_streams_have_the_rows_that_they_began_with(mine):
 
 
 def wait(get):
-    """What `get` has next; an error where it takes longer than a minute."""
+    """The next result of `get`. Raises TimeoutError if it takes longer than a minute."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         if (result := get()) is not None:
@@ -188,13 +188,13 @@ def wait(get):
     raise TimeoutError("no result")
 
 
-def test_threads_give_what_the_peers_give(package, file, mine):
-    theirs, ours = package.StreamTokenizer(file), face.StreamTokenizer(file)
+def test_threads_give_the_peers_results(package, file, mine):
+    theirs, ours = package.StreamTokenizer(file), drop_in.StreamTokenizer(file)
     assert ours.get_encoded() is None and ours.get_decoded() is None
     audio, codes = samples(5 * FRAME)[0, 0], some_codes(3)[0]
     for size in (100, 1000, 3000, FRAME, 0, 3580):
-        piece, audio = audio[:size], audio[size:]
-        assert theirs.encode(piece) is ours.encode(piece) is None
+        chunk, audio = audio[:size], audio[size:]
+        assert theirs.encode(chunk) is ours.encode(chunk) is None
     for count in (2, 1, 2):  # the calls that complete frames
         one, two = wait(theirs.get_encoded), wait(ours.get_encoded)
         assert one.shape == two.shape == (8, count)
@@ -210,16 +210,16 @@ def test_threads_give_what_the_peers_give(package, file, mine):
     assert ours.get_decoded() is None
 
 
-def test_frames_together_and_arrays_that_are_used_again(file, mine):
-    stream, codes = face.StreamTokenizer(file), some_codes(4)
+def test_several_frames_at_once_and_arrays_that_the_caller_reuses(file, mine):
+    stream, codes = drop_in.StreamTokenizer(file), some_codes(4)
     given = np.ascontiguousarray(codes[0].T)
     stream.decode(given)
     given[:] = 0
     assert_same_audio(wait(stream.get_decoded), mine.decode(codes)[0, 0])
 
 
-def test_an_error_of_a_thread_reaches_the_caller_and_the_stream_goes_on(file, mine):
-    stream = face.StreamTokenizer(file)
+def test_an_error_in_a_thread_reaches_the_caller_and_the_stream_continues(file, mine):
+    stream = drop_in.StreamTokenizer(file)
     codes, audio = some_codes(2), samples(2 * FRAME)
     stream.decode(codes[0, :, :1].T)
     stream.decode(np.full((1, 8), 5000, np.uint32))
@@ -237,18 +237,18 @@ def test_an_error_of_a_thread_reaches_the_caller_and_the_stream_goes_on(file, mi
     assert np.array_equal(np.concatenate([first, wait(stream.get_encoded)], -1), mine.encode(audio)[0])
 
 
-def test_threads_end_with_their_object(file):
-    stream = face.StreamTokenizer(file)
+def test_threads_end_when_their_object_is_deleted(file):
+    stream = drop_in.StreamTokenizer(file)
     threads = stream._encoder.thread, stream._decoder.thread
     for _ in range(20):
-        stream.encode(samples(25 * FRAME)[0, 0])  # far more than it will do
+        stream.encode(samples(25 * FRAME)[0, 0])  # far more than it will process
     assert all(thread.daemon and thread.is_alive() for thread in threads)
     del stream
     gc.collect()
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_python_ends_cleanly_while_threads_work(file):
+def test_python_exits_cleanly_while_threads_work(file):
     code = (
         "import sys, numpy as np; from fastmimi.compat.rustymimi import StreamTokenizer\n"
         "stream = StreamTokenizer(sys.argv[1])\n"
@@ -265,13 +265,13 @@ def test_python_ends_cleanly_while_threads_work(file):
 
 @pytest.mark.parametrize("name", ["Tokenizer", "StreamTokenizer"])
 def test_keywords_are_the_peers(package, name):
-    theirs, mine = (inspect.signature(getattr(module, name)).parameters.values() for module in (package, face))
+    theirs, mine = (inspect.signature(getattr(module, name)).parameters.values() for module in (package, drop_in))
     assert [(p.name, p.kind, p.default) for p in mine] == [(p.name, p.kind, p.default) for p in theirs]
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_fewer_codebooks(package, file, count):
-    theirs, ours = (module.Tokenizer(file, num_codebooks=count) for module in (package, face))
+    theirs, ours = (module.Tokenizer(file, num_codebooks=count) for module in (package, drop_in))
     audio, codes = samples(3 * FRAME), some_codes(3)[:, :count].copy()
     assert_same_codes(ours.encode(audio), theirs.encode(audio), ours._mimi, audio)
     assert_same_audio(ours.decode(codes), theirs.decode(codes))
@@ -279,10 +279,10 @@ def test_fewer_codebooks(package, file, count):
     assert_same_audio(ours.decode_step(codes), ours.decode(codes))
     with pytest.raises(ValueError, match=rf"codes must be \[batch, {count}, frames\], got \(1, 8, 3\)"):
         ours.decode(some_codes(3))
-    if count > 1:  # with one, it takes the first row of any
+    if count > 1:  # with one codebook, the peer reads the first row of any number
         with pytest.raises(ValueError, match="mismatch between the number of layers"):
             theirs.decode(some_codes(3))
-    stream = face.StreamTokenizer(file, num_codebooks=count)
+    stream = drop_in.StreamTokenizer(file, num_codebooks=count)
     stream.encode(audio[0, 0])
     stream.decode(codes[0].T)
     assert np.array_equal(wait(stream.get_encoded), ours.encode(audio)[0])
@@ -291,21 +291,21 @@ def test_fewer_codebooks(package, file, count):
         stream.decode(some_codes(3)[0].T)
 
 
-def test_numbers_of_codebooks_that_there_are_not(package, file):
-    for module in (package, face):
+def test_invalid_numbers_of_codebooks(package, file):
+    for module in (package, drop_in):
         with pytest.raises(ValueError, match=r"cannot find tensor|number of codebooks"):
             module.Tokenizer(file, num_codebooks=9)
         for count in (8.0, "8", None):
             with pytest.raises(TypeError):
                 module.Tokenizer(file, num_codebooks=count)
-    for count in (9, 0, -1):  # 0 is a panic there
+    for count in (9, 0, -1):  # 0 makes the peer panic
         with pytest.raises(ValueError, match=f"number of codebooks must be from 1 to 8, got {count}"):
-            face.Tokenizer(file, num_codebooks=count)
+            drop_in.Tokenizer(file, num_codebooks=count)
 
 
-def test_the_longest_input_is_the_peers_limit_and_not_ours(package, file):
-    """There, everything that an object has ever encoded counts, clips and steps, and `reset` changes nothing."""
-    theirs, ours = (module.Tokenizer(file, max_seq_len=8) for module in (package, face))
+def test_the_length_of_the_input_is_limited_only_in_the_peer(package, file):
+    """There, everything that an object has ever encoded counts, clips and streams, across resets."""
+    theirs, ours = (module.Tokenizer(file, max_seq_len=8) for module in (package, drop_in))
     for tokenizer in (theirs, ours):
         tokenizer.encode(samples(2 * FRAME))
         tokenizer.encode_step(samples(2 * FRAME))
@@ -318,7 +318,7 @@ def test_the_longest_input_is_the_peers_limit_and_not_ours(package, file):
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_half_precision(file, mine, dtype):
-    half = face.Tokenizer(str(file), dtype=dtype, max_seq_len=1000)
+    half = drop_in.Tokenizer(str(file), dtype=dtype, max_seq_len=1000)
     audio, codes = samples(3 * FRAME), some_codes(3)
     assert half.encode(audio).dtype == np.uint32
     out = half.decode(codes)
@@ -326,7 +326,7 @@ def test_half_precision(file, mine, dtype):
     assert testing.relative_error(torch.from_numpy(out), torch.from_numpy(mine.decode(codes))) < 0.05
 
 
-def test_arrays_in_any_order(mine):
+def test_arrays_in_any_memory_order(mine):
     audio = np.asfortranarray(samples(2 * FRAME, batch=2))
     assert np.array_equal(mine.encode(audio), mine.encode(np.ascontiguousarray(audio)))
     codes = some_codes(4)[..., ::2]
@@ -341,7 +341,7 @@ WAVES = np.array([0, 0.5, -0.5, 1, -1, 2, -2, np.nan, np.inf, -np.inf, 1e-5, 0.9
 @pytest.mark.parametrize("data", [WAVES, samples(500, seed=1)[0, 0], WAVES[::2], WAVES[:0]])
 def test_wav_files_have_the_peers_bytes(package, tmp_path, data):
     package.write_wav(tmp_path / "theirs.wav", np.ascontiguousarray(data), 24_000)
-    assert face.write_wav(str(tmp_path / "ours.wav"), data, 24_000) is None
+    assert drop_in.write_wav(str(tmp_path / "ours.wav"), data, 24_000) is None
     assert (tmp_path / "ours.wav").read_bytes() == (tmp_path / "theirs.wav").read_bytes()
 
 
@@ -361,7 +361,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_errors_are_of_the_peers_kind(peer, mine, name):
+def test_errors_have_the_peers_type(peer, mine, name):
     with pytest.raises((TypeError, ValueError)) as theirs:
         BAD[name](peer)
     with pytest.raises(theirs.type, match=r"must (be|lie)"):
@@ -369,14 +369,14 @@ def test_errors_are_of_the_peers_kind(peer, mine, name):
 
 
 def test_bad_arguments(package, file, tmp_path):
-    for module in (package, face):
-        for kind in (module.Tokenizer, module.StreamTokenizer):
+    for module in (package, drop_in):
+        for cls in (module.Tokenizer, module.StreamTokenizer):
             with pytest.raises(ValueError, match="dtype"):
-                kind(file, dtype="float32")
+                cls(file, dtype="float32")
             with pytest.raises(ValueError, match=r"none\.safetensors"):
-                kind(tmp_path / "none.safetensors")
+                cls(tmp_path / "none.safetensors")
             with pytest.raises(TypeError):
-                kind(file, "f32")
+                cls(file, "f32")
         with pytest.raises(ValueError, match=r"none.a\.wav"):
             module.write_wav(tmp_path / "none" / "a.wav", WAVES, 24_000)
         with pytest.raises(TypeError):
@@ -384,14 +384,14 @@ def test_bad_arguments(package, file, tmp_path):
         with pytest.raises(TypeError):
             module.write_wav(tmp_path / "a.wav", WAVES, 24_000.0)
     with pytest.raises(ValueError, match="max_seq_len must be a positive integer"):
-        face.Tokenizer(file, max_seq_len=0)
+        drop_in.Tokenizer(file, max_seq_len=0)
     with pytest.raises(ValueError, match="sample_rate must be a positive number"):
-        face.write_wav(tmp_path / "a.wav", WAVES, 0)
+        drop_in.write_wav(tmp_path / "a.wav", WAVES, 0)
     assert not (tmp_path / "a.wav").exists()
 
 
-def test_arguments_of_the_threads_are_checked_at_once(file):
-    stream = face.StreamTokenizer(file)
+def test_stream_arguments_are_checked_in_the_callers_thread(file):
+    stream = drop_in.StreamTokenizer(file)
     with pytest.raises(TypeError, match=r"pcm_data must be a numpy array of float32 \[samples\]"):
         stream.encode(samples(FRAME))
     with pytest.raises(TypeError, match=r"codes must be a numpy array of uint32 \[frames, 8\], got int64"):

@@ -1,4 +1,4 @@
-"""The transformers face against its peer, field by field, on the same weights; and what is better than the peer."""
+"""The transformers drop-in against transformers with the same weights, field by field, and its intended differences."""
 
 import copy
 import inspect
@@ -10,16 +10,16 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import fastmimi  # noqa: E402
-from fastmimi.compat import transformers as face  # noqa: E402
+from fastmimi.compat import transformers as drop_in  # noqa: E402
 from fastmimi.devtools.testing import CONFIGS, SMALL, noise, relative_error  # noqa: E402
 
 peer_module = transformers.models.mimi.modeling_mimi
-HALVES = face.HALVES
+HALVES = drop_in.HALVES
 PAST, PAST_OF_HALF = "encoder_past_key_values", "past_key_values"
 if PAST not in inspect.signature(transformers.MimiModel.encode).parameters:  # transformers >= 5.24
     PAST, PAST_OF_HALF = "encoder_cache", "cache"
 DECODER_PAST = PAST.replace("en", "de", 1)
-# transformers 4 attends to all that came before: compared within one window
+# transformers 4 attends to all earlier positions: compared within one window
 WINDOW = {} if hasattr(peer_module, "create_sliding_window_causal_mask") else {"sliding_window": 1000}
 NAMES = ["small", "ratios", "residual_layers", "attention", "replicate", "not_causal", "semantic"]
 needs_halves = pytest.mark.skipif(not HALVES, reason="this transformers has no MimiEncoderModel")
@@ -47,7 +47,7 @@ def models():
 
 
 def check_same(mine, theirs):
-    """Two outputs, or tuples of them: same type, same fields, codes identical, floats within 1e-5."""
+    """Two outputs, or tuples of them, have the same type and fields, identical codes, and floats within 1e-5."""
     if isinstance(theirs, torch.Tensor):
         assert mine.dtype == theirs.dtype
         if theirs.is_floating_point():
@@ -108,8 +108,8 @@ def test_lengths_and_masks_of_codes(models):
 def stream(model, audio, sizes):
     past = cache = None
     codes = []
-    for piece in audio.split(sizes, dim=-1):
-        out = model.encode(piece, **{PAST: past}, padding_cache=cache, use_streaming=True)
+    for chunk in audio.split(sizes, dim=-1):
+        out = model.encode(chunk, **{PAST: past}, padding_cache=cache, use_streaming=True)
         past, cache = getattr(out, PAST), out.padding_cache
         codes.append(out.audio_codes)
     return torch.cat(codes, dim=-1), past, cache
@@ -118,8 +118,8 @@ def stream(model, audio, sizes):
 @pytest.mark.parametrize("name", ["small", "replicate"])
 @torch.no_grad()
 def test_streaming_with_caches(name):
-    """On whole frames as the peer does it; on any chunks, nothing is lost."""
-    mine, peer = pair(name, use_cache=True)  # without, transformers 4 forgets even in a stream
+    """With chunks of whole frames the codes are the peer's; with chunks of any length they are the same."""
+    mine, peer = pair(name, use_cache=True)  # without it, transformers 4 drops its cache even in a stream
     audio = noise(2, 1, 1920 * 30)
     theirs, their_past, _ = stream(peer, audio, [1920 * 3] * 10)
     codes, past, cache = stream(mine, audio, [1920 * 3] * 10)
@@ -132,8 +132,8 @@ def test_streaming_with_caches(name):
 
 
 @torch.no_grad()
-def test_the_peers_own_padding_cache_is_served(models):
-    """As made by another model's code (KyutaiSpeechToText has its own copy of the class)."""
+def test_the_peers_own_padding_cache_is_accepted(models):
+    """Larger models may make it (KyutaiSpeechToText has its own copy of the class)."""
     mine, peer = models
     audio = noise(1, 1, 1920 * 4)
     _, past, cache = stream(peer, audio, [1920 * 4])
@@ -150,7 +150,7 @@ def test_key_value_caches_of_the_decoder():
     check_same(*first)
     second = [m.decode(codes[..., 12:], **{DECODER_PAST: f[1]}) for m, f in zip((mine, peer), first, strict=True)]
     check_same(*second)
-    if HALVES:  # before, the peer's `forward` left the caches out of its output
+    if HALVES:  # older versions of the peer's `forward` do not return the caches
         check_same(mine(noise(1, 1, 4000)), peer(noise(1, 1, 4000)))
 
 
@@ -185,26 +185,26 @@ def test_halves(tmp_path):
         a, b = ours.from_pretrained(tmp_path), theirs.from_pretrained(tmp_path)
         check_same(a(given), b(given))
     mine = fastmimi.MimiEncoderModel.from_pretrained(tmp_path)
-    pieces, past, cache = [], None, None
-    for piece in noise(1, 1, 1920 * 6).split(1000, dim=-1):
-        out = mine(piece, **{PAST_OF_HALF: past}, padding_cache=cache, use_streaming=True)
+    streamed, past, cache = [], None, None
+    for chunk in noise(1, 1, 1920 * 6).split(1000, dim=-1):
+        out = mine(chunk, **{PAST_OF_HALF: past}, padding_cache=cache, use_streaming=True)
         past, cache = getattr(out, PAST_OF_HALF), out.padding_cache
-        pieces.append(out.latents)
-    assert relative_error(torch.cat(pieces, dim=-1), mine(noise(1, 1, 1920 * 6)).latents) < 1e-5
-    only = fastmimi.MimiModel(transformers.MimiConfig(**SMALL, decoder_config=None))
-    assert only.encode(audio).audio_codes.shape == (2, 6, 3)
+        streamed.append(out.latents)
+    assert relative_error(torch.cat(streamed, dim=-1), mine(noise(1, 1, 1920 * 6)).latents) < 1e-5
+    encoder_only = fastmimi.MimiModel(transformers.MimiConfig(**SMALL, decoder_config=None))
+    assert encoder_only.encode(audio).audio_codes.shape == (2, 6, 3)
     with pytest.raises(ValueError, match="without"):
-        only.decode(torch.zeros(1, 6, 2, dtype=torch.int64))
+        encoder_only.decode(torch.zeros(1, 6, 2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_padding_mask_counts(side):
-    """Each item's codes and audio are those of the item alone; the peer ignores the mask."""
+def test_padding_mask_is_respected(side):
+    """The codes and audio of each row are identical to those of the row alone; the peer ignores the mask."""
     mine, peer = pair()
-    items, total = [1, 1919, 4000, 9700], 9700
+    lengths, total = [1, 1919, 4000, 9700], 9700
     audio, mask = torch.full((4, 1, total), 0.7), torch.zeros(4, total, dtype=torch.bool)
-    for row, length in enumerate(items):
+    for row, length in enumerate(lengths):
         where = slice(total - length, total) if side == "left" else slice(0, length)
         audio[row, :, where], mask[row, where] = noise(1, length, seed=row), True
     out = mine(audio, padding_mask=mask)
@@ -268,14 +268,14 @@ def test_auto_model():
     transformers.AutoModel.from_config(transformers.MimiConfig(**SMALL))
     mapping = copy.copy(transformers.AutoModel._model_mapping._extra_content)
     try:
-        face.register_auto_model()
+        drop_in.register_auto_model()
         assert type(transformers.AutoModel.from_config(transformers.MimiConfig(**SMALL))) is fastmimi.MimiModel
     finally:
         transformers.AutoModel._model_mapping._extra_content = mapping
 
 
 @torch.no_grad()
-def test_weights_may_change_under_the_model():
+def test_edited_weights_and_replaced_modules_take_effect():
     mine, _ = pair()
     audio = noise(1, 1, 4000)
     mine(audio)
@@ -285,7 +285,7 @@ def test_weights_may_change_under_the_model():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     mine.load_state_dict(other.state_dict())
     check_same(mine(audio), other(audio))
-    mine.quantizer = other.quantizer  # a whole module replaced
+    mine.quantizer = other.quantizer  # replaces a whole module
     for buffer in other.quantizer.buffers():
         buffer.mul_(1.5)
     check_same(mine(audio), other(audio))
@@ -295,7 +295,7 @@ def test_weights_may_change_under_the_model():
 
 @torch.no_grad()
 def test_subclasses_that_drop_parts():
-    """As the tokenizer of Qwen3-TTS does: an encoder is left."""
+    """As the tokenizer of Qwen3-TTS does, which keeps only the encoder."""
 
     class Tokenizer(fastmimi.MimiModel):
         def __init__(self, config):
@@ -314,7 +314,7 @@ def test_subclasses_that_drop_parts():
         mine.decode(peer.encode(audio).audio_codes)
 
 
-def test_weight_norm_live():
+def test_weight_norm_that_is_not_folded():
     mine, peer = pair()
     for module in mine.modules():
         if hasattr(module, "apply_weight_norm"):

@@ -1,4 +1,4 @@
-"""What codecs cost: counted against PyTorch's own counter, which watches the reference run."""
+"""The cost model, compared with PyTorch's FLOP counter on a run of the reference."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from fastmimi.devtools.testing import CONFIGS, noise
     CodecConfig.from_dict(CONFIGS["attention"]), JodioConfig.small(),
 ])  # fmt: skip
 @torch.no_grad()
-def test_stages_add_up_to_what_pytorch_counts(config):
-    """But for attention, of which PyTorch counts whole blocks, and the sums of decoded entries, no products."""
+def test_total_flops_agree_with_pytorchs_counter(config):
+    """Except for attention, of which PyTorch counts whole blocks, and for sums of decoded entries, which it ignores."""
     found = costs.stages(config)
     model = random(config).eval()
     model.impl = "reference"
@@ -29,8 +29,8 @@ def test_stages_add_up_to_what_pytorch_counts(config):
     assert costs.total(found).parameters == sum(t.numel() for t in model.state_dict().values())
 
 
-def test_jodio_is_bound_by_its_convolutions_near_the_audio():
-    """896 x 896 x 3 products for each of 24,000 samples, three times, and the strided one."""
+def test_jodios_cost_is_dominated_by_its_first_convolutions():
+    """896 x 896 x 3 multiply-adds for each of 24,000 samples, three times, and for each of 6,000 in the strided one."""
     stages = {stage.name: stage for stage in costs.stages(JodioConfig())}
     assert stages["encoder.conv_blocks.0"].flops == 2 * 896 * 896 * 3 * (3 * 24_000 + 6_000)
     assert stages["encoder.conv_blocks.0"].bytes == 4 * 896 * (3 * 2 * 24_000 + 24_000 + 6_000)
@@ -38,14 +38,13 @@ def test_jodio_is_bound_by_its_convolutions_near_the_audio():
     assert sum(s.flops for s in stages.values()) > 980e9
 
 
-def test_the_time_is_that_of_the_ceiling_which_binds():
+def test_the_lower_bound_is_that_of_the_binding_rate():
     ceilings = {"fp32 GFLOP/s": 100.0, "copy GB/s": 10.0}
     assert costs.Stage("", flops=5e9, bytes=1e7).seconds(ceilings) == 0.05
     assert costs.Stage("", flops=5e9, bytes=1e9).seconds(ceilings) == 0.1
 
 
-@pytest.mark.slow
-def test_ceilings_are_measured():
+def test_peak_rates_are_measured():
     found = costs.ceilings()
     assert found.keys() == {"fp32 GFLOP/s", "bf16 GFLOP/s", "copy GB/s", "read GB/s"}
     assert all(0.01 < value < 1e6 for value in found.values())

@@ -1,4 +1,4 @@
-"""The demonstration model that comes with the package: it is small, it speaks, and it is a Mimi like any other."""
+"""The demonstration model that comes with the package: its size, its quality, and that it loads like any Mimi."""
 
 import json
 from pathlib import Path
@@ -32,8 +32,8 @@ def clip(path, seconds=None):
 
 
 @pytest.mark.slow
-def test_real_speech_comes_back(demo):
-    """Of readers that it never heard: STOI of the published numbers, beside the picture in README.md."""
+def test_real_speech_is_intelligible(demo):
+    """STOI of speakers that are not in the training data is at least the published one."""
     assert len(CLIPS) == 3
     for path in CLIPS:
         audio, stoi = clip(path), {}
@@ -43,32 +43,32 @@ def test_real_speech_comes_back(demo):
         assert stoi[8] >= 0.74 and stoi[demo.total_codebooks] >= 0.75, (path.name, stoi)
 
 
-def test_it_is_small_and_has_mimis_shape(demo):
+def test_it_is_small_and_has_mimis_frame_rate_and_codebook_size(demo):
     assert sum(path.stat().st_size for path in DEMO.glob("*.safetensors")) <= 12e6
     assert (demo.sample_rate, demo.frame_rate, demo.frame_size) == (24_000, 12.5, 1920)
     assert demo.total_codebooks == 16 and demo.config.codebook_size == 2048
     assert demo.config.num_semantic_quantizers == 1
 
 
-def test_what_made_it_stands_beside_it():
+def test_its_training_is_recorded_beside_it():
     stages = json.loads((DEMO / "training.json").read_text())
     assert [stage["configuration"]["out"] for stage in stages] == ["out/demo", "out/demo_finish", "out/demo_further"]
     assert all(stage["steps"] == stage["configuration"]["steps"] for stage in stages)
     assert (DEMO / "training.png").stat().st_size > 10_000
 
 
-def test_a_stream_of_it_equals_the_whole(demo):
+def test_streaming_equals_one_call(demo):
     audio = clip(CLIPS[0], 2.0)
     state = demo.new_state()
     codes = torch.cat([demo.encode(chunk, state=state) for chunk in audio.split(5000, dim=-1)], dim=-1)
     assert torch.equal(codes, demo.encode(audio))
     whole = demo.decode(codes)
-    parts = torch.cat([demo.decode(part, state=state) for part in codes.split(3, dim=-1)], dim=-1)
-    assert (parts - whole).abs().max() < 1e-5
+    streamed = torch.cat([demo.decode(chunk, state=state) for chunk in codes.split(3, dim=-1)], dim=-1)
+    assert (streamed - whole).abs().max() < 1e-5
 
 
-def test_transformers_reads_it_and_hears_the_same(demo):
-    """Trained weights, on which ties are nowhere near: every code equal."""
+def test_transformers_loads_it_and_gives_the_same(demo):
+    """With trained weights there are no near ties in the search: all codes are equal."""
     import transformers
 
     peer = transformers.MimiModel.from_pretrained(DEMO, dtype=torch.float32).eval()
@@ -80,7 +80,7 @@ def test_transformers_reads_it_and_hears_the_same(demo):
     assert (demo.decode(codes)[..., : sound.shape[-1]] - sound).abs().max() < 1e-5
 
 
-def test_the_command_line_says_what_it_is(tmp_path):
+def test_the_command_line_notes_that_it_is_a_demonstration_model(tmp_path):
     soundfile.write(tmp_path / "a.wav", clip(CLIPS[0], 0.5)[0, 0].numpy(), 24_000)
     arguments = ["roundtrip", str(tmp_path / "a.wav"), str(tmp_path / "b.wav"), "--model", "demo"]
     result = CliRunner().invoke(app, arguments)

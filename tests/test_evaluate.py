@@ -1,4 +1,4 @@
-"""Measures of a codec's sound, and the command that prints them."""
+"""Objective quality metrics, and the command that prints them."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import fastmimi
 from fastmimi.cli import app
 from fastmimi.devtools.testing import noise, small_model
-from fastmimi.train.evaluate import audio_files, evaluate, measures, si_sdr, usage_of
+from fastmimi.train.evaluate import audio_files, evaluate, measures, si_sdr, usage_from_histograms
 
 CLIP = "fastmimi/assets/198-209-0000.ogg"
 
@@ -30,12 +30,12 @@ def test_si_sdr_is_invariant_to_scale():
     assert si_sdr(signal, signal) > 100 and si_sdr(np.zeros(9), signal[:9]) is None
 
 
-def test_si_sdr_of_silence_is_no_number():
+def test_si_sdr_of_silence_is_none():
     sound = noise(1000).numpy()
     assert si_sdr(sound, sound * 0) is None and si_sdr(sound * 0, sound) is None
 
 
-def test_measures_of_a_copy_are_perfect_and_of_noise_are_not(clip):
+def test_metrics_of_a_copy_are_perfect_and_of_a_noisy_copy_are_not(clip):
     audio, rate = torch.from_numpy(clip[0])[None, None], clip[1]
     copy = measures(audio, audio, rate)
     assert copy["mel"] == 0 and copy["stoi"] == pytest.approx(1) and copy["estoi"] == pytest.approx(1)
@@ -44,7 +44,7 @@ def test_measures_of_a_copy_are_perfect_and_of_noise_are_not(clip):
     assert worse["mel"] > 0.1 and worse["stoi"] < 0.99 and worse["estoi"] < worse["stoi"] and worse["pesq"] < 2
 
 
-def test_silence_and_snippets_have_no_answer_where_there_is_none():
+def test_undefined_metrics_of_silence_and_short_audio_are_none():
     silence = torch.zeros(1, 1, 24_000)
     found = measures(silence, silence, 24_000)
     assert found["si_sdr"] is None and found["pesq"] is None and found["mel"] == 0
@@ -58,7 +58,7 @@ def test_silence_and_snippets_have_no_answer_where_there_is_none():
 
 @pytest.mark.slow
 def test_speech_of_many_phrases_has_a_pesq():
-    """The library holds 50 utterances, and dies of more."""
+    """The library has buffers for 50 utterances, and crashes with more."""
     draw = np.random.default_rng(0)
     phrase = np.concatenate([draw.standard_normal(12_000) * 0.1, np.zeros(16_000)])
     audio = torch.from_numpy(np.tile(phrase, 70).astype(np.float32))[None, None]
@@ -67,20 +67,20 @@ def test_speech_of_many_phrases_has_a_pesq():
 
 
 def test_usage():
-    counted = np.array([[5, 5, 5, 5], [10, 0, 0, 0], [8, 8, 0, 0]])
-    found = usage_of(counted)
+    histograms = np.array([[5, 5, 5, 5], [10, 0, 0, 0], [8, 8, 0, 0]])
+    found = usage_from_histograms(histograms)
     assert [level.used for level in found] == [1.0, 0.25, 0.5]
     assert [level.perplexity for level in found] == pytest.approx([4, 1, 2])
 
 
-def test_files_are_compared_with_what_the_codec_makes_of_them(tmp_path, clip):
+def test_files_are_compared_with_their_decoded_codes(tmp_path, clip):
     codec = small_model()
     for i in range(2):
         soundfile.write(tmp_path / f"{i}.wav", clip[0][i * 16_000 : (i + 1) * 16_000], clip[1])
-    heard = {}
-    found = evaluate(codec, "small", audio_files(tmp_path), [2, 6], lambda name, *rest: heard.update({name: rest}))
+    recorded = {}
+    found = evaluate(codec, "small", audio_files(tmp_path), [2, 6], lambda name, *rest: recorded.update({name: rest}))
     assert [(r.file, r.codebooks) for r in found.files] == [("0.wav", 2), ("0.wav", 6), ("1.wav", 2), ("1.wav", 6)]
-    codes, sounds = heard["1.wav"]
+    codes, sounds = recorded["1.wav"]
     assert sounds.keys() == {"original", "2 codebooks", "6 codebooks"}
     audio = torch.from_numpy(sounds["original"])[None, None]
     assert torch.equal(codec.encode(audio)[0], torch.from_numpy(codes))
@@ -104,8 +104,8 @@ def test_the_command(tmp_path, clip):
     arguments = ["--model", tmp_path / "model", "--json", tmp_path / "a.json", "--plot", tmp_path / "pictures"]
     code, output = run(tmp_path / "audio", *arguments, "--codebooks", "1", "--codebooks", "6")
     assert code == 0 and "deep/a.flac" in output and "mean of 2" in output and "perplexity of each codebook" in output
-    told = json.loads((tmp_path / "a.json").read_text())
-    assert [r["codebooks"] for r in told["means"]] == [1, 6] and math.isfinite(told["means"][1]["stoi"])
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert [r["codebooks"] for r in written["means"]] == [1, 6] and math.isfinite(written["means"][1]["stoi"])
     pictures = {str(path.relative_to(tmp_path / "pictures")) for path in (tmp_path / "pictures").rglob("*.png")}
     assert pictures == {"a.flac.png", "deep/a.flac.png", "codebooks.png"}
 
@@ -132,9 +132,9 @@ def test_bad_arguments(tmp_path, monkeypatch, arguments, sentence):
     assert not (tmp_path / "pictures").exists()
 
 
-def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
-    from fastmimi.cli import learning
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    from fastmimi.cli import training
 
-    monkeypatch.setattr(learning, "NEEDED", ("numpy", "no_such_package"))
+    monkeypatch.setattr(training, "REQUIRED_PACKAGES", ("numpy", "no_such_package"))
     code, output = run(tmp_path)
     assert code == 2 and "need no_such_package: pip install 'fastmimi[train]'" in output

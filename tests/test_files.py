@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the checks of paths."""
+"""Atomic file writes, and the checks of input and output paths."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastmimi.io.files import check_input, check_output, replacing
 
 def test_the_target_appears_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
-    with replacing(target) as part:
-        part.write_text("new")
-        assert part.parent == tmp_path
+    with replacing(target) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path
         assert not target.exists()
     assert target.read_text() == "new"
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -24,8 +24,8 @@ def test_the_target_appears_at_the_end(tmp_path: Path) -> None:
 def test_an_error_leaves_the_target_as_it_was(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with pytest.raises(error), replacing(target) as part:  # noqa: PT012 (the error comes from within)
-        part.write_text("half")
+    with pytest.raises(error), replacing(target) as temporary:  # noqa: PT012 (the block raises the error)
+        temporary.write_text("half")
         raise error
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -41,16 +41,16 @@ def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     link = tmp_path / "link.txt"
     link.symlink_to(tmp_path / "there" / "a.txt")
-    with replacing(link) as part:
-        part.write_text("new")
+    with replacing(link) as temporary:
+        temporary.write_text("new")
     assert link.is_symlink()
     assert (tmp_path / "there" / "a.txt").read_text() == "new"
 
 
-def test_a_name_of_full_length_has_a_temporary_one(tmp_path: Path) -> None:
+def test_a_target_may_have_the_longest_possible_name(tmp_path: Path) -> None:
     target = tmp_path / ("a" * 255)
-    with replacing(target) as part:
-        part.write_text("new")
+    with replacing(target) as temporary:
+        temporary.write_text("new")
     assert target.read_text() == "new"
 
 
@@ -73,7 +73,7 @@ def test_outputs_are_checked(tmp_path: Path) -> None:
     bad = (
         (tmp_path / "no" / "a", [], "there is no directory"),
         (tmp_path, [], "it is a directory"),
-        (Path(os.devnull), [], "it is not a plain file"),
+        (Path(os.devnull), [], "it is not a regular file"),
         (here, [here], "is the same file"),
         (link, [here], "is the same file"),
         (tmp_path / "new", [tmp_path / "x" / ".." / "new"], "is the same file"),
@@ -83,8 +83,8 @@ def test_outputs_are_checked(tmp_path: Path) -> None:
             check_output(path, inputs)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write everywhere")
-def test_what_is_write_protected_is_refused(tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root ignores write protection")
+def test_a_write_protected_file_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
     target.chmod(0o444)

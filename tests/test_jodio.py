@@ -62,8 +62,8 @@ def test_the_tree_is_as_printed_but_for_the_repairs(whole):
 
 
 def test_each_repair_is_named_where_people_look():
-    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
-    for text in (JodioConfig.__doc__, readme):
+    page = Path(__file__).parent.parent.joinpath("docs", "jodio.md").read_text()
+    for text in (JodioConfig.__doc__, page):
         assert all(name in text for name in ("post_vq_proj", "quantizer_out_proj", "input_proj", "as_printed_padding"))
 
 
@@ -294,7 +294,7 @@ def test_a_mimi_is_no_jodio(tmp_path):
     fastmimi.save_pretrained(weights.random(fastmimi.CodecConfig(num_hidden_layers=1, num_filters=8)), tmp_path)
     with pytest.raises(fastmimi.InputError, match="holds a Mimi, not a JodioModel"):
         JodioModel.from_pretrained(tmp_path)
-    with pytest.raises(fastmimi.InputError, match="Kyutai's layout holds a Mimi, got a JodioModel"):
+    with pytest.raises(fastmimi.InputError, match="only a Mimi can be saved in Kyutai's layout, got a JodioModel"):
         fastmimi.save_kyutai(small(), tmp_path / "x.safetensors")
 
 
@@ -390,5 +390,5 @@ def test_bad_input(make, sentence):
 
 def test_int8_is_for_mimi(tmp_path):
     small().save_pretrained(tmp_path)
-    with pytest.raises(fastmimi.InputError, match="weights='int8' is for Mimi"):
+    with pytest.raises(fastmimi.InputError, match="weights='int8' is only for Mimi"):
         fastmimi.load(tmp_path, weights="int8")

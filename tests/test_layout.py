@@ -36,13 +36,11 @@ def op_files(tree: Tree, room: str) -> dict[str, str]:
 
 
 def ops_of(tree: Tree) -> list[str]:
-    """The names in `OPS` of fastmimi/runtime/ops.py, a dict or a tuple written out there."""
+    """The keys of `OPS` of fastmimi/runtime/ops.py, a dict written out there."""
     for statement in ast.parse(tree.get("fastmimi/runtime/ops.py", "")).body:
         match statement:
-            case ast.Assign([ast.Name("OPS")], value):
-                return list(ast.literal_eval(value))
-            case ast.AnnAssign(ast.Name("OPS"), value=ast.expr() as value):
-                return list(ast.literal_eval(value))
+            case ast.AnnAssign(ast.Name("OPS"), value=ast.Dict(keys)):
+                return [key.value for key in keys if isinstance(key, ast.Constant)]
     return []
 
 
@@ -109,7 +107,7 @@ RULES: list[Rule] = [
 ]
 DOC = '"""What it is."""\n'
 SOUND: Tree = {
-    "fastmimi/runtime/ops.py": "OPS: dict[str, str] = {'rvq': 'search'}",
+    "fastmimi/runtime/ops.py": "OPS: dict[str, Op] = {'rvq': Op('search')}",
     "kernels/cpu/_packing.py": "",
     "kernels/cpu/rvq.py": "from ._packing import unsupported\ndef rvq(): ...",
     "reference/rvq.py": "def rvq(): ...",
@@ -120,8 +118,8 @@ SOUND: Tree = {
 # The rule, the file that breaks it, its source; None takes the file away.
 BROKEN: list[tuple[Rule, str, str | None]] = [
     (ops_have_reference_and_test, "fastmimi/runtime/ops.py", None),
-    (ops_have_reference_and_test, "fastmimi/runtime/ops.py", "OPS = ()"),
-    (ops_have_reference_and_test, "fastmimi/runtime/ops.py", "OPS = ('rvq', 'norm')"),
+    (ops_have_reference_and_test, "fastmimi/runtime/ops.py", "OPS: dict[str, Op] = {}"),
+    (ops_have_reference_and_test, "fastmimi/runtime/ops.py", "OPS: dict[str, Op] = {'rvq': Op(), 'norm': Op()}"),
     (ops_have_reference_and_test, "reference/rvq.py", None),
     (ops_have_reference_and_test, "tests/test_rvq.py", None),
     (files_in_rooms_are_ops, "reference/norm.py", "def norm(): ..."),

@@ -1,4 +1,4 @@
-"""The core against transformers' `MimiModel` on the same weights: codes identical, audio within 1e-5 of the peak."""
+"""The core against transformers' `MimiModel` with the same weights: codes identical, audio within 1e-5 of the peak."""
 
 import re
 
@@ -11,12 +11,13 @@ from fastmimi.models.config import CodecConfig
 from fastmimi.models.mimi import Mimi
 
 transformers = pytest.importorskip("transformers")
-NEWER = hasattr(transformers.models.mimi.modeling_mimi, "create_sliding_window_causal_mask")  # than 4
+TRANSFORMERS_5 = hasattr(transformers.models.mimi.modeling_mimi, "create_sliding_window_causal_mask")
 
 
 def peer_and_core(name):
-    changes = {} if NEWER else {"sliding_window": 10_000}  # transformers 4 attends to all: compared within one window
-    if name == "rope" and not NEWER:
+    # transformers 4 attends to all earlier positions: compared within one window
+    changes = {} if TRANSFORMERS_5 else {"sliding_window": 10_000}
+    if name == "rope" and not TRANSFORMERS_5:
         rope = CONFIGS[name]["rope_parameters"]
         changes |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope, "rope_parameters": None}
     torch.manual_seed(0)
@@ -28,7 +29,7 @@ def peer_and_core(name):
             buffer.uniform_(0.5, 2.0)
     for key, parameter in peer.named_parameters():
         if key.endswith("layer_scale.scale"):
-            parameter.uniform_(0.2, 1.0)  # so that the transformers count
+            parameter.uniform_(0.2, 1.0)  # so that the transformers affect the results
     core = Mimi(CodecConfig.from_dict(peer.config.to_dict()))
     fill(core, to_flat(peer.state_dict()))
     return peer, core.eval().requires_grad_(False)
@@ -52,7 +53,7 @@ def test_codes_and_audio(pair, index):
         assert relative_error(core.decode(theirs), peer.decode(theirs).audio_values) < 1e-5
 
 
-def test_both_roundings_of_the_last_frame_agree_on_whole_frames(pair):
+def test_both_paddings_of_the_last_frame_agree_on_whole_frames(pair):
     _, core = pair
     audio = noise(1, core.config.audio_channels, 3 * core.frame_size)
     assert torch.equal(core.encode(audio), core.encode(audio, last_frame="layers"))
@@ -63,12 +64,12 @@ def test_latents(pair):
     audio = noise(1, core.config.audio_channels, 5 * core.frame_size + 7)
     encoder = getattr(peer, "encoder", None)
     if not hasattr(encoder, "encoder_seanet"):
-        pytest.skip("this transformers has no MimiEncoderModel to give its latents")
+        pytest.skip("this transformers has no MimiEncoderModel, which returns latents")
     assert relative_error(core.encode_to_latent(audio, last_frame="layers"), encoder(audio).latents) < 1e-5
 
 
 def test_without_resampling():
-    """At the rate of the SEANet latents there is no downsampling; the peer builds that but cannot run it."""
+    """At SEANet's own frame rate there is no down- or upsampling; the peer builds such a model but cannot run it."""
     config = transformers.MimiConfig(**CONFIGS["small"], frame_rate=25)
     torch.manual_seed(0)
     peer = transformers.MimiModel(config).eval().requires_grad_(False)
@@ -80,11 +81,11 @@ def test_without_resampling():
     core = core.eval().requires_grad_(False)
     assert core.downsample is None and core.upsample is None and core.frame_size == 960
     audio = noise(1, 1, 4000)
-    part = {re.sub(r"^(en|de)coder\.", "", name): module for name, module in peer.named_modules()}
-    encoder = part.get("encoder_seanet", peer.encoder)
-    decoder = part.get("decoder_seanet", peer.decoder)
-    latents = part["encoder_transformer"](encoder(audio).transpose(1, 2)).last_hidden_state.transpose(1, 2)
+    modules = {re.sub(r"^(en|de)coder\.", "", name): module for name, module in peer.named_modules()}
+    encoder = modules.get("encoder_seanet", peer.encoder)
+    decoder = modules.get("decoder_seanet", peer.decoder)
+    latents = modules["encoder_transformer"](encoder(audio).transpose(1, 2)).last_hidden_state.transpose(1, 2)
     codes = peer.quantizer.encode(latents).transpose(0, 1)
     assert torch.equal(core.encode(audio, last_frame="layers"), codes)
-    latents = part["decoder_transformer"](peer.quantizer.decode(codes).transpose(1, 2)).last_hidden_state
+    latents = modules["decoder_transformer"](peer.quantizer.decode(codes).transpose(1, 2)).last_hidden_state
     assert relative_error(core.decode(codes), decoder(latents.transpose(1, 2))) < 1e-5

@@ -1,4 +1,4 @@
-"""A run handed on in half precision, and the demonstration model that was."""
+"""Publishing a training run as half-precision weights and a record."""
 
 import json
 
@@ -9,7 +9,7 @@ import torch
 import fastmimi
 from fastmimi.devtools.testing import noise, relative_error
 from fastmimi.train.loop import train
-from fastmimi.train.publish import one_after_another, publish
+from fastmimi.train.publish import concatenate_curves, publish
 
 
 @pytest.fixture
@@ -21,8 +21,7 @@ def speech(tmp_path):
     return str(tmp_path / "speech")
 
 
-@pytest.mark.slow
-def test_half_precision_keeps_what_the_codec_does(tiny_training, speech, tmp_path):
+def test_half_precision_weights_behave_as_the_trained_ones(tiny_training, speech, tmp_path):
     config = tiny_training(folder=speech, steps=3)
     model = train(config)
     publish([tmp_path / "run"], tmp_path / "published")
@@ -33,25 +32,25 @@ def test_half_precision_keeps_what_the_codec_does(tiny_training, speech, tmp_pat
     files = {path.name: path.stat().st_size for path in (tmp_path / "published").iterdir()}
     assert files.keys() == {"config.json", "model.safetensors", "training.json", "training.png"}
     assert files["model.safetensors"] < 0.6 * (model / "model.safetensors").stat().st_size
-    [told] = json.loads((tmp_path / "published" / "training.json").read_text())
-    assert told["machine"].keys() == {"versions", "device", "processes", "threads"}
-    assert told["steps"] == 3 and told["configuration"]["losses"]["mel"] == 1.0
-    assert told["at the end"].keys() >= {"mel", "discriminator", "explained"}
+    [summary] = json.loads((tmp_path / "published" / "training.json").read_text())
+    assert summary["machine"].keys() == {"versions", "device", "processes", "threads"}
+    assert summary["steps"] == 3 and summary["configuration"]["losses"]["mel"] == 1.0
+    assert summary["at the end"].keys() >= {"mel", "discriminator", "explained"}
     assert fastmimi.MimiModel.from_pretrained(tmp_path / "published").config.codebook_size == 32
 
 
-def test_runs_are_drawn_one_after_another():
+def test_curves_of_several_runs_are_concatenated():
     first, second = (
         {"mel": tuple(np.array(t) for t in (steps, [1.0] * len(steps), steps))} for steps in ([1, 2], [1, 3])
     )
-    joined = one_after_another([first, second | {"l1": second["mel"]}])
+    joined = concatenate_curves([first, second | {"l1": second["mel"]}])
     assert joined["mel"][0].tolist() == [1, 2, 3, 5] and joined["l1"][0].tolist() == [3, 5]
 
 
-def test_what_cannot_be_published(tiny_training, speech, tmp_path):
-    with pytest.raises(ValueError, match="is no training run that has come to a checkpoint"):
+def test_publishing_that_is_refused(tiny_training, speech, tmp_path):
+    with pytest.raises(ValueError, match="is not a training run with a checkpoint"):
         publish([tmp_path], tmp_path / "published")
     train(tiny_training(folder=speech, steps=1, architecture="jodio"))
-    with pytest.raises(ValueError, match=r"only a Mimi is published in half precision, and .* trained a JodioModel"):
+    with pytest.raises(ValueError, match=r"only a Mimi can be published in half .* trained a JodioModel"):
         publish([tmp_path / "run"], tmp_path / "published")
     assert not (tmp_path / "published").exists()

@@ -1,61 +1,126 @@
-"""The README's Python runs, top to bottom, as one program; only the hub is replaced by files."""
+"""The examples of README.md and of docs/ run: each page's Python, top to bottom, as one program, and its commands.
+
+Only the hub is replaced by files: kyutai/mimi by the model `demo`.
+"""
+
+from __future__ import annotations
 
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import soundfile
 import torch
+from typer.testing import CliRunner
 
 import fastmimi
-from fastmimi.checkpoints.weights import random
+from fastmimi.checkpoints.weights import DEMO, random
+from fastmimi.cli import app
 from fastmimi.devtools.testing import noise
 from fastmimi.models.config import CodecConfig
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 KYUTAI = "tokenizer-e351c8d8-checkpoint125.safetensors"
 
 
-def test_examples(tmp_path, monkeypatch):
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each line of the page's shell examples, without comments."""
+    lines = "\n".join(blocks(page, "bash")).splitlines()
+    return [words for line in lines if (words := line.partition(" #")[0].split())]
+
+
+def having(language: str) -> Any:
+    pages = [page for page in PAGES if blocks(page, language)]
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@having("python")
+def test_examples(page, folder):
     pytest.importorskip("transformers")
-    monkeypatch.chdir(tmp_path)
-    model = fastmimi.load("random:0")
-    fastmimi.save_pretrained(model, tmp_path / "mimi")
-    fastmimi.save_kyutai(model, tmp_path / KYUTAI)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) >= 7
-    code = "\n".join(blocks).replace('"kyutai/mimi"', repr(str(tmp_path / "mimi")))
+    if f'"{KYUTAI}"' in page.read_text():
+        fastmimi.save_kyutai(fastmimi.load("random:0"), folder / KYUTAI)
+    code = "\n".join(blocks(page, "python")).replace('"kyutai/mimi"', repr(str(DEMO)))
     names: dict = {}
-    exec(compile(code.replace(f'"{KYUTAI}"', repr(str(tmp_path / KYUTAI))), str(README), "exec"), names)
-    assert names["last"].shape == (1, 8, 1)
-    assert names["sound"].shape == (1, 1, 13 * 1920)
+    exec(compile(code, str(page), "exec"), names)
+    if page == README:
+        assert names["last"].shape == (1, 8, 1)
+        assert names["sound"].shape == (1, 1, 1920)
 
 
-def test_the_training_example(tmp_path, monkeypatch, tiny_training):
+@having("bash")
+def test_commands(page, folder):
+    """fastmimi's own run, on a short clip; of others, what they name is there."""
+    soundfile.write("speech.flac", noise(8_000).numpy(), 16_000)
+    for program, *arguments in commands(page):
+        if program == "fastmimi" and arguments[0] not in ("train", "evaluate"):  # these: below
+            fastmimi_runs(arguments)
+        else:
+            check_names(Path(program).name, arguments)
+
+
+def fastmimi_runs(arguments: list[str]) -> None:
+    codes = arguments[0] in ("encode", "decode", "roundtrip") and "--model" not in arguments
+    result = CliRunner().invoke(app, [*arguments, *(["--model", "demo"] if codes else [])], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+def check_names(program: str, arguments: list[str]) -> None:
+    """AssertionError where a command names a target, an extra or a file that is not there."""
+    match program, arguments:
+        case "make", targets:
+            there = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            missing = [target for target in targets if target not in there]
+        case "pip", ["install", *_]:
+            extras = re.findall(r"\[([a-z]+)\]", " ".join(arguments))
+            there = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+            missing = [extra for extra in extras if extra not in there]
+        case (("python" | "pytest" | "bash"), _):
+            files = [word for word in arguments if "/" in word]
+            missing = [file for file in files if not (ROOT / file).exists()]
+        case _:
+            missing = [] if program in ("fastmimi", "accelerate", "tensorboard") else [program]
+    assert not missing, f"{program} {' '.join(arguments)}"
+
+
+def test_a_command_that_names_nothing_is_seen():
+    for words in ("make tea", "pip install .[tea]", "python bench/tea.py", "tea"):
+        program, *arguments = words.split()
+        with pytest.raises(AssertionError, match="tea"):
+            check_names(program, arguments)
+
+
+def test_the_training_example(folder, tiny_training):
     """Its configuration and its commands, on a tiny model and a folder of one file."""
-    from typer.testing import CliRunner
-
-    from fastmimi.cli import app
-
-    monkeypatch.chdir(tmp_path)
     tiny = tiny_training()
     for name in ("speech", "held-out"):
-        (tmp_path / name).mkdir()
-        shutil.copy(Path(__file__).parent / "data" / "synthetic.ogg", tmp_path / name)
-    fastmimi.save_pretrained(random(CodecConfig(**tiny.model.changes)), tmp_path / "tiny")
-    configs = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
-    for name, config in zip(("speech.yaml", "decoder.yaml"), configs, strict=True):
+        (folder / name).mkdir()
+        shutil.copy(ROOT / "tests" / "data" / "synthetic.ogg", folder / name)
+    fastmimi.save_pretrained(random(CodecConfig(**tiny.model.changes)), folder / "tiny")
+    for name, config in zip(("speech.yaml", "decoder.yaml"), blocks(TRAINING, "yaml"), strict=True):
         config = config.replace("kyutai/mimi", "tiny").replace("microsoft/wavlm-large", "wavlm.json")
-        (tmp_path / name).write_text(config)
-    commands = re.findall(r"^fastmimi ((?:train|evaluate).*?) *(?:#.*)?$", README.read_text(), re.MULTILINE)
+        (folder / name).write_text(config)
     small = ["steps=2", "data.seconds=0.5", "data.batch_size=2", "data.workers=0", "discriminator.filters=2",
              "model.load=tiny"]  # fmt: skip
-    assert len(commands) == 3
-    for command in commands:
-        arguments = command.split() + (small if command.startswith("train") else [])
-        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-    assert (tmp_path / "pictures" / "synthetic.ogg.png").exists()
+    learning = [words[1:] for words in commands(TRAINING) if words[0] == "fastmimi"]
+    assert len(learning) == 3
+    for arguments in learning:
+        fastmimi_runs(arguments + (small if arguments[0] == "train" else []))
+    assert (folder / "pictures" / "synthetic.ogg.png").exists()
     audio = noise(1, 1, 24_000)
     before, after = (fastmimi.load(name).encode(audio) for name in ("tiny", "runs/decoder/model"))
     assert torch.equal(before, after), "a better decoder for the same codes"

@@ -1,4 +1,4 @@
-"""The check of exactness itself: it accepts fp32 sums in any order, and refuses lost terms and fewer digits."""
+"""Tests of `assert_as_exact`: it accepts fp32 sums in any order, and refuses missing terms and lower precision."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from fastmimi.reference.window_attention import window_attention
 
 
 class Products(TorchFunctionMode):
-    """The matrix products within PyTorch's operations by multiply(number, a [..., M, N], b [..., N, P])."""
+    """Replaces the matrix products in PyTorch's operations by multiply(index, a [..., M, N], b [..., N, P])."""
 
     def __init__(self, multiply):
         super().__init__()
@@ -92,7 +92,7 @@ def bfloat16(a, b):
 
 
 def tf32(a, b):
-    """One operand with 10 bits behind the point, rounded to nearest."""
+    """One operand rounded to nearest with 10 bits of mantissa."""
     return ((a.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) @ b
 
 
@@ -186,8 +186,8 @@ def number_of_products(reference, operands, options):
 
 @pytest.mark.parametrize("multiply", [sequential, backwards, blocked, pairwise, in_fp64])
 @pytest.mark.parametrize("name", [*CASES, *CODECS])
-def test_fp32_sums_in_any_order_lie_within_the_bound(name, multiply):
-    """Whatever the error of this processor's own kernels."""
+def test_fp32_sums_in_any_order_are_within_the_bound(name, multiply):
+    """Independently of the error of PyTorch's kernels on this processor."""
     reference, operands, options, *_ = (CASES | CODECS)[name]
     found = errors(by(multiply, reference), reference, operands, **options)
     assert found.mine <= found.bound + found.eps, found
@@ -195,7 +195,7 @@ def test_fp32_sums_in_any_order_lie_within_the_bound(name, multiply):
 
 @pytest.mark.parametrize("fault", [without_a_term, bfloat16, tf32])
 def test_one_faulty_product_is_refused(case, fault):
-    """Each product of the op by itself, with the others as they should be."""
+    """One product of the op is faulty and the others are correct, for each product in turn."""
     reference, operands, options, _ = case
     for faulty in range(number_of_products(reference, operands, options)):
 
@@ -208,8 +208,8 @@ def test_one_faulty_product_is_refused(case, fault):
 
 @pytest.mark.parametrize("fault", [without_a_term, bfloat16, tf32])
 @pytest.mark.parametrize("name", CODECS)
-def test_a_codec_of_faulty_products_is_refused(name, fault):
-    """All at once: a layer that LayerScale makes small may round as it likes, and its op's own tests see that."""
+def test_a_codec_with_faulty_products_is_refused(name, fault):
+    """All products at once: LayerScale can hide the error of a single layer, which the tests of its op cover."""
     reference, operands, options = CODECS[name]
     with pytest.raises(AssertionError, match="of the peak"):
         assert_as_exact(by(lambda _, a, b: fault(a, b), reference), reference, operands, **options)
@@ -226,7 +226,7 @@ def test_a_wrong_pad_trim_or_window_is_refused(case):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "512" in name or "256" in name])
-def test_half_precision_with_sums_in_it_is_refused(name):
+def test_sums_in_half_precision_are_refused(name):
     reference, operands, options, _ = CASES[name]
     operands = [t if i in options.get("fixed", ()) else t.bfloat16() for i, t in enumerate(operands)]
     assert_as_exact(by(lambda _, a, b: (a.float() @ b.float()).bfloat16(), reference), reference, operands, **options)
@@ -234,8 +234,8 @@ def test_half_precision_with_sums_in_it_is_refused(name):
         assert_as_exact(by(lambda _, a, b: sums_in_bfloat16(a, b), reference), reference, operands, **options)
 
 
-def test_a_wrong_pytorch_excuses_nothing():
-    """Of an op and a PyTorch that agree, and are off by the whole peak."""
+def test_an_error_of_pytorch_is_no_excuse():
+    """An op that agrees with a wrong result of PyTorch is refused: both are off by the whole peak."""
     found = Errors(mine=1.0, plain=1.0, bound=1e-6, eps=1e-7)
     with pytest.raises(AssertionError, match="of the peak"):
         found.check()

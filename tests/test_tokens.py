@@ -1,4 +1,4 @@
-"""The token file: bit packing, what is stored, and that whatever is wrong with a file is one sentence."""
+"""The token file: bit packing, its contents, and that anything wrong with a file raises an error of one sentence."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def test_unpack_undoes_pack(case: tuple[int, np.ndarray]) -> None:
 
 
 @given(bits_and_codes())
-def test_the_bits_are_one_number_lowest_first(case: tuple[int, np.ndarray]) -> None:
+def test_packed_bits_are_least_significant_first(case: tuple[int, np.ndarray]) -> None:
     bits, codes = case
     number = sum(int(code) << (i * bits) for i, code in enumerate(codes.ravel()))
     assert pack(codes, bits).tobytes() == number.to_bytes(-(-codes.size * bits // 8), "little")
 
 
-def test_what_does_not_fit_is_not_packed() -> None:
+def test_codes_out_of_range_are_not_packed() -> None:
     for codes, bits in (([2048], 11), ([-1], 11), ([2], 1)):
         with pytest.raises(ValueError, match="must lie in"):
             pack(np.array(codes), bits)
@@ -105,7 +105,7 @@ def test_the_smallest_type_and_number_of_bits(size: int, kind: str, bits: int) -
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("size", [2, 256, 2048, 65_536])
-def test_a_file_is_read_as_it_was_written(tmp_path: Path, size: int, packed: bool) -> None:
+def test_save_and_load_round_trip(tmp_path: Path, size: int, packed: bool) -> None:
     path, written = tmp_path / "a.safetensors", tokens(size=size, packed=packed)
     written.save(path)
     found = Tokens.load(path)
@@ -115,7 +115,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path, size: int, packed: boo
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-def test_others_can_read_a_plain_file(tmp_path: Path) -> None:
+def test_safetensors_reads_a_plain_file(tmp_path: Path) -> None:
     path, written = tmp_path / "a.safetensors", tokens()
     written.save(path)
     with safe_open(path, framework="np") as file:
@@ -137,7 +137,7 @@ def test_others_can_read_a_plain_file(tmp_path: Path) -> None:
         }
 
 
-def test_eight_packed_codebooks_cost_little_more_than_a_kilobit(tmp_path: Path) -> None:
+def test_eight_packed_codebooks_take_1_1_kbps(tmp_path: Path) -> None:
     seconds = 60
     path, written = tmp_path / "a.safetensors", tokens(frames=round(12.5 * seconds), packed=True)
     written.save(path)
@@ -147,7 +147,7 @@ def test_eight_packed_codebooks_cost_little_more_than_a_kilobit(tmp_path: Path) 
     assert stored.nbytes * 8 / seconds / 1000 == pytest.approx(1.1, rel=1e-3)
 
 
-def test_fewer_codebooks_are_the_first(tmp_path: Path) -> None:
+def test_first_keeps_the_first_codebooks(tmp_path: Path) -> None:
     whole = tokens()
     np.testing.assert_array_equal(whole.first(3).codes, whole.codes[:3])
     assert whole.first(None) is whole
@@ -172,7 +172,7 @@ def test_an_existing_file_survives_an_error(tmp_path: Path, monkeypatch: pytest.
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-# What is refused
+# Tokens and files that are refused
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_an_existing_file_survives_an_error(tmp_path: Path, monkeypatch: pytest.
         ({"sample_rate": -1}, "sample_rate must be greater than or equal to 1, got -1"),
     ],
 )
-def test_fields_that_cannot_be_are_refused(change: dict, sentence: str) -> None:
+def test_invalid_fields_are_refused(change: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         replace(tokens(), **change)
 
@@ -200,9 +200,9 @@ def test_fields_that_cannot_be_are_refused(change: dict, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format": "other"}, "not one of tokens"),
-        ({"format": None}, "not one of tokens"),
-        ({"version": "2"}, "of version 2; this reads 1"),
+        ({"format": "other"}, "not a token file"),
+        ({"format": None}, "not a token file"),
+        ({"version": "2"}, "of version 2; only 1 can be read"),
         ({"length": None}, "its metadata lacks length"),
         ({"length": "many"}, "length must be of type int, got 'many'"),
         ({"length": "1"}, "do not fit 1 samples"),
@@ -214,13 +214,13 @@ def test_fields_that_cannot_be_are_refused(change: dict, sentence: str) -> None:
         ({"frame_rate": "NaN"}, "frame_rate must be a finite number, got nan"),
     ],
 )
-def test_metadata_that_cannot_be_is_refused(tmp_path: Path, change: dict, sentence: str, packed: bool) -> None:
+def test_invalid_metadata_is_refused(tmp_path: Path, change: dict, sentence: str, packed: bool) -> None:
     path = tmp_path / "a.safetensors"
     tokens(packed=packed).save(path)
     metadata = {name: value for name, value in {**read_metadata(path), **change}.items() if value is not None}
     save_file(load_file(path), path, metadata)
     if not packed and "codebook_size" in change and sentence.endswith("$"):
-        assert Tokens.load(path).codebook_size == 99_999_999  # larger than needed, but possible
+        assert Tokens.load(path).codebook_size == 99_999_999  # larger than needed, but valid
         return
     with pytest.raises(ValueError, match=sentence) as error:
         Tokens.load(path)
@@ -231,7 +231,7 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     tokens().save(path)
     save_file({**load_file(path), "more": np.zeros(1)}, path, read_metadata(path))
-    with pytest.raises(ValueError, match=r"one tensor named codes, got \['codes', 'more'\]"):
+    with pytest.raises(ValueError, match=r"one tensor, named codes, got \['codes', 'more'\]"):
         Tokens.load(path)
 
 
@@ -250,12 +250,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         Tokens.load(path)
     for content in (b"text", b"\xff" * 100, (100).to_bytes(8, "little") + b"[]", (2).to_bytes(8, "little") + b"{}"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"not a safetensors file|not one of tokens"):
+        with pytest.raises(ValueError, match=r"not a safetensors file|not a token file"):
             Tokens.load(path)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_file_cut_anywhere_is_refused(tmp_path: Path, packed: bool) -> None:
+def test_a_file_truncated_anywhere_is_refused(tmp_path: Path, packed: bool) -> None:
     path = tmp_path / "a.safetensors"
     data = tokens(packed=packed).to_bytes()
     for length in [*range(1, 40), *range(40, len(data), 37), len(data) - 1]:
@@ -265,7 +265,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, packed: bool) -> None:
 
 
 @given(data=st.data(), packed=st.booleans())
-def test_a_damaged_file_is_at_most_a_sentence(
+def test_a_damaged_file_raises_at_most_an_input_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, packed: bool
 ) -> None:
     whole = bytearray(tokens(codebooks=2, frames=3, packed=packed).to_bytes())
@@ -276,13 +276,13 @@ def test_a_damaged_file_is_at_most_a_sentence(
     try:
         found = Tokens.load(path)
     except ValueError as error:
-        assert str(path) in str(error)  # noqa: PT017 (damage need not make an error)
+        assert str(path) in str(error)  # noqa: PT017 (not all damage can be detected)
     else:
         assert found.codes.min() >= 0
         assert found.codes.max() < found.codebook_size
 
 
-def test_metadata_is_json_and_text(tmp_path: Path) -> None:
+def test_metadata_keeps_any_text_and_stores_numbers_as_json(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     replace(tokens(), model='a "model" of é').save(path)
     assert Tokens.load(path).model == 'a "model" of é'

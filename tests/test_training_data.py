@@ -1,4 +1,4 @@
-"""What training hears: windows of folders and data sets, and speech synthesised from nothing."""
+"""Training data: windows of folders and data sets, and synthetic speech."""
 
 import io
 
@@ -11,8 +11,8 @@ from fastmimi.devtools.testing import noise
 from fastmimi.io.audio import Forward
 from fastmimi.train import data, synthesis
 from fastmimi.train.config import DataConfig
-from fastmimi.train.data import HEARD, Folder, Table, Windows, batches, source_of
-from fastmimi.train.synthesis import Synthesiser, passages, recorded, synthesise
+from fastmimi.train.data import TEACHER_RATE, AudioFolder, DatasetColumn, Windows, batches, open_source
+from fastmimi.train.synthesis import Synthesizer, passages, simulate_recording, synthesize
 
 RATE = 24_000
 
@@ -32,21 +32,21 @@ def folder(tmp_path):
     return tmp_path
 
 
-def windows(folder, seconds=1.0, channels=1, seed=0, heard=True):
-    return Windows(Folder(folder), seconds, RATE, channels, seed, heard)
+def windows(folder, seconds=1.0, channels=1, seed=0, with_teacher=True):
+    return Windows(AudioFolder(folder), seconds, RATE, channels, seed, with_teacher)
 
 
 def loudest(audio):
-    """Hz of the loudest bin of [N]."""
+    """Frequency in Hz of the largest bin of the spectrum of [N]."""
     return np.abs(np.fft.rfft(audio * np.hanning(len(audio)))).argmax() * RATE / len(audio)
 
 
-def test_windows_are_of_the_codecs_rate(folder):
+def test_windows_have_the_codecs_sample_rate(folder):
     found = {}
     for number in range(30):
-        audio, heard, name, unread = windows(folder)[number]
-        assert audio.shape == (1, RATE) and heard.shape == (HEARD,) and not unread
-        assert audio.dtype == heard.dtype == np.float32
+        audio, teacher_audio, name, unread = windows(folder)[number]
+        assert audio.shape == (1, RATE) and teacher_audio.shape == (TEACHER_RATE,) and not unread
+        assert audio.dtype == teacher_audio.dtype == np.float32
         found[name.rpartition("/")[2]] = audio[0]
     assert found.keys() == {"a.wav", "b.flac", "short.ogg"}
     assert all(abs(loudest(audio[: RATE // 4]) - 500) < 5 for audio in found.values())
@@ -58,13 +58,13 @@ def test_channels_are_mixed_or_repeated(folder):
     assert audio.shape == (2, RATE) and np.array_equal(audio[0], audio[1])
 
 
-def test_a_window_depends_on_its_number_and_the_seed(folder):
+def test_a_window_depends_on_its_number_and_the_seed_alone(folder):
     first, second, other = windows(folder)[7], windows(folder)[7], windows(folder, seed=1)
     assert np.array_equal(first[0], second[0]) and first[2] == second[2]
     assert any(not np.array_equal(windows(folder)[i][0], other[i][0]) for i in range(5))
 
 
-def test_what_cannot_be_read_is_passed_over(folder):
+def test_unreadable_files_are_skipped(folder):
     (folder / "broken.wav").write_bytes(b"RIFF no")
     soundfile.write(folder / "nan.wav", np.full(RATE, np.nan, np.float32), RATE, "FLOAT")
     soundfile.write(folder / "empty.wav", np.zeros(0, np.float32), RATE)
@@ -86,48 +86,50 @@ def _without_length(flac):
     return header
 
 
-def test_flac_from_a_pipe_is_read_from_anywhere(tmp_path):
-    """Its header does not say how long it is."""
+def test_flac_from_a_pipe_is_read_from_any_position(tmp_path):
+    """Its header does not contain its length."""
     written = io.BytesIO()
     ramp = np.linspace(0, 0.9, 10 * 16_000, dtype=np.float32)
     soundfile.write(written, ramp, 16_000, format="FLAC")
     (tmp_path / "pipe.flac").write_bytes(_without_length(written.getvalue()))
-    starts = [windows(tmp_path, heard=False)[number][0][0, 100] for number in range(12)]
+    starts = [windows(tmp_path, with_teacher=False)[number][0][0, 100] for number in range(12)]
     assert max(starts) - min(starts) > 0.3
-    short = Windows(Folder(tmp_path), 12.0, RATE, 1, 0, False)[0]
+    short = Windows(AudioFolder(tmp_path), 12.0, RATE, 1, 0, False)[0]
     assert not short[3] and not short[0][0, 10 * RATE + 100 :].any()
 
 
-def test_data_sets_hold_flac_from_a_pipe(tmp_path):
-    """Their files are bytes, which are opened twice."""
+def test_data_sets_can_contain_flac_from_a_pipe(tmp_path):
+    """Their files are bytes in memory, which are opened a second time."""
     written = io.BytesIO()
     soundfile.write(written, np.linspace(0.1, 0.9, 16_000), 16_000, format="FLAC")
-    audio, rate = data._piece(io.BytesIO(_without_length(written.getvalue())), np.random.default_rng(0), 0.5)
+    audio, rate = data._read_random_window(
+        io.BytesIO(_without_length(written.getvalue())), np.random.default_rng(0), 0.5
+    )
     assert len(audio) == 8001 and rate == 16_000 and audio.min() >= 0.09
 
 
-def test_windows_of_mp3_begin_with_what_is_there(tmp_path):
-    """Whose frames lean on earlier ones: after a seek, the first few are silent or wrong."""
+def test_windows_of_mp3_equal_those_of_the_whole_file(tmp_path):
+    """Frames depend on earlier ones: directly after a seek, the first few are silent or wrong."""
     audio = noise(40 * 24_000, scale=0.1).numpy()
     soundfile.write(tmp_path / "a.mp3", audio, 24_000, bitrate_mode="CONSTANT", compression_level=0.95)
     with Forward(tmp_path / "a.mp3") as file:
         whole = file.read(file.frames, dtype="float32", always_2d=True)
     for seed in range(5):
-        piece, _ = data._piece(tmp_path / "a.mp3", np.random.default_rng(seed), 0.5)
+        piece, _ = data._read_random_window(tmp_path / "a.mp3", np.random.default_rng(seed), 0.5)
         start = int(np.random.default_rng(seed).integers(len(whole) - 12_001 + 1))
         assert np.abs(piece - whole[start : start + 12_001]).max() < 1e-6
 
 
-def test_folders_that_hold_nothing(tmp_path):
+def test_folders_without_audio_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no audio files"):
-        Folder(tmp_path)
+        AudioFolder(tmp_path)
     with pytest.raises(ValueError, match=r"data\.folder must be a directory of audio files, got .*none"):
-        Folder(tmp_path / "none")
+        AudioFolder(tmp_path / "none")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_processes_share_the_windows_of_a_step(folder, workers):
+def test_processes_divide_the_windows_of_a_step(folder, workers):
     config = DataConfig(batch_size=4, workers=workers)
     source = windows(folder, seconds=0.1)
     alone = list(batches(source, config, 0, 3, (0, 1)))
@@ -136,7 +138,7 @@ def test_processes_share_the_windows_of_a_step(folder, workers):
     for whole, *halves in zip(alone, *pair, strict=True):
         assert torch.equal(whole.audio, torch.cat([half.audio for half in halves]))
     later = list(batches(source, config, 2, 3, (0, 1)))
-    assert len(later) == 1 and torch.equal(later[0].audio, alone[2].audio), "as if it had not stopped"
+    assert len(later) == 1 and torch.equal(later[0].audio, alone[2].audio), "as without a stop"
     with pytest.raises(ValueError, match=r"data\.batch_size must be a multiple of the 3 processes, got 4"):
         batches(source, config, 0, 3, (0, 3))
 
@@ -147,18 +149,18 @@ def test_data_sets(folder, tmp_path, monkeypatch):
 
     rows = datasets.Dataset.from_dict({"speech": [str(folder / "a.wav"), str(folder / "deep" / "b.flac")]})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration, split: rows)
-    source = source_of(DataConfig(dataset="someone/speech", split="test", column="speech"))
-    assert isinstance(source, Table) and len(source) == 2 and source.name(1) == "someone/speech[1]"
+    source = open_source(DataConfig(dataset="someone/speech", split="test", column="speech"))
+    assert isinstance(source, DatasetColumn) and len(source) == 2 and source.name(1) == "someone/speech[1]"
     audio, _, name, unread = Windows(source, 1.0, RATE, 1, 0, False)[0]
     assert name.startswith("someone/speech[") and not unread and abs(loudest(audio[0]) - 500) < 5
     with pytest.raises(ValueError, match=r"data\.column must be one of speech of someone/speech, got 'audio'"):
-        source_of(DataConfig(dataset="someone/speech"))
+        open_source(DataConfig(dataset="someone/speech"))
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"data\.dataset '.*nowhere' could not be loaded: "):
-        source_of(DataConfig(dataset=str(tmp_path / "nowhere")))
+        open_source(DataConfig(dataset=str(tmp_path / "nowhere")))
 
 
-# Speech from nothing
+# Synthetic speech
 
 
 def test_passages_are_a_few_sentences(tmp_path):
@@ -168,42 +170,42 @@ def test_passages_are_a_few_sentences(tmp_path):
     assert found and all(60 <= len(text) <= 260 for text in found)
     assert found[0].startswith("One sentence. One sentence.") and found[-1].isascii()
     (tmp_path / "a.txt").write_text("short")
-    with pytest.raises(ValueError, match="holds no text of 60 characters or more to read"):
+    with pytest.raises(ValueError, match="contains no text of at least 60 characters"):
         passages(tmp_path)
 
 
-def test_recordings_are_finite_and_within_bounds():
+def test_simulated_recordings_are_finite_and_within_bounds():
     audio = tone(300, 1, 16_000)[:, 0].astype(np.float64)
-    made = [recorded(np.random.default_rng(seed), audio, 16_000) for seed in range(20)]
+    made = [simulate_recording(np.random.default_rng(seed), audio, 16_000) for seed in range(20)]
     assert all(np.isfinite(a).all() and np.abs(a).max() <= 0.951 and len(a) == len(audio) for a in made)
     levels = [20 * np.log10(np.sqrt(np.mean(a**2))) for a in made]
     assert -34 < min(levels) < -26 < -20 < max(levels) < -14
 
 
-def test_the_same_seed_makes_the_same_set(tmp_path, monkeypatch):
-    """With a program that reads everything as a tone."""
+def test_the_same_seed_gives_the_same_data_set(tmp_path, monkeypatch):
+    """The synthesizer of this test turns every text into a tone."""
     read = tmp_path / "text.txt"
     read.write_text("A sentence that is read again and again, until there is enough of it. " * 3)
     soundfile.write(tmp_path / "tone.wav", tone(200, 4, 16_000), 16_000)
-    reader = Synthesiser("cp", 1.0, lambda draw, text, wave: ["cp", str(tmp_path / "tone.wav"), str(wave)])
-    silent = Synthesiser("true", 1.0, lambda draw, text, wave: ["true"])
-    absent = Synthesiser("no-such-program", 1.0, lambda draw, text, wave: [])
-    monkeypatch.setattr(synthesis, "SYNTHESISERS", [reader, silent, absent])
-    hours = synthesise(tmp_path / "one", 0.01, 3, read)
+    reader = Synthesizer("cp", 1.0, lambda rng, text, wave: ["cp", str(tmp_path / "tone.wav"), str(wave)])
+    silent = Synthesizer("true", 1.0, lambda rng, text, wave: ["true"])
+    absent = Synthesizer("no-such-program", 1.0, lambda rng, text, wave: [])
+    monkeypatch.setattr(synthesis, "SYNTHESIZERS", [reader, silent, absent])
+    hours = synthesize(tmp_path / "one", 0.01, 3, read)
     assert 0.01 <= hours < 0.06
-    synthesise(tmp_path / "two", 0.01, 3, read)
+    synthesize(tmp_path / "two", 0.01, 3, read)
     one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
     assert len(one) > 5 and [a.name for a in one] == [b.name for b in two]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
     kept = one[0].stat().st_mtime_ns
     one[1].unlink()
-    assert synthesise(tmp_path / "one", 0.01, 3, read) == pytest.approx(hours)
-    assert one[0].stat().st_mtime_ns == kept and one[1].exists(), "what is there is not made again"
+    assert synthesize(tmp_path / "one", 0.01, 3, read) == pytest.approx(hours)
+    assert one[0].stat().st_mtime_ns == kept and one[1].exists(), "existing files are not written again"
     rates = {soundfile.info(path).samplerate for path in one}
     assert len(rates) > 3, "vocal tracts of several lengths"
-    monkeypatch.setattr(synthesis, "SYNTHESISERS", [silent, absent])
-    with pytest.raises(ValueError, match="32 texts in a row came to nothing: try true by hand"):
-        synthesise(tmp_path / "three", 0.01, 3, read)
-    monkeypatch.setattr(synthesis, "SYNTHESISERS", [absent])
-    with pytest.raises(ValueError, match="no speech synthesiser is installed: apt-get install"):
-        synthesise(tmp_path / "three", 0.01, 3, read)
+    monkeypatch.setattr(synthesis, "SYNTHESIZERS", [silent, absent])
+    with pytest.raises(ValueError, match="no speech from 32 texts in a row: check true and"):
+        synthesize(tmp_path / "three", 0.01, 3, read)
+    monkeypatch.setattr(synthesis, "SYNTHESIZERS", [absent])
+    with pytest.raises(ValueError, match="no speech synthesizer is installed: apt-get install"):
+        synthesize(tmp_path / "three", 0.01, 3, read)

@@ -1,4 +1,4 @@
-"""Whole runs: a tiny codec learns a sentence by heart; runs that are killed, stopped or go wrong, and go on."""
+"""Whole runs: overfitting a sentence, and runs that are killed, stopped, fail and are resumed."""
 
 import multiprocessing
 import os
@@ -17,13 +17,11 @@ import torch
 import fastmimi
 from fastmimi.devtools.testing import noise
 from fastmimi.train import loop
-from fastmimi.train.data import HEARD, Batch, Folder
+from fastmimi.train.data import TEACHER_RATE, AudioFolder, Batch
 from fastmimi.train.loop import checkpoints, train
-from fastmimi.train.step import Steps, used
+from fastmimi.train.step import TrainingStep, codebook_usage
 
-pytestmark = pytest.mark.slow
-
-SPEECH = Path(__file__).parent / "data" / "synthetic.ogg"  # a speech synthesiser's
+SPEECH = Path(__file__).parent / "data" / "synthetic.ogg"  # from a speech synthesizer
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def speech(tmp_path):
 
 
 def scalars(out, name):
-    """{step: value} of a run's log, where what was written again after a stop replaces what was."""
+    """{step: value} of a run's log; of steps that were repeated after a stop, the last value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(Path(out) / "log"))
@@ -45,12 +43,12 @@ def scalars(out, name):
     return {event.step: event.value for event in log.Scalars(name)}
 
 
-# It learns
+# Learning
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "without straight-through"])
-def test_it_learns_a_sentence_by_heart(tiny_training, monkeypatch, whole):
-    """What straight-through gives is that latents and entries find each other: without it, entries fall out of use."""
+def test_it_overfits_a_sentence(tiny_training, monkeypatch, whole):
+    """Without straight-through gradients, most entries of the codebooks fall out of use."""
     import soxr
 
     if not whole:
@@ -62,17 +60,19 @@ def test_it_learns_a_sentence_by_heart(tiny_training, monkeypatch, whole):
     options = {"raw": 0.0, "dropout": False, "kmeans_latents": 100, "lr": 2e-3, "betas": [0.8, 0.99]}
     config = tiny_training(adversarial=0.0, features=0.0, l1=0.1, **options)
     config.model.changes |= {"hidden_size": 64, "upsample_groups": 64, "num_filters": 8}
-    learns = Steps(config, accelerate.Accelerator(cpu=True))
+    training_step = TrainingStep(config, accelerate.Accelerator(cpu=True))
     audio = torch.from_numpy(soundfile.read(SPEECH, frames=96_000, dtype="float32")[0]).view(4, 1, 24_000)
-    heard = torch.from_numpy(np.stack([soxr.resample(window[0], 24_000, HEARD) for window in audio.numpy()]))
-    told = [learns(Batch(audio, heard, ["synthetic"] * 4, []), step) for step in range(110)]
-    learned = told[-1]["mel"] < 0.5 * told[0]["mel"] and told[-1]["cosine"] > told[0]["cosine"] + 0.3
-    codes = learns.codec.eval().encode(audio)
-    share = used(codes, 32).min().item()
-    assert (learned and share >= 0.5) is whole, (told[0], told[-1], share)
+    teacher_audio = torch.from_numpy(
+        np.stack([soxr.resample(window[0], 24_000, TEACHER_RATE) for window in audio.numpy()])
+    )
+    logged = [training_step(Batch(audio, teacher_audio, ["synthetic"] * 4, []), step) for step in range(110)]
+    learned = logged[-1]["mel"] < 0.5 * logged[0]["mel"] and logged[-1]["cosine"] > logged[0]["cosine"] + 0.3
+    codes = training_step.codec.eval().encode(audio)
+    share = codebook_usage(codes, 32).min().item()
+    assert (learned and share >= 0.5) is whole, (logged[0], logged[-1], share)
 
 
-# It goes on
+# Resuming
 
 
 def command(config, *changes):
@@ -85,12 +85,13 @@ def wait_for(what, process, seconds=240):
     for _ in range(seconds * 20):
         if what():
             return
-        assert process.poll() is None, f"it ended with {process.returncode}"
+        assert process.poll() is None, f"the process ended with {process.returncode}"
         time.sleep(0.05)
-    raise AssertionError("it took too long")
+    raise AssertionError("timed out")
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_training, speech, tmp_path):
+@pytest.mark.slow
+def test_a_killed_run_resumes_with_the_same_results(tiny_training, speech, tmp_path):
     config = tiny_training(folder=str(speech), steps=7, save_every=2)
     train(config)
     unbroken = {name: scalars(config.out, name) for name in ("mel", "discriminator", "cosine", "commitment")}
@@ -102,7 +103,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_training, speech, tmp_p
     process.wait()
     before = checkpoints(Path(config.out))[-1].name
     assert before < "step_00000007"
-    time.sleep(1.1)  # TensorBoard orders a folder's files by the second in their names
+    time.sleep(1.1)  # TensorBoard orders log files by the second in their names
     train(config)
     for name, values in unbroken.items():
         again = scalars(config.out, name)
@@ -113,8 +114,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_training, speech, tmp_p
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_sigterm_is_answered_with_a_checkpoint(tiny_training, speech):
-    """To the whole group of processes, as job schedulers send it: also to those that read."""
+def test_sigterm_saves_a_checkpoint(tiny_training, speech):
+    """SIGTERM goes to the whole process group, as job schedulers send it: to the data loader processes, too."""
     config = tiny_training(folder=str(speech), steps=100_000, save_every=100_000, workers=2)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command(config), env=environment, start_new_session=True)
@@ -127,7 +128,7 @@ def test_sigterm_is_answered_with_a_checkpoint(tiny_training, speech):
     assert fastmimi.load(train(config)).total_codebooks == 4
 
 
-def test_a_run_that_is_over_is_not_run_again(tiny_training, speech):
+def test_a_finished_run_is_not_repeated(tiny_training, speech):
     config = tiny_training(folder=str(speech), steps=2)
     model = train(config) / "model.safetensors"
     before = model.stat().st_mtime_ns
@@ -135,7 +136,7 @@ def test_a_run_that_is_over_is_not_run_again(tiny_training, speech):
     assert model.stat().st_mtime_ns == before
 
 
-def test_a_model_that_was_not_written_is_written(tiny_training, speech, monkeypatch):
+def test_a_model_that_could_not_be_written_is_written_on_resume(tiny_training, speech, monkeypatch):
     config = tiny_training(folder=str(speech), steps=1)
     monkeypatch.setattr(loop, "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -144,7 +145,7 @@ def test_a_model_that_was_not_written_is_written(tiny_training, speech, monkeypa
     assert fastmimi.load(train(config)).total_codebooks == 4
 
 
-def test_what_is_left_of_a_killed_save_goes(tiny_training, speech):
+def test_partial_checkpoints_of_a_killed_run_are_deleted(tiny_training, speech):
     config = tiny_training(folder=str(speech), steps=1)
     left = Path(config.out) / "checkpoints" / ".step_00000007.part"
     left.mkdir(parents=True)
@@ -152,26 +153,26 @@ def test_what_is_left_of_a_killed_save_goes(tiny_training, speech):
     assert not left.exists()
 
 
-def test_what_is_no_number_stops_the_run(tiny_training, speech, monkeypatch):
+def test_a_nan_loss_stops_the_run(tiny_training, speech, monkeypatch):
     config = tiny_training(folder=str(speech), steps=6, save_every=2)
-    whole, calls = loop.Steps.__call__, []
+    whole, calls = loop.TrainingStep.__call__, []
 
     def poisoned(self, batch, step):
         calls.append(step)
-        told = whole(self, batch, step)
-        return told | {"mel": told["mel"] * torch.nan} if step == 3 else told
+        logged = whole(self, batch, step)
+        return logged | {"mel": logged["mel"] * torch.nan} if step == 3 else logged
 
-    monkeypatch.setattr(loop.Steps, "__call__", poisoned)
+    monkeypatch.setattr(loop.TrainingStep, "__call__", poisoned)
     sentence = r"stopped at step 4: mel is nan; the batch was .*\.wav, .*\.wav; the last good .* is .*step_00000002"
     with pytest.raises(ValueError, match=sentence):
         train(config)
     assert calls == [0, 1, 2, 3] and [path.name for path in checkpoints(Path(config.out))] == ["step_00000002"]
-    monkeypatch.setattr(loop.Steps, "__call__", whole)
+    monkeypatch.setattr(loop.TrainingStep, "__call__", whole)
     train(config)
     assert checkpoints(Path(config.out))[-1].name == "step_00000006"
 
 
-def test_gradients_that_are_no_numbers_stop_it_too(tiny_training, speech, monkeypatch):
+def test_a_nan_gradient_stops_the_run(tiny_training, speech, monkeypatch):
     config = tiny_training(folder=str(speech), steps=2, adversarial=0.0, features=0.0)
     backward = accelerate.Accelerator.backward
     monkeypatch.setattr(accelerate.Accelerator, "backward", lambda self, loss: backward(self, loss * torch.inf))
@@ -179,17 +180,17 @@ def test_gradients_that_are_no_numbers_stop_it_too(tiny_training, speech, monkey
         train(config)
 
 
-def test_gradients_that_fp16_never_holds_stop_it(tiny_training, speech, monkeypatch):
+def test_gradients_that_always_overflow_in_fp16_stop_the_run(tiny_training, speech, monkeypatch):
     config = tiny_training(folder=str(speech), steps=9, save_every=2)
-    whole, held = loop.Steps.__call__, (0, 2, 3)
+    whole, held = loop.TrainingStep.__call__, (0, 2, 3)
 
     def skipped(self, batch, step):
-        told = whole(self, batch, step)
-        return {name: loss for name, loss in told.items() if name != "gradient" or step in held}
+        logged = whole(self, batch, step)
+        return {name: loss for name, loss in logged.items() if name != "gradient" or step in held}
 
-    monkeypatch.setattr(loop.Steps, "__call__", skipped)
-    monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
-    with pytest.raises(ValueError, match=r"stopped at step 7: fp16 held none of 3 gradients"):
+    monkeypatch.setattr(loop.TrainingStep, "__call__", skipped)
+    monkeypatch.setattr(loop, "MAX_SKIPPED_STEPS", 3)
+    with pytest.raises(ValueError, match=r"stopped at step 7: the gradients of 3 consecutive steps overflowed in fp16"):
         train(config)
 
 
@@ -201,8 +202,8 @@ def test_a_checkpoint_of_another_codec_is_refused(tiny_training, speech):
         train(config)
 
 
-def test_a_run_stays_the_run_it_was(tiny_training, speech):
-    """But for what it does not depend on."""
+def test_a_run_resumes_only_with_the_same_configuration(tiny_training, speech):
+    """Except for fields that its results do not depend on."""
     config = tiny_training(folder=str(speech), steps=1)
     train(config)
     with pytest.raises(
@@ -213,7 +214,7 @@ def test_a_run_stays_the_run_it_was(tiny_training, speech):
     train(tiny_training(folder=str(speech), steps=2, workers=1, impl="auto"))
 
 
-def test_a_damaged_checkpoint_is_passed_over(tiny_training, speech, capfd):
+def test_a_damaged_checkpoint_is_skipped(tiny_training, speech, capfd):
     config = tiny_training(folder=str(speech), steps=2, save_every=1)
     train(config)
     older, newer = checkpoints(Path(config.out))
@@ -230,8 +231,8 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_training, speech, capfd):
         train(config)
 
 
-def test_what_a_reader_finds_is_a_sentence(tiny_training, tmp_path):
-    """Though another process found it, and PyTorch hands on the whole traceback."""
+def test_an_error_of_a_data_loader_process_is_one_sentence(tiny_training, tmp_path):
+    """Although PyTorch passes on the whole traceback of that process as the message."""
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.wav").write_bytes(b"RIFF nothing")
     config = tiny_training(folder=str(tmp_path / "broken"), steps=1, workers=1)
@@ -240,21 +241,21 @@ def test_what_a_reader_finds_is_a_sentence(tiny_training, tmp_path):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("where", [(loop.Steps, "__call__"), (Folder, "read")], ids=["here", "there"])
-def test_readers_end_with_the_run(tiny_training, speech, monkeypatch, where):
-    """Wherever it fails: Python would wait for those that are left, for ever."""
+@pytest.mark.parametrize("where", [(loop.TrainingStep, "__call__"), (AudioFolder, "read")], ids=["run", "loader"])
+def test_data_loader_processes_end_with_the_run(tiny_training, speech, monkeypatch, where):
+    """Wherever it fails: at exit, Python would wait for ever for those that are left."""
 
     def broken(*_):
         raise KeyError
 
     monkeypatch.setattr(*where, broken)
-    with pytest.raises(KeyError) as held:  # its traceback too
+    with pytest.raises(KeyError) as held:  # keeps the traceback alive
         train(tiny_training(folder=str(speech), steps=5, workers=2))
     assert not multiprocessing.active_children(), held
 
 
-def test_readers_outlive_the_first_sigterm_only():
-    code = "import time; from fastmimi.train.data import _outlive_sigterm; _outlive_sigterm(0); print(flush=True)"
+def test_data_loader_processes_ignore_only_the_first_sigterm():
+    code = "import time; from fastmimi.train.data import _ignore_first_sigterm as ignore; ignore(0); print(flush=True)"
     reader = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(60)"], stdout=subprocess.PIPE)
     reader.stdout.readline()
     reader.terminate()
@@ -264,28 +265,28 @@ def test_readers_outlive_the_first_sigterm_only():
     assert reader.wait(30) == -signal.SIGTERM
 
 
-def test_only_the_newest_checkpoints_stay(tiny_training, speech):
+def test_only_the_newest_checkpoints_are_kept(tiny_training, speech):
     config = tiny_training(folder=str(speech), steps=4, save_every=1)
     train(config)
     names = [path.name for path in (Path(config.out) / "checkpoints").iterdir()]
     assert sorted(names) == ["step_00000003", "step_00000004"]
 
 
-# What comes out
+# The trained model
 
 
-def test_what_comes_out_is_loaded_by_every_face(tiny_training, speech):
+def test_the_trained_model_loads_in_the_drop_in_too(tiny_training, speech):
     model = train(tiny_training(folder=str(speech), steps=2))
     audio = noise(1, 1, 9600)
     codec = fastmimi.load(model)
     codes = codec.encode(audio)
-    face = fastmimi.MimiModel.from_pretrained(model)
-    assert torch.equal(face.encode(audio, num_quantizers=4).audio_codes, codes)
+    drop_in = fastmimi.MimiModel.from_pretrained(model)
+    assert torch.equal(drop_in.encode(audio, num_quantizers=4).audio_codes, codes)
 
 
-def test_a_jodio_comes_out_with_the_entries_it_learned(tiny_training, speech, monkeypatch):
-    seen, whole = [], loop.Steps.__call__
-    monkeypatch.setattr(loop.Steps, "__call__", lambda self, *rest: seen.append(self) or whole(self, *rest))
+def test_a_trained_jodio_has_the_learned_entries(tiny_training, speech, monkeypatch):
+    seen, whole = [], loop.TrainingStep.__call__
+    monkeypatch.setattr(loop.TrainingStep, "__call__", lambda self, *rest: seen.append(self) or whole(self, *rest))
     config = tiny_training(architecture="jodio", folder=str(speech), steps=4)
     codec = fastmimi.JodioModel.from_pretrained(train(config))
     assert codec.decode(codec.encode(noise(1, 1, 9600))).isfinite().all()
@@ -293,27 +294,27 @@ def test_a_jodio_comes_out_with_the_entries_it_learned(tiny_training, speech, mo
         assert torch.equal(mine[0].codebooks(), trained[0].codebooks()) and mine[0].codebooks().any()
 
 
-def test_it_goes_on_from_loaded_weights(tiny_training, speech, tmp_path):
+def test_training_can_start_from_loaded_weights(tiny_training, speech, tmp_path):
     first = train(tiny_training(folder=str(speech), steps=3, out=str(tmp_path / "first")))
     config = tiny_training(folder=str(speech), steps=1, load=str(first), freeze=["encoder", "quantizer"])
     train(config)
     config.steps = 2
-    second = fastmimi.load(train(config)).state_dict()  # which goes on from the first step
+    second = fastmimi.load(train(config)).state_dict()  # resumes after the first step
     before = fastmimi.load(first).state_dict()
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], second[name])}
     assert moved == {"encoder_transformer", "downsample", "upsample", "decoder_transformer", "decoder"}
 
 
-def test_averages_are_of_the_weights(tiny_training, speech, monkeypatch):
+def test_the_trained_model_has_averaged_weights(tiny_training, speech, monkeypatch):
     config = tiny_training(folder=str(speech), steps=3, ema=0.5)
-    seen, whole = [], loop.Steps.__call__
+    seen, whole = [], loop.TrainingStep.__call__
 
     def watched(self, batch, step):
-        told = whole(self, batch, step)
+        logged = whole(self, batch, step)
         seen.append(self.codec.decoder.layers["0"].conv.weight.detach().clone())
-        return told
+        return logged
 
-    monkeypatch.setattr(loop.Steps, "__call__", watched)
+    monkeypatch.setattr(loop.TrainingStep, "__call__", watched)
     model = fastmimi.load(train(config))
     average = 0.5 * (0.5 * seen[0] + 0.5 * seen[1]) + 0.5 * seen[2]
     assert torch.allclose(model.decoder.layers["0"].conv.weight, average, atol=1e-6)
@@ -323,8 +324,8 @@ def test_averages_are_of_the_weights(tiny_training, speech, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="two processes on a CPU, through gloo")
-def test_two_processes_train_as_one(tiny_training, speech, tmp_path):
-    """The same windows, divided: nothing is drawn but candidates for dead entries, and none dies in four steps."""
+def test_two_processes_give_the_results_of_one(tiny_training, speech, tmp_path):
+    """The same windows, divided. Only replacements of unused entries are random, and none is replaced in four steps."""
     options = {"raw": 0.0, "dropout": False, "batch_size": 4, "kmeans_latents": 24, "replace_every": 1000}
     config = tiny_training(folder=str(speech), steps=4, save_every=4, **options)
     train(config)
@@ -337,13 +338,13 @@ def test_two_processes_train_as_one(tiny_training, speech, tmp_path):
     arguments = [sys.executable, *launch, str(tmp_path / "together.yaml")]
     subprocess.run(arguments, env=environment, check=True, timeout=300)
     states = [path.name for path in checkpoints(Path(config.out))[-1].glob("random_states_*")]
-    assert sorted(states) == ["random_states_0.pkl", "random_states_1.pkl"], "there were two"
+    assert sorted(states) == ["random_states_0.pkl", "random_states_1.pkl"], "there were two processes"
     for name, values in alone.items():
-        # the norm of the gradient too: what each loss weighs does not depend on how many share the work
+        # including the norm of the gradient: the weights of the losses do not depend on the number of processes
         assert scalars(config.out, name) == pytest.approx(values, rel=0.02), name
 
 
-def test_windows_that_could_not_be_read_are_counted(tiny_training, speech):
+def test_unreadable_files_are_counted(tiny_training, speech):
     (speech / "broken.wav").write_bytes(b"RIFF nothing")
     config = tiny_training(folder=str(speech), steps=8)
     train(config)
@@ -352,4 +353,4 @@ def test_windows_that_could_not_be_read_are_counted(tiny_training, speech):
     time.sleep(1.1)
     config.steps = 9
     train(config)
-    assert scalars(config.out, "unread files")[9] >= counts[8], "counted on after a stop"
+    assert scalars(config.out, "unread files")[9] >= counts[8], "the count continues after a stop"

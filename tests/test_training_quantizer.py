@@ -1,4 +1,4 @@
-"""How codebooks learn: what passes the quantizer, running means, dead entries, k-means."""
+"""Training of the codebooks: straight-through, dropout and bypass, moving averages, unused entries, k-means."""
 
 import pytest
 import torch
@@ -19,18 +19,21 @@ def quantizer_of(config, seed=0):
     return codec, trained, latents
 
 
-def test_raw_sequences_pass_as_they_are(tiny_training):
+def test_sequences_can_bypass_the_quantizer(tiny_training):
     codec, trained, latents = quantizer_of(tiny_training(raw=1.0))
     assert torch.equal(trained(codec, latents, codec.forward_context(len(latents)), 1).latents, latents)
 
 
 @pytest.mark.parametrize("architecture", ["mimi", "jodio"])
-def test_quantized_sequences_are_what_the_codes_say(tiny_training, architecture):
+def test_quantized_sequences_equal_the_decoded_codes(tiny_training, architecture):
     codec, trained, latents = quantizer_of(tiny_training(raw=0.0, dropout=False, architecture=architecture))
-    made = trained(codec, latents, codec.forward_context(len(latents)), 1)
-    assert torch.equal(made.codes, codec.quantize(latents))
-    assert relative_error(made.latents, codec.dequantize(made.codes)) < 1e-5
-    assert relative_error(made.semantic, codec.dequantize(made.codes[:, : codec.config.num_semantic_quantizers])) < 1e-5
+    output = trained(codec, latents, codec.forward_context(len(latents)), 1)
+    assert torch.equal(output.codes, codec.quantize(latents))
+    assert relative_error(output.latents, codec.dequantize(output.codes)) < 1e-5
+    assert (
+        relative_error(output.semantic, codec.dequantize(output.codes[:, : codec.config.num_semantic_quantizers]))
+        < 1e-5
+    )
 
 
 def test_levels_are_dropped_for_each_sequence(tiny_training):
@@ -38,36 +41,36 @@ def test_levels_are_dropped_for_each_sequence(tiny_training):
     kept = set()
     for seed in range(12):
         torch.manual_seed(seed)
-        made = trained(codec, latents, codec.forward_context(len(latents)), 1)
-        for row, codes in zip(made.latents, made.codes, strict=True):
+        output = trained(codec, latents, codec.forward_context(len(latents)), 1)
+        for row, codes in zip(output.latents, output.codes, strict=True):
             fits = [n for n in range(1, 5) if relative_error(row, codec.dequantize(codes[None, :n])[0]) < 1e-5]
             assert fits
             kept.add(fits[0])
     assert kept == {1, 2, 3, 4}
 
 
-def test_half_of_the_sequences_are_raw(tiny_training):
+def test_half_of_the_sequences_bypass_the_quantizer(tiny_training):
     codec, trained, latents = quantizer_of(tiny_training(raw=0.5))
     torch.manual_seed(0)
     raw = 0
     for _ in range(50):
-        made = trained(codec, latents, codec.forward_context(len(latents)), 1)
-        raw += sum(torch.equal(row, latent) for row, latent in zip(made.latents, latents, strict=True))
+        output = trained(codec, latents, codec.forward_context(len(latents)), 1)
+        raw += sum(torch.equal(row, latent) for row, latent in zip(output.latents, latents, strict=True))
     assert 70 < raw < 130
 
 
-def test_distillation_hears_the_latents_until_there_are_entries(tiny_training):
-    """Of zeros, its gradient would never fade, and the latents would grow without end."""
+def test_distillation_gets_the_latents_until_entries_are_initialized(tiny_training):
+    """The latents do not change what entries of zeros decode to: the gradient would not vanish, and they would grow."""
     torch.manual_seed(0)
     generator = Generator(tiny_training(begin=5))
-    codec, latents, call = generator.codec, noise(4, 32, 30), generator.codec.forward_context(4)
-    semantic = generator.quantizer(codec, latents, call, 0).semantic
+    codec, latents, context = generator.codec, noise(4, 32, 30), generator.codec.forward_context(4)
+    semantic = generator.quantizer(codec, latents, context, 0).semantic
     part = codec.quantizer.parts(4)[0][0]
-    assert relative_error(semantic, part.unproject(part.project(latents, call), call)) < 1e-6
+    assert relative_error(semantic, part.unproject(part.project(latents, context), context)) < 1e-6
 
 
-def test_raw_sequences_are_as_loud_as_quantized_ones(tiny_training):
-    """Where nothing is projected, and what both quantizers give back is added up."""
+def test_bypassing_sequences_have_the_magnitude_of_quantized_ones(tiny_training):
+    """A JODIO has no projections, and its decoder gets the sum of two reconstructions of the latents."""
     config = tiny_training(raw=0.0, dropout=False, architecture="jodio", kmeans_latents=120)
     codec, trained, latents = quantizer_of(config)
     quantized = trained(codec, latents, codec.forward_context(len(latents)), 1).latents
@@ -76,11 +79,11 @@ def test_raw_sequences_are_as_loud_as_quantized_ones(tiny_training):
     assert 0.7 < quantized.norm() / raw.norm() < 1.1
 
 
-def test_gradients_pass_the_quantizer_straight(tiny_training):
+def test_gradients_are_straight_through(tiny_training):
     codec, trained, latents = quantizer_of(tiny_training(raw=0.0, dropout=False))
     latents.requires_grad_()
-    made = trained(codec, latents, codec.forward_context(len(latents)), 1)
-    made.latents.sum().backward()
+    output = trained(codec, latents, codec.forward_context(len(latents)), 1)
+    output.latents.sum().backward()
     parts = [part for part, _ in codec.quantizer.parts(4)]
     again = latents.detach().requires_grad_()
     sum(
@@ -90,21 +93,21 @@ def test_gradients_pass_the_quantizer_straight(tiny_training):
     assert relative_error(latents.grad, again.grad) < 1e-5
 
 
-def test_the_first_counts_are_those_of_a_batch(tiny_training):
-    """So that an entry that k-means made stands for as many latents as one that was counted."""
+def test_initial_counts_are_scaled_to_those_of_a_batch(tiny_training):
+    """An entry that k-means initialized must weigh as much as one that has been averaged over batches."""
     _, trained, _ = quantizer_of(tiny_training(raw=0.0, replace_every=1000))
     for means in trained.means:
         assert means.usage.mean().item() == pytest.approx(120 / 32, rel=1e-3)
 
 
-def test_entries_are_running_means(tiny_training):
-    """Of what the levels before leave."""
+def test_entries_are_moving_averages(tiny_training):
+    """Each level averages the residuals of the levels before it."""
     codec, trained, latents = quantizer_of(tiny_training(raw=0.0, replace_every=1000))
     before = [(means.usage.clone(), means.sums.clone()) for means in trained.means]
-    made = trained(codec, latents, codec.forward_context(len(latents)), 1)
+    output = trained(codec, latents, codec.forward_context(len(latents)), 1)
     books = [part.codebooks().clone() for part, _ in codec.quantizer.parts(4)]
     trained.update(codec, 1)
-    codes = iter(made.codes.unbind(1))
+    codes = iter(output.codes.unbind(1))
     for (part, _), means, (usage, sums), entries in zip(
         codec.quantizer.parts(4), trained.means, before, books, strict=True
     ):
@@ -115,21 +118,21 @@ def test_entries_are_running_means(tiny_training):
             sums[level] = 0.99 * sums[level] + 0.01 * (chosen.T @ rows)
             rows = rows - chosen @ entries[level]
         assert relative_error(means.usage, usage) < 1e-5 and relative_error(means.sums, sums) < 1e-4
-        assert relative_error(part.codebooks(), sums / usage[..., None]) < 1e-4, "the codec has them"
+        assert relative_error(part.codebooks(), sums / usage[..., None]) < 1e-4, "the codec's own entries are updated"
 
 
-def test_each_level_begins_with_what_the_last_one_leaves(tiny_training):
+def test_kmeans_initializes_each_level_with_the_residual_of_the_last(tiny_training):
     codec, _, latents = quantizer_of(tiny_training(raw=0.0, architecture="jodio", kmeans_latents=120))
     part, count = codec.quantizer.parts(4)[1]
     rows = latents.transpose(1, 2).flatten(0, 1)
-    left = [rows.norm()]
+    residuals = [rows.norm()]
     for levels in range(1, count + 1):
         codes = part.encode(latents, levels, codec.forward_context(len(latents)))
-        left.append((latents - part.decode(codes, latents.dtype, codec.forward_context(len(latents)))).norm())
-    assert left[1] < 0.8 * left[0] and left[2] < 0.75 * left[1]
+        residuals.append((latents - part.decode(codes, latents.dtype, codec.forward_context(len(latents)))).norm())
+    assert residuals[1] < 0.8 * residuals[0] and residuals[2] < 0.75 * residuals[1]
 
 
-def test_dead_entries_become_latents_of_the_batch(tiny_training):
+def test_unused_entries_become_latents_of_the_batch(tiny_training):
     codec, trained, latents = quantizer_of(tiny_training(raw=0.0, replace_every=1))
     part, means = codec.quantizer.semantic_residual_vector_quantizer, trained.means[0]
     means.usage[0, :5], means.sums[0, :5] = 1e-3, 1.0  # far from everything
@@ -141,23 +144,23 @@ def test_dead_entries_become_latents_of_the_batch(tiny_training):
     assert (distance < 1e-5).all()
 
 
-def test_latents_are_gathered_before_there_are_entries(tiny_training):
+def test_latents_are_collected_before_entries_are_initialized(tiny_training):
     config = tiny_training(raw=0.0, begin=2, kmeans_latents=150)
     generator = Generator(config)
     codec, latents = generator.codec, noise(2, generator.codec.config.hidden_size, 60)
-    begun = []
+    initialized = []
     for step in range(5):
-        made = generator.quantizer(codec, latents, codec.forward_context(len(latents)), step)
-        begun.append(not torch.equal(made.latents, latents))
+        output = generator.quantizer(codec, latents, codec.forward_context(len(latents)), step)
+        initialized.append(not torch.equal(output.latents, latents))
         generator.quantizer.update(codec, step)
-    assert begun == [False, False, False, True, True], "from step 2 on, 120 latents a step"
+    assert initialized == [False, False, False, True, True], "from step 2 on, 120 latents a step"
 
 
-def test_one_reduction_for_all_levels(tiny_training, monkeypatch):
+def test_one_all_reduce_for_all_levels(tiny_training, monkeypatch):
     from fastmimi.train import quantizer
 
     calls = []
-    monkeypatch.setattr(quantizer, "sum_of_all", lambda x: calls.append(x.numel()) or x)
+    monkeypatch.setattr(quantizer, "all_reduce_sum", lambda x: calls.append(x.numel()) or x)
     quantizer_of(tiny_training())
     assert len(calls) == 1
 
@@ -170,7 +173,7 @@ def test_kmeans_finds_clusters():
     assert kmeans(rows[:5], 24, 3).shape == (24, 8), "fewer rows than centres"
 
 
-def test_what_does_not_learn_is_no_part(tiny_training):
+def test_the_teacher_is_not_in_the_state_dict(tiny_training):
     generator = Generator(tiny_training())
     assert isinstance(generator.quantizer, TrainedQuantizer)
     assert not any("teacher" in name for name in generator.state_dict())

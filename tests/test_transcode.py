@@ -1,4 +1,4 @@
-"""Blocks of audio through a stream: step by step, nothing read ahead."""
+"""Transcoding blocks of audio through a stream, without reading ahead."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fastmimi.devtools.testing import small_model
 from fastmimi.io import transcode
 
 
-def test_a_stream_is_not_read_ahead() -> None:
-    """The model has taken each block before the next but one is read: memory does not grow with the length."""
+def test_blocks_are_not_read_ahead() -> None:
+    """Each block is encoded before the next one is read, so that memory use does not grow with the length."""
     codec, clock = small_model(), transcode.Clock()
     seen = []
 
@@ -28,10 +28,10 @@ def test_a_stream_is_not_read_ahead() -> None:
     assert clock.steps == 7
 
 
-def test_frame_by_frame_is_a_step_for_each_frame() -> None:
+def test_frame_by_frame_takes_one_step_per_frame() -> None:
     codec, clock = small_model(), transcode.Clock()
     codes = transcode.encode(codec, [np.zeros((5_000, 1), np.float32)], clock, frame_by_frame=True)
-    assert clock.steps == 4  # two frames, the rest that is held back, the flush
+    assert clock.steps == 4  # two whole frames, an incomplete one, the flush
     blocks = [*transcode.decode(codec, codes, 5_000, clock, frame_by_frame=True)]
     assert [len(block) for block in blocks] == [1920, 1920, 1160]
 

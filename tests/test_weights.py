@@ -1,4 +1,4 @@
-"""Checkpoints in every layout and spelling, in and out; what does not fit is listed once, and nothing is unpickled."""
+"""Checkpoints are loaded and saved in every layout and spelling; one error lists all misfits; nothing is unpickled."""
 
 import json
 
@@ -10,7 +10,7 @@ import fastmimi
 from fastmimi.checkpoints import kyutai, weights
 from fastmimi.devtools.testing import CONFIGS, noise, relative_error, small_model
 
-FAST = {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
+FAST = {"upsampling_ratios": [4, 3, 2]}  # short frames, of 48 samples
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_directory(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["small", "ratios", "residual_layers", "shortcut", "semantic", "stereo"])
 def test_kyutai_file(name, tmp_path):
-    """The layout holds no configuration: shapes tell it, with a config.json for what they cannot (heads of 8 here)."""
+    """The layout holds no configuration; config.json gives it, since shapes do not determine all (here, heads of 8)."""
     model = small_model(name, **FAST)
     fastmimi.save_kyutai(model, tmp_path / "tokenizer-test.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
@@ -54,8 +54,7 @@ def test_kyutai_file(name, tmp_path):
     same(fastmimi.load(tmp_path), model)
 
 
-@pytest.mark.slow
-def test_shapes_tell_the_configuration(tmp_path):
+def test_the_configuration_is_inferred_from_shapes(tmp_path):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     config = fastmimi.CodecConfig(num_filters=8, hidden_size=128, upsample_groups=128, num_quantizers=9, **heads)
     model = weights.random(config)
@@ -118,7 +117,7 @@ def test_weight_norm_is_folded(model, spelling, layout, tmp_path):
 
 
 def test_nested_names_and_shards(model, directory):
-    """As transformers 5 names its modules, in two files with an index."""
+    """A checkpoint in the nested layout of transformers >= 5.20, in two files with an index."""
     state = load_file(directory / "model.safetensors")
     nested = {}
     for name, tensor in state.items():
@@ -133,11 +132,11 @@ def test_nested_names_and_shards(model, directory):
             name = f"{home}.{name}" if name.startswith(prefix) else name
         nested[name] = tensor
     names = sorted(nested)
-    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
-    for file, part in parts.items():
-        save_file({name: nested[name] for name in part}, directory / file)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, shard in shards.items():
+        save_file({name: nested[name] for name in shard}, directory / file)
     (directory / "model.safetensors").unlink()
-    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    index = {"weight_map": {name: file for file, shard in shards.items() for name in shard}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     same(fastmimi.load(directory), model)
 
@@ -181,7 +180,7 @@ def test_random_models_repeat(seed):
     assert weights.fingerprint(a) != weights.fingerprint(fastmimi.load("random:1"))
 
 
-def test_fingerprint_is_the_quantizer_alone(model):
+def test_the_fingerprint_depends_on_the_quantizer_alone(model):
     mine = weights.random(model.config)
     mine.load_state_dict(model.state_dict())
     before = weights.fingerprint(mine)
@@ -192,7 +191,7 @@ def test_fingerprint_is_the_quantizer_alone(model):
     assert weights.fingerprint(mine) != before
 
 
-def test_encoder_of_a_whole_checkpoint(model, directory):
+def test_only_the_encoder_of_a_whole_checkpoint(model, directory):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "decoder_config": None}))
     half = fastmimi.load(directory)
@@ -227,7 +226,7 @@ def test_bad_sources(directory, tmp_path, monkeypatch):
         fastmimi.load(directory)
 
 
-def test_an_offline_hub_says_what_to_pass_instead(monkeypatch):
+def test_the_error_without_network_says_what_to_pass_instead(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -235,7 +234,7 @@ def test_an_offline_hub_says_what_to_pass_instead(monkeypatch):
         fastmimi.load("nobody/mimi")
 
 
-def test_nothing_is_left_of_a_write_that_fails(model, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_target_as_it_was(model, tmp_path, monkeypatch):
     target = tmp_path / "k.safetensors"
     target.write_text("before")
 
@@ -249,13 +248,13 @@ def test_nothing_is_left_of_a_write_that_fails(model, tmp_path, monkeypatch):
     assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
 
 
-def test_what_kyutais_layout_cannot_hold(tmp_path):
-    with pytest.raises(ValueError, match="no attention biases and heads that fill the width"):
+def test_configurations_that_kyutais_layout_cannot_represent(tmp_path):
+    with pytest.raises(ValueError, match="requires attention without biases"):
         fastmimi.save_kyutai(small_model("attention"), tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_config_that_does_not_say_what_it_is_for(model, directory):
+def test_a_config_without_a_model_type(model, directory):
     config = json.loads((directory / "config.json").read_text())
     del config["model_type"]
     (directory / "config.json").write_text(json.dumps({**config, "sliding_window": 7}))
@@ -266,12 +265,12 @@ def test_a_config_that_does_not_say_what_it_is_for(model, directory):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (lambda t: t.int(), "decoder.layers.0.conv.weight must be of floats, got torch.int32"),
-        (lambda t: t > 0, "decoder.layers.0.conv.weight must be of floats, got torch.bool"),
+        (lambda t: t.int(), "decoder.layers.0.conv.weight must be floating-point, got torch.int32"),
+        (lambda t: t > 0, "decoder.layers.0.conv.weight must be floating-point, got torch.bool"),
         (lambda t: t.flatten(), r"decoder.layers.0.conv.weight must be \(\d+, 32, 7\), got \(\d+,\)"),
     ],
 )
-def test_tensors_of_another_type_or_rank(directory, change, sentence):
+def test_tensors_of_a_wrong_dtype_or_rank(directory, change, sentence):
     state = load_file(directory / "model.safetensors")
     state["decoder.layers.0.conv.weight"] = change(state["decoder.layers.0.conv.weight"])
     save_file(state, directory / "model.safetensors")
@@ -281,8 +280,8 @@ def test_tensors_of_another_type_or_rank(directory, change, sentence):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["flat", "kyutai"])
-def test_shapes_that_tell_no_configuration(model, tmp_path, layout):
-    """Without a config.json every tensor may be of any rank, and any may be missing."""
+def test_shapes_from_which_no_configuration_can_be_inferred(model, tmp_path, layout):
+    """Without a config.json, a tensor that is missing, empty or of a wrong rank raises InputError."""
     state = model.state_dict() if layout == "flat" else kyutai.from_flat(model.state_dict(), model.config)
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     for name in (name for name in state if ".1." not in name):
@@ -304,7 +303,7 @@ def test_an_index_names_files_beside_it(directory, listed):
 
 
 @pytest.mark.parametrize("name, sentence", [("a\nb", r"unknown 'a\\nb'$"), ("x" * 9000, r"unknown 'x+\.\.\.x+'$")])
-def test_names_of_tensors_do_not_break_a_sentence(directory, name, sentence):
+def test_odd_names_of_tensors_are_quoted_and_shortened(directory, name, sentence):
     state = load_file(directory / "model.safetensors")
     save_file({**state, name: torch.zeros(1)}, directory / "model.safetensors")
     with pytest.raises(fastmimi.InputError, match=sentence):

@@ -1,1 +1,1 @@
-"""Weights from and to files: transformers' layout and Kyutai's."""
+"""Loading and saving weights, in transformers' layout and in Kyutai's."""

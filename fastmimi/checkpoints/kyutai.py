@@ -1,7 +1,11 @@
-"""Kyutai's checkpoint layout (`tokenizer-*.safetensors`), as moshi and rustymimi read it, to and from the flat one.
+"""Conversion between Kyutai's checkpoint layout and the flat layout of fastmimi's own state dicts.
 
-Names differ, q, k and v are one matrix, and the rows of q and k are in another order: Kyutai rotates neighbouring
-pairs (2i, 2i + 1), transformers the pairs (i, i + head_dim / 2).
+Kyutai's layout is that of `tokenizer-*.safetensors` files, which moshi and rustymimi read. It differs in three ways:
+
+- parameters have other names;
+- the projections to queries, keys and values are one matrix;
+- the rows of the query and key projections are in another order, because RoPE rotates other pairs of dimensions:
+  (2i, 2i + 1) in Kyutai's layout, (i, i + head_dim / 2) in transformers' and here.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from ..models.config import CodecConfig
 
 FILE_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"  # in Kyutai's hub repositories
 
-SPELLINGS = (  # spellings of released files -> the one of moshi's modules today
+SPELLINGS = (  # names in older released files -> the names in moshi's current modules
     (r"\.in_proj_weight$", ".in_projs.0.weight"),
     (r"\.in_proj\.weight$", ".in_projs.0.weight"),
     (r"\.out_proj\.weight$", ".out_projs.0.weight"),
@@ -26,7 +30,7 @@ SPELLINGS = (  # spellings of released files -> the one of moshi's modules today
     (r"\._codebook\.cluster_size$", "._codebook.cluster_usage"),
     (r"\._codebook\.embed_(avg|sum)$", "._codebook.embedding_sum"),
 )
-NAMES = (  # Kyutai -> flat; the way back is written out in `_kyutai_name`
+TO_FLAT = (  # Kyutai's names -> flat names
     (r"^(encoder|decoder)\.model\.(\d+)\.convtr\.convtr\.", r"\1.layers.\2.conv."),
     (r"^(encoder|decoder)\.model\.(\d+)\.(block\.\d+\.|shortcut\.|)conv\.conv\.", r"\1.layers.\2.\3conv."),
     (r"^downsample\.conv\.conv\.conv\.", "downsample.conv."),
@@ -46,7 +50,7 @@ NAMES = (  # Kyutai -> flat; the way back is written out in `_kyutai_name`
     (r"\._codebook\.cluster_usage$", ".codebook.cluster_usage"),
     (r"\._codebook\.embedding_sum$", ".codebook.embed_sum"),
 )
-BACK = (  # flat -> Kyutai, except the convolutions of SEANet
+FROM_FLAT = (  # flat names -> Kyutai's names, except for SEANet's convolutions, see `_kyutai_name`
     (r"^downsample\.conv\.", "downsample.conv.conv.conv."),
     (r"^upsample\.conv\.", "upsample.convtr.convtr.convtr."),
     (r"^(\w+_transformer)\.layers\.", r"\1.transformer.layers."),
@@ -67,18 +71,20 @@ BACK = (  # flat -> Kyutai, except the convolutions of SEANet
 
 
 def is_kyutai(state: Mapping[str, Any]) -> bool:
+    """Whether the names of a state dict are those of Kyutai's layout."""
     return any(name.startswith("encoder.model.") for name in state)
 
 
 def to_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Tensor]:
-    """Kyutai's state dict, in any of its spellings -> the flat one."""
+    """Convert a state dict in Kyutai's layout, in any of its spellings, to the flat layout.
+
+    A tensor of a wrong shape or with an unknown name is passed on, for `weights.fill` to report.
+    """
     flat: dict[str, Tensor] = {}
     rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     for name, tensor in state.items():
-        name = _substitute(_substitute(name, SPELLINGS), NAMES)
-        if (
-            name.endswith(".in_projs.0.weight") and tensor.dim() == 2 and len(tensor) == rows
-        ):  # else `weights.fill` lists it
+        name = _substitute(_substitute(name, SPELLINGS), TO_FLAT)
+        if name.endswith(".in_projs.0.weight") and tensor.dim() == 2 and len(tensor) == rows:
             base = name.removesuffix("in_projs.0.weight")
             flat |= {f"{base}{part}_proj.weight": t for part, t in _split_projections(tensor, config).items()}
         else:
@@ -87,19 +93,23 @@ def to_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Tenso
 
 
 def shapes_of_flat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Flat names to tensors of the right shapes, before a configuration is known: q and k are not permuted."""
+    """Convert a state dict in Kyutai's layout to flat names and shapes, without a configuration.
+
+    The shapes are those of the flat layout, the values are not: rows of queries and keys keep Kyutai's order.
+    Raises InputError if a projection cannot be split into queries, keys and values.
+    """
     flat: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        name = _substitute(_substitute(name, SPELLINGS), NAMES)
+        name = _substitute(_substitute(name, SPELLINGS), TO_FLAT)
         if name.endswith(".in_projs.0.weight"):
             base = name.removesuffix("in_projs.0.weight")
             width = tensor.shape[-1] if tensor.dim() == 2 else 0
-            narrow, odd = divmod(len(tensor) - width if width else -1, 2)
-            if narrow < 1 or odd:
+            kv_rows, remainder = divmod(len(tensor) - width if width else -1, 2)
+            if kv_rows < 1 or remainder:
                 raise InputError(
                     f"{named(name)} must hold rows for queries, keys and values, got {tuple(tensor.shape)}"
                 )
-            parts = zip("qkv", tensor.split([width, narrow, narrow]), strict=True)
+            parts = zip("qkv", tensor.split([width, kv_rows, kv_rows]), strict=True)
             flat |= {f"{base}{part}_proj.weight": t for part, t in parts}
         else:
             flat[name] = tensor
@@ -107,10 +117,13 @@ def shapes_of_flat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Tensor]:
-    """The flat state dict -> Kyutai's, in the spelling of the released files, which moshi and rustymimi share."""
+    """Convert a flat state dict to Kyutai's layout, in the spelling of the released files.
+
+    moshi and rustymimi both read that spelling. Raises InputError for a configuration that the layout cannot represent.
+    """
     if config.attention_bias or config.num_attention_heads * config.head_dim != config.hidden_size:
         raise InputError(
-            "Kyutai's layout has no attention biases and heads that fill the width; got attention_bias="
+            "Kyutai's layout requires attention without biases and heads * head_dim = hidden_size; got attention_bias="
             f"{config.attention_bias}, {config.num_attention_heads} heads of {config.head_dim} for {config.hidden_size}"
         )
     transposed = _transposed_layers(config)
@@ -126,32 +139,33 @@ def from_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Ten
 
 
 def _split_projections(weight: Tensor, config: CodecConfig) -> dict[str, Tensor]:
-    """[(H + 2 H_kv) * D, hidden] -> q, k (rows permuted) and v."""
-    narrow = config.num_key_value_heads * config.head_dim
-    q, k, v = weight.split([weight.shape[0] - 2 * narrow, narrow, narrow])
+    """[(H + 2 H_kv) * D, hidden] -> q, k and v, with the rows of q and k in flat order."""
+    kv_rows = config.num_key_value_heads * config.head_dim
+    q, k, v = weight.split([weight.shape[0] - 2 * kv_rows, kv_rows, kv_rows])
     return {"q": _to_halves(q, config.head_dim), "k": _to_halves(k, config.head_dim), "v": v}
 
 
 def _to_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head from pairs (2i, 2i + 1) to halves (i, i + D / 2)."""
+    """Reorder the rows of each head: RoPE's pairs move from (2i, 2i + 1) to (i, i + D / 2)."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _to_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head from halves (i, i + D / 2) to pairs (2i, 2i + 1)."""
+    """Reorder the rows of each head: RoPE's pairs move from (i, i + D / 2) to (2i, 2i + 1)."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _transposed_layers(config: CodecConfig) -> set[str]:
-    """Numbers of the transposed convolutions among the decoder's layers: each follows an activation."""
+    """The indices of the transposed convolutions in the decoder's layers."""
     step = 2 + config.num_residual_layers
     return {str(2 + i * step) for i in range(len(config.upsampling_ratios))}
 
 
 def _kyutai_name(name: str, transposed: set[str]) -> str:
+    """The name in Kyutai's layout of a flat name; `transposed` are the indices of transposed convolutions."""
     match = re.match(r"^(encoder|decoder)\.layers\.(\d+)\.(block\.\d+\.|shortcut\.|)conv\.(.+)$", name)
     if match is None:
-        return _substitute(name, BACK)
+        return _substitute(name, FROM_FLAT)
     half, layer, inner, parameter = match.groups()
     kind = "convtr" if half == "decoder" and not inner and layer in transposed else "conv"
     return f"{half}.model.{layer}.{inner}{kind}.{kind}.{parameter}"

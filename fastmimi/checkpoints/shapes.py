@@ -1,4 +1,4 @@
-"""What the shapes in a checkpoint tell: its configuration, and whether one fits. No values are read."""
+"""Infer a configuration from the shapes in a checkpoint, or compare one with its size. No values are read."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from ..errors import InputError
 from ..models.config import AnyConfig, CodecConfig
 from . import kyutai
 
-TOLERATED = 4  # times more or fewer parameters: then the model is built, and every key that does not fit is named
+MAX_SIZE_RATIO = 4  # between parameters of checkpoint and model; up to that, the model is built and misfits are listed
 
 
 def check_size(config: AnyConfig, state: Mapping[str, Tensor], source: object) -> None:
-    """Raise InputError where the configuration is of a much larger or smaller model than the checkpoint holds.
+    """Raise InputError if the configuration describes a much larger or smaller model than the checkpoint holds.
 
-    So that a configuration cannot make `load` build, for minutes, what no checkpoint fills.
+    Otherwise a wrong configuration could make `load` spend minutes on building a model that the checkpoint does not
+    fill.
     """
     described, held = config.num_parameters, sum(tensor.numel() for tensor in state.values())
-    if not held <= TOLERATED * described or not described <= TOLERATED * held:
+    if not held <= MAX_SIZE_RATIO * described or not described <= MAX_SIZE_RATIO * held:
         raise InputError(
             f"the configuration describes a model of {described:,} parameters, and {source} holds {held:,}"
         )
 
 
 def infer_config(state: Mapping[str, Tensor]) -> CodecConfig:
-    """The configuration that the shapes tell; what they do not (heads of 64, window, RoPE base) is Mimi's."""
+    """Infer the configuration of a Mimi from the shapes of its state dict, in Kyutai's layout or the flat one.
+
+    What shapes do not determine is taken from kyutai/mimi: heads of 64 dimensions, the attention window, RoPE's base,
+    the dilation of residual layers and so on. Raises InputError, naming the tensor, if it is no checkpoint of a Mimi.
+    """
     if kyutai.is_kyutai(state):
         state = kyutai.shapes_of_flat(state)
     first = _shape(state, "encoder.layers.0.conv.weight", 3)
@@ -77,16 +82,16 @@ def infer_config(state: Mapping[str, Tensor]) -> CodecConfig:
 
 
 def _shape(state: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, ...]:
-    """The shape of a tensor, which must be of this rank and hold something."""
+    """The shape of a tensor. Raises InputError if it is missing, empty, or of another rank."""
     if name not in state:
-        raise InputError(f"this is not a Mimi checkpoint: it has no {name} and no config.json stands beside")
+        raise InputError(f"this is not a Mimi checkpoint: it has no {name}, and there is no config.json next to it")
     shape = tuple(state[name].shape)
     if len(shape) != rank or 0 in shape:
-        raise InputError(f"this is not a Mimi checkpoint: {name} must have {rank} dimensions, got {shape}")
+        raise InputError(f"this is not a Mimi checkpoint: {name} must have {rank} non-empty dimensions, got {shape}")
     return shape
 
 
 def _layers(state: Mapping[str, Tensor], pattern: str) -> list[tuple[str, int]]:
-    """Names that match, with the number of their layer, in its order."""
+    """The names that match a pattern, each with the layer index that its group captures, in the order of layers."""
     found = [(name, int(match[1])) for name in state if (match := re.fullmatch(pattern, name)) and len(match[1]) < 5]
     return sorted(found, key=lambda item: item[1])

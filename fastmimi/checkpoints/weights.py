@@ -1,7 +1,9 @@
-"""Checkpoints in and out, safetensors only: transformers' (flat, and nested as in 5.x state dicts) and Kyutai's.
+"""Load and save checkpoints, in safetensors only, in transformers' layouts and in Kyutai's.
 
-`load` finds a checkpoint, brings its names to the model's own (which are transformers' flat ones) and fills the model.
-What the two families disagree about stands in `kyutai.py`; weight norm, folded or not, is folded here.
+transformers has two layouts: the flat one of its released checkpoints, whose names the models here use too, and the
+nested one of its state dicts since 5.20. `load` finds a checkpoint, converts it to the flat layout and fills a model
+with it. Conversion from and to Kyutai's layout is in `kyutai.py`; weight norm, where a checkpoint has it, is folded
+into plain weights here.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from ..errors import InputError, named, one_line, shown
 from ..io.files import path_of, replacing
 from ..models import checks
 from ..models.codec import Codec
-from ..models.config import MIMI_TYPES, AnyConfig, CodecConfig, JodioConfig, config_from_json
-from ..models.jodio import JodioModel
+from ..models.config import AnyConfig, CodecConfig
 from ..models.mimi import Mimi
+from ..models.registry import ARCHITECTURES, MODEL_TYPES, architecture_of, build, config_from_json
 from ..models.validation import read_json
 from ..runtime import dispatch, quantized
 from . import kyutai, shapes
 
 State = dict[str, Tensor]
 
-NESTED = (  # state dicts of transformers >= 5.20 -> flat
+NESTED = (  # names in state dicts of transformers >= 5.20 -> flat names
     (r"^encoder\.encoder_seanet\.", "encoder."),
     (r"^decoder\.decoder_seanet\.", "decoder."),
     (r"^encoder\.(encoder_transformer|downsample)\.", r"\1."),
@@ -40,10 +42,10 @@ NESTED = (  # state dicts of transformers >= 5.20 -> flat
 )
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-LISTED = 20  # keys an error names before it only counts
+MAX_LISTED = 20  # misfits that an error message lists; it only counts the others
 
 
-@torch.inference_mode(False)  # tensors of inference mode count no edits: kernels would pack them at every call
+@torch.inference_mode(False)  # inference tensors have no version counter: kernels would pack them at every call
 def load(
     source: str | Path = "kyutai/mimi",
     *,
@@ -53,20 +55,25 @@ def load(
     num_codebooks: int | None = None,
     weights: str | None = None,
 ) -> Codec:
-    """A codec ready for inference: in eval mode, its parameters not requiring gradients.
+    """Load a codec for inference: in eval mode, with parameters that do not require gradients.
 
     Args:
-        source: a directory or `.safetensors` file of transformers' or Kyutai's, a directory that a JODIO was saved to,
-            a hub id ("kyutai/mimi"), "demo" (a small Mimi that comes with the package: speech, but no match for
-            Kyutai's), or random weights: "random[:seed]" for a Mimi, "jodio-random[:seed]" for a JODIO (1.5 GB).
-        device, dtype: where and in what precision it runs; codebooks and their search stay fp32.
-        impl: "auto", "reference", "triton", "cpu", "onednn", or a dict per op.
-        num_codebooks: codebooks that `encode` yields, by default all of the model's (32 for kyutai/mimi).
-        weights: "int8" rounds those of the large layers to 255 levels for each output channel
-            (runtime/quantized.py), which changes the codes somewhat; on a CPU, streams then read a quarter of the
-            bytes.
+        source: one of
+            - a directory or a `.safetensors` file with a Mimi in transformers' or Kyutai's layout;
+            - a directory that a JODIO was saved to;
+            - a hub id, such as "kyutai/mimi";
+            - "demo": a small Mimi that comes with the package; it codes speech, far from Kyutai's quality;
+            - "random" or "random:<seed>": a Mimi with random weights;
+            - "jodio-random" or "jodio-random:<seed>": a JODIO with random weights, 1.5 GB of them.
+        device: where the codec runs.
+        dtype: the precision it runs in; codebooks and the search in them stay fp32.
+        impl: "auto", "reference", "triton", "cpu", "onednn", or a dict from the name of an op to one of these.
+        num_codebooks: number of codebooks that `encode` yields; by default all of the model's (32 for kyutai/mimi).
+        weights: "int8" rounds the weights of the large layers to 255 levels per output channel
+            (runtime/quantized.py). That changes some of the codes; on a CPU, streams then read a quarter of the bytes.
 
-    Raises InputError for a source that is not there or not a Mimi, or whose keys do not fit, all listed at once.
+    Raises InputError if there is nothing at `source`, if it is not a supported codec, or if its tensors do not fit the
+    configuration; one message lists all that do not fit.
     """
     if not isinstance(source, str | os.PathLike):
         raise InputError(f"source must be a path, a hub id, demo or random, got {shown(source)}")
@@ -76,32 +83,34 @@ def load(
     device, dtype = checks.device(device), checks.dtype(dtype)
     if weights == "int8" and dtype != torch.float32:
         raise InputError(f"weights='int8' computes in float32, got dtype={dtype}")
-    if match := re.fullmatch(r"(jodio-)?random(?::([0-9]{1,18}))?", str(source)):
-        model = random(JodioConfig() if match[1] else CodecConfig(), int(match[2] or 0))
+    match = re.fullmatch(r"(?:([a-z]+)-)?random(?::([0-9]{1,18}))?", str(source))
+    if match and (name := match[1] or "mimi") in ARCHITECTURES:
+        model = random(ARCHITECTURES[name].config(), int(match[2] or 0))
     else:
         config, state = read_checkpoint(DEMO if str(source) == "demo" else source)
-        model = _unfilled(config)
+        model = _without_weights(config)
         fill(model, state)
     model.impl = impl
     if num_codebooks is not None:
         model.num_codebooks = num_codebooks
     if weights == "int8":
         if not isinstance(model, Mimi):
-            raise InputError("weights='int8' is for Mimi: the weights of a JODIO are under weight norm")
-        for part in model.children():
-            if part is not model.quantizer:  # which stays exact, and so does the codes' meaning
-                quantized.round_weights(part)
+            raise InputError("weights='int8' is only for Mimi: the weights of a JODIO have weight norm")
+        for module in model.children():
+            if module is not model.quantizer:  # its codebooks stay exact, so that codes keep their meaning
+                quantized.round_weights(module)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def _unfilled(config: AnyConfig) -> Codec:
+def _without_weights(config: AnyConfig) -> Codec:
+    """A codec on the meta device, for `fill`."""
     with torch.device("meta"):
-        return JodioModel(config) if isinstance(config, JodioConfig) else Mimi(config)
+        return build(config)
 
 
 def random(config: AnyConfig, seed: int = 0) -> Any:
-    """A codec with random weights, the same for the same seed on every machine; its codes vary with the audio."""
-    model = _unfilled(config)
+    """A codec with random weights, which depend only on the seed, scaled so that its codes vary with the audio."""
+    model = _without_weights(config)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: torch.Size, std: float) -> Tensor:
@@ -112,7 +121,7 @@ def random(config: AnyConfig, seed: int = 0) -> Any:
         kind = name.rsplit(".", 1)[1]
         if kind == "scale":
             state[name] = torch.full(tensor.shape, 0.01)
-        elif kind == "original0":  # of weight norm: keeps the power of what SiLU halves
+        elif kind == "original0":  # magnitude of weight norm: makes up for the power that SiLU takes away
             state[name] = torch.full(tensor.shape, 1.7)
         elif kind in ("cluster_usage", "initialized") or (kind == "weight" and tensor.dim() == 1):
             state[name] = torch.ones(tensor.shape)
@@ -127,9 +136,13 @@ def random(config: AnyConfig, seed: int = 0) -> Any:
 
 
 def fill(model: Codec, state: Mapping[str, Tensor]) -> None:
-    """Put a flat state into a model (which may stand on the meta device); all misfits are listed in one error."""
+    """Load a flat state dict into a model, which may be on the meta device.
+
+    Tensors of fewer than 32 bits become float32. If the model has no encoder or no decoder, the tensors of that half
+    are skipped. Raises InputError that lists all missing, unknown and unfitting tensors.
+    """
     own = model.state_dict()
-    dropped = tuple(
+    skipped = tuple(
         prefix
         for half, prefixes in (
             (model.encoder, ("encoder.", "encoder_transformer.", "downsample.")),
@@ -138,60 +151,70 @@ def fill(model: Codec, state: Mapping[str, Tensor]) -> None:
         if half is None
         for prefix in prefixes
     )
-    state = {name: tensor for name, tensor in state.items() if not (dropped and name.startswith(dropped))}
-    wrong = [f"missing {name}" for name in own if name not in state]
-    wrong += [f"unknown {named(name)}" for name in state if name not in own]
-    there = {name: tensor for name, tensor in state.items() if name in own}
-    wrong += [
+    state = {name: tensor for name, tensor in state.items() if not (skipped and name.startswith(skipped))}
+    misfits = [f"missing {name}" for name in own if name not in state]
+    misfits += [f"unknown {named(name)}" for name in state if name not in own]
+    known = {name: tensor for name, tensor in state.items() if name in own}
+    misfits += [
         f"{name} must be {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
-        for name, tensor in there.items()
+        for name, tensor in known.items()
         if own[name].shape != tensor.shape
     ]
-    wrong += [f"{name} must be of floats, got {t.dtype}" for name, t in there.items() if t.dtype not in FLOATS]
-    if wrong:
-        more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
-        raise InputError(f"the checkpoint does not fit the model: {'; '.join(wrong[:LISTED])}{more}")
+    misfits += [
+        f"{name} must be floating-point, got {tensor.dtype}"
+        for name, tensor in known.items()
+        if tensor.dtype not in FLOATS
+    ]
+    if misfits:
+        more = f"; and {len(misfits) - MAX_LISTED} more" if len(misfits) > MAX_LISTED else ""
+        raise InputError(f"the checkpoint does not fit the model: {'; '.join(misfits[:MAX_LISTED])}{more}")
     wide = {name: tensor.float() if tensor.dtype.itemsize < 4 else tensor for name, tensor in state.items()}
     model.load_state_dict(wide, assign=True)
 
 
 def read_checkpoint(source: str | Path) -> tuple[AnyConfig, State]:
-    """Configuration and flat state dict of a directory, a file, or a hub id; a JODIO's is as the model has it."""
-    path, there = Path(source), _exists(source)
-    if there and path.is_dir():
-        files, config_file = _files_of_directory(path)
-    elif there or path.suffix or str(source).count("/") != 1:
+    """The configuration and the state dict of a directory, a file, or a hub id.
+
+    A Mimi's state dict is converted to the flat layout, a JODIO's is returned unchanged. Raises InputError if there is
+    no checkpoint at `source`, or if it is much larger or smaller than its configuration.
+    """
+    path, exists = Path(source), _exists(source)
+    if exists and path.is_dir():
+        files, config_file = _files_in_directory(path)
+    elif exists or path.suffix or str(source).count("/") != 1:
         files, config_file = [path], path.parent / "config.json"
     else:
-        files, config_file = _files_of_hub(str(source))
+        files, config_file = _files_on_hub(str(source))
     state: State = {}
     for file in files:
         state |= read_safetensors(file)
     kind = _model_type(config_file)
-    config = None if kind is None or kind not in ("jodio", *MIMI_TYPES) else config_from_json(config_file)
+    config = None if kind is None or kind not in MODEL_TYPES else config_from_json(config_file)
     if config is not None:
         shapes.check_size(config, state, source)
-    if isinstance(config, JodioConfig):
+    if config is not None and not architecture_of(config).flat:
         return config, state
     state = to_flat(state)
     if config is None:
         config = shapes.infer_config(state)
         shapes.check_size(config, state, source)
     if kyutai.is_kyutai(state):
+        assert isinstance(config, CodecConfig)
         state = kyutai.to_flat(state, config)
     return config, state
 
 
 def _exists(source: str | os.PathLike[str]) -> bool:
+    """Whether a source is an existing path. Raises InputError if it cannot be a path at all."""
     try:
         return Path(source).exists()
-    except (OSError, ValueError) as error:  # a name too long for a file's, or with a NUL in it
+    except (OSError, ValueError) as error:  # a name that is too long or contains NUL
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"source must be a path, a hub id, demo or random, got {shown(source)} ({reason})") from None
 
 
 def read_safetensors(path: str | Path) -> State:
-    """All tensors of a file, memory-mapped. Raises InputError where there is none, or it is cut or of another kind."""
+    """All tensors of a file, memory-mapped. Raises InputError if it is missing, truncated, or of another format."""
     path = path_of(path, "path")
     if not path.is_file():
         raise InputError(f"no model at {str(path)!r}: pass a directory, a .safetensors file, a hub id or demo")
@@ -200,12 +223,12 @@ def read_safetensors(path: str | Path) -> State:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, ValueError, RuntimeError) as error:  # the last two: of types that PyTorch has not
+    except (SafetensorError, ValueError, RuntimeError) as error:  # the last two: for types that PyTorch does not have
         raise InputError(f"{path} is not a complete safetensors file ({one_line(error)})") from None
 
 
 def to_flat(state: State) -> State:
-    """Nested names to flat ones, live weight norm folded. Kyutai's names are left for `kyutai.to_flat`."""
+    """Convert nested names to flat ones and fold weight norm; names in Kyutai's layout are left to `kyutai.to_flat`."""
     flat = {}
     for name, tensor in state.items():
         for pattern, replacement in NESTED:
@@ -215,7 +238,11 @@ def to_flat(state: State) -> State:
 
 
 def fold_weight_norm(state: State) -> State:
-    """`weight = g * v / |v|` in place of the pair, in PyTorch's old spelling or its new one."""
+    """Replace each pair (g, v) of weight norm by `weight = g * v / |v|`, with v's norm taken for each row.
+
+    Pairs may have the names of `torch.nn.utils.weight_norm` or those of `torch.nn.utils.parametrizations.weight_norm`.
+    Raises InputError if the shapes or dtypes of a pair do not fit each other.
+    """
     spellings = {"parametrizations.weight.original0": "parametrizations.weight.original1", "weight_g": "weight_v"}
     folded = dict(state)
     for name in state:
@@ -225,7 +252,7 @@ def fold_weight_norm(state: State) -> State:
                 g, v = folded.pop(name), folded.pop(base + v_name)
                 if not g.is_floating_point() or g.dtype != v.dtype or g.shape != (*v.shape[:1], *[1] * (v.dim() - 1)):
                     raise InputError(
-                        f"{named(name)} must hold a number for each row of its {v_name}, {v.dtype} {tuple(v.shape)}, "
+                        f"{named(name)} must hold one number per row of its {v_name}, {v.dtype} {tuple(v.shape)}, "
                         f"got {g.dtype} {tuple(g.shape)}"
                     )
                 folded[base + "weight"] = torch._weight_norm(v, g, 0)
@@ -233,24 +260,28 @@ def fold_weight_norm(state: State) -> State:
 
 
 def save_pretrained(model: Codec, directory: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`; a Mimi's as transformers' `MimiModel.from_pretrained` reads them."""
+    """Write `config.json` and `model.safetensors` to a directory, which is created if needed; each file atomically.
+
+    transformers' `MimiModel.from_pretrained` reads those of a Mimi. Raises InputError if `model` is not a codec.
+    """
     _check_model(model)
     directory = path_of(directory, "directory")
     directory.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    _write(fold_weight_norm(state) if isinstance(model, Mimi) else state, directory / "model.safetensors")
-    with replacing(directory / "config.json") as part:
-        part.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+    _write(fold_weight_norm(state) if architecture_of(model.config).flat else state, directory / "model.safetensors")
+    with replacing(directory / "config.json") as temporary:
+        temporary.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
 
 
 def save_kyutai(model: Codec, path: str | Path) -> None:
     """Write one `.safetensors` file in Kyutai's layout, which moshi and rustymimi read.
 
-    Raises InputError for what that layout cannot hold (attention biases, heads that do not fill the width).
+    Raises InputError for a model that the layout cannot represent: a JODIO, attention biases, or heads whose
+    dimensions do not add up to `hidden_size`.
     """
     _check_model(model)
     if not isinstance(model.config, CodecConfig):
-        raise InputError(f"Kyutai's layout holds a Mimi, got a {type(model).__name__}")
+        raise InputError(f"only a Mimi can be saved in Kyutai's layout, got a {type(model).__name__}")
     _write(kyutai.from_flat(fold_weight_norm(model.state_dict()), model.config), path_of(path, "path"))
 
 
@@ -260,10 +291,10 @@ def _check_model(model: Any) -> None:
 
 
 def fingerprint(model: Codec) -> str:
-    """Sixteen hex digits that tell the quantizer's weights: codes are exchangeable between models that share them.
+    """A hash of the quantizer's weights, 16 hex digits: models with the same fingerprint can decode each other's codes.
 
-    The encoder and the decoder do not count (a fine-tuned decoder still reads the codes), nor does the precision the
-    model runs in, since the codebooks stay fp32.
+    It does not depend on the encoder and the decoder (a fine-tuned decoder still decodes the codes), nor on the
+    precision that the model runs in, since codebooks stay fp32.
     """
     _check_model(model)
     digest = hashlib.sha256()
@@ -275,16 +306,18 @@ def fingerprint(model: Codec) -> str:
 
 
 def _write(state: State, path: Path) -> None:
-    """Whole or not at all."""
-    with replacing(path) as part:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, part, {"format": "pt"})
+    """Write a safetensors file atomically."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
 
 
-def _files_of_directory(path: Path) -> tuple[list[Path], Path]:
+def _files_in_directory(path: Path) -> tuple[list[Path], Path]:
+    """The safetensors files of a checkpoint in a directory, and its config.json, which may be missing."""
     config, index = path / "config.json", path / "model.safetensors.index.json"
     if index.is_file():
         return [path / name for name in _shards(index)], config
-    if (path / "model.safetensors").is_file() and _model_type(config) in (None, "jodio", *MIMI_TYPES):
+    if (path / "model.safetensors").is_file() and _model_type(config) in (None, *MODEL_TYPES):
         return [path / "model.safetensors"], config
     found = sorted(path.glob("tokenizer-*.safetensors"))
     if len(found) != 1:
@@ -293,7 +326,7 @@ def _files_of_directory(path: Path) -> tuple[list[Path], Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files, beside it, that an index names."""
+    """The file names that an index lists. Raises InputError if one of them has a directory part."""
     listed = read_json(index).get("weight_map")
     names = [*listed.values()] if isinstance(listed, dict) else []
     if not names or not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
@@ -301,7 +334,8 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(names))
 
 
-def _files_of_hub(name: str) -> tuple[list[Path], Path]:
+def _files_on_hub(name: str) -> tuple[list[Path], Path]:
+    """As `_files_in_directory`, for a hub id; the files are downloaded to huggingface_hub's cache where needed."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
@@ -311,14 +345,14 @@ def _files_of_hub(name: str) -> tuple[list[Path], Path]:
     try:
         config = fetch("config.json")
         values = read_json(config)
-        if _model_type(config) not in ("jodio", *MIMI_TYPES):  # a repository of Kyutai's
+        if _model_type(config) not in MODEL_TYPES:  # a repository in Kyutai's layout
             return [fetch(str(values.get("mimi_name", kyutai.FILE_NAME)))], config
         try:
             return [fetch("model.safetensors")], config
         except EntryNotFoundError:
             return [fetch(part) for part in _shards(fetch("model.safetensors.index.json"))], config
     except (OSError, HfHubHTTPError, ValueError) as error:
-        reason = re.split(r"\.\s|\n", str(error).strip())[0]  # the first sentence of what may be a page
+        reason = re.split(r"\.\s|\n", str(error).strip())[0]  # only the first sentence: it may be a page long
         raise InputError(
             f"cannot fetch {name!r} from the hub ({type(error).__name__}: {reason}); offline, pass a local directory, "
             "a .safetensors file, or random:0"
@@ -326,6 +360,6 @@ def _files_of_hub(name: str) -> tuple[list[Path], Path]:
 
 
 def _model_type(config: Path) -> str | None:
-    """What a config.json is for; "mimi" also where it does not say but has Mimi's fields, None where there is none."""
+    """The model type in a config.json; "mimi" if it has none but Mimi's fields; None without a type or a file."""
     values = read_json(config) if config.is_file() else {}
     return values.get("model_type", "mimi" if "upsampling_ratios" in values else None)

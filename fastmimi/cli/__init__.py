@@ -1,6 +1,7 @@
 """The command line: `fastmimi encode | decode | roundtrip | info | explain | train | evaluate`.
 
-commands: what they are called and take; work, learning: what they do; report: what they print; errors: how they fail.
+`commands` defines the commands and their options, `work` and `training` what they do, `report` what they print, and
+`errors` how errors are shown.
 """
 
 from .commands import app, main

@@ -1,6 +1,6 @@
-"""What the commands are called and take.
+"""The commands and their options.
 
-Torch, transformers and matplotlib are imported inside commands, so that `--help` is quick.
+PyTorch, transformers and matplotlib are imported inside the commands, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -14,51 +14,67 @@ from typing import Annotated
 import typer
 
 from ..io.files import check_input, replacing
-from .errors import Sentences
+from .errors import ErrorHandlingGroup
 
 HUB = "kyutai/mimi"
 
-AudioIn = Annotated[Path, typer.Argument(metavar="IN", help="Audio, in any format that libsndfile reads.")]
+AudioIn = Annotated[Path, typer.Argument(metavar="IN", help="An audio file, in any format that libsndfile reads.")]
 TokensIn = Annotated[Path, typer.Argument(metavar="IN", help="A token file.")]
 AnyIn = Annotated[
     Path,
     typer.Argument(metavar="WHAT", help="A token file, an audio file, a model as for --model, or `mimi` or `jodio`."),
 ]
-AudioOut = Annotated[Path, typer.Argument(metavar="OUT", help="Audio; its suffix (wav, flac, ogg) is the format.")]
-TokensOut = Annotated[Path, typer.Argument(metavar="OUT", help="The token file (safetensors).")]
+AudioOut = Annotated[
+    Path, typer.Argument(metavar="OUT", help="The audio file to write; the suffix (wav, flac, ogg) sets the format.")
+]
+TokensOut = Annotated[Path, typer.Argument(metavar="OUT", help="The token file to write (safetensors).")]
 Model = Annotated[str, typer.Option(help="A directory, a .safetensors file, a hub id, demo, or [jodio-]random[:seed].")]
-OneModel = Annotated[str | None, typer.Option("--model", help="Load this model and ask it, instead of for any model.")]
-Codebooks = Annotated[int | None, typer.Option(help="How many codebooks; by default all there are.")]
+OneModel = Annotated[
+    str | None,
+    typer.Option("--model", help="Load this model and show what it uses; by default, show what any model would use."),
+]
+Codebooks = Annotated[int | None, typer.Option(help="Number of codebooks; by default all.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; codebooks are searched in float32.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; the codebook search is always in float32.")]
 Impl = Annotated[str, typer.Option(help="auto, reference, triton, cpu or onednn; see `fastmimi explain`.")]
-Stream = Annotated[bool, typer.Option("--stream", help="One frame (80 ms) at a time, as a live stream; same result.")]
-Packed = Annotated[bool, typer.Option("--packed", help="Store 2048 entries in 11 bits a code instead of 16.")]
-Force = Annotated[bool, typer.Option("--force", help="Decode with other weights than those that made the codes.")]
-TokensBeside = Annotated[Path | None, typer.Option(help="Also write the token file, here.")]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="Process one frame (80 ms) at a time, as a live stream; the result is the same."),
+]
+Packed = Annotated[
+    bool,
+    typer.Option("--packed", help="Store each code in as few bits as possible: 11 instead of 16 for 2048 entries."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Decode even if the codes were made with other weights.")]
+TokensBeside = Annotated[Path | None, typer.Option(help="Also write the tokens to this file.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw waveforms, spectrograms and codes (png, pdf, svg).")]
-ConfigIn = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML: the fields of fastmimi.train.TrainConfig.")]
+ConfigIn = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file with fields of fastmimi.train.config.TrainConfig.")
+]
 Changes = Annotated[
-    list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Of the configuration: optimizer.lr=1e-4")
+    list[str] | None,
+    typer.Argument(metavar="FIELD=VALUE", help="Override fields of the configuration, such as optimizer.lr=1e-4."),
 ]
 Speech = Annotated[Path, typer.Argument(metavar="DIR", help="A folder of audio files, or one file.")]
-Counts = Annotated[list[int] | None, typer.Option(help="How many codebooks, repeatedly; by default 8, and all.")]
-Json = Annotated[Path | None, typer.Option(help="Also write all numbers, here.")]
-Pictures = Annotated[Path | None, typer.Option(help="A folder for pictures: spectrograms, and how codebooks are used.")]
+Counts = Annotated[list[int] | None, typer.Option(help="Number of codebooks; may be repeated. By default 8, and all.")]
+Json = Annotated[Path | None, typer.Option(help="Also write all results to this file.")]
+Pictures = Annotated[
+    Path | None, typer.Option(help="Draw spectrograms and the usage of the codebooks into this folder.")
+]
 Version = Annotated[bool, typer.Option("--version", help="Print the version and exit.")]
 
 app = typer.Typer(
-    cls=Sentences,
+    cls=ErrorHandlingGroup,
     help="Mimi, the neural audio codec: speech to codes at 12.5 frames a second, and back.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",  # as "rich", it would take [train] and [jodio-] for markup, and leave them out
+    rich_markup_mode="markdown",  # "rich" would parse [train] and [jodio-] as markup and drop them
 )
 
 
 def main() -> None:
-    """The console entry."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as for Ctrl-C: temporary files are removed
+    """The console script's entry point."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, as for Ctrl-C: temporary files are removed
     app(prog_name="fastmimi")
 
 
@@ -85,7 +101,7 @@ def encode(
     packed: Packed = False,
     plot: Plot = None,
 ) -> None:
-    """Audio to a token file."""
+    """Encode audio to a token file."""
     from ..io.audio import probe
     from . import report, work
 
@@ -94,17 +110,17 @@ def encode(
     codec = work.load(model, device, dtype, impl, codebooks)
     with ExitStack() as outputs:
         part = outputs.enter_context(replacing(target))
-        coded = work.encode(codec, file, model, packed=packed, stream=stream)
-        part.write_bytes(coded.tokens.to_bytes())
+        encoded = work.encode(codec, file, model, packed=packed, stream=stream)
+        part.write_bytes(encoded.tokens.to_bytes())
         if plot is not None:
-            tracks = {"original": coded.track}
-            work.draw(outputs.enter_context(replacing(plot)), picture, coded.tokens, tracks, source)
+            tracks = {"original": encoded.track}
+            work.draw(outputs.enter_context(replacing(plot)), picture, encoded.tokens, tracks, source)
     report.show(
-        report.of_input(file),
-        report.of_codes(coded.tokens),
-        report.of_tokens(coded.tokens, target),
-        report.of_speed("encode", coded.clock, coded.tokens, stream),
-        report.of_picture(plot),
+        report.input_rows(file),
+        report.codes_rows(encoded.tokens),
+        report.tokens_rows(encoded.tokens, target),
+        report.speed_rows("encode", encoded.clock, encoded.tokens, stream),
+        report.picture_rows(plot),
     )
 
 
@@ -121,7 +137,7 @@ def decode(
     force: Force = False,
     plot: Plot = None,
 ) -> None:
-    """A token file to audio, at the codec's rate and of the original length."""
+    """Decode a token file to audio, at the codec's sample rate and with the original length."""
     from ..io.audio import output_format
     from ..io.tokens import Tokens
     from . import report, work
@@ -138,11 +154,11 @@ def decode(
             tracks = {"decoded": decoded.track}
             work.draw(outputs.enter_context(replacing(plot)), picture, tokens, tracks, source)
     report.show(
-        report.of_codes(tokens),
-        report.of_tokens(tokens, source),
-        report.of_speed("decode", decoded.clock, tokens, stream),
-        report.of_output(target, tokens),
-        report.of_picture(plot),
+        report.codes_rows(tokens),
+        report.tokens_rows(tokens, source),
+        report.speed_rows("decode", decoded.clock, tokens, stream),
+        report.output_rows(target, tokens),
+        report.picture_rows(plot),
     )
     report.note_model(model)
 
@@ -161,7 +177,7 @@ def roundtrip(
     packed: Packed = False,
     plot: Plot = None,
 ) -> None:
-    """Audio to codes and back, to hear what the codes keep."""
+    """Encode audio and decode the codes, to hear what they preserve."""
     from ..io.audio import output_format, probe
     from . import report, work
 
@@ -170,33 +186,34 @@ def roundtrip(
     codec = work.load(model, device, dtype, impl, codebooks)
     with ExitStack() as outputs:
         part = outputs.enter_context(replacing(target))
-        coded = work.encode(codec, file, model, packed=packed, stream=stream)
+        encoded = work.encode(codec, file, model, packed=packed, stream=stream)
         if tokens is not None:
-            outputs.enter_context(replacing(tokens)).write_bytes(coded.tokens.to_bytes())
-        decoded = work.decode(codec, coded.tokens, part, kind, stream=stream)
+            outputs.enter_context(replacing(tokens)).write_bytes(encoded.tokens.to_bytes())
+        decoded = work.decode(codec, encoded.tokens, part, kind, stream=stream)
         if plot is not None:
-            tracks = {"original": coded.track, "decoded": decoded.track}
-            work.draw(outputs.enter_context(replacing(plot)), picture, coded.tokens, tracks, source)
+            tracks = {"original": encoded.track, "decoded": decoded.track}
+            work.draw(outputs.enter_context(replacing(plot)), picture, encoded.tokens, tracks, source)
     report.show(
-        report.of_input(file),
-        report.of_codes(coded.tokens),
-        report.of_tokens(coded.tokens, tokens),
-        report.of_speed("encode", coded.clock, coded.tokens, stream),
-        report.of_speed("decode", decoded.clock, coded.tokens, stream),
-        report.of_output(target, coded.tokens),
-        report.of_picture(plot),
+        report.input_rows(file),
+        report.codes_rows(encoded.tokens),
+        report.tokens_rows(encoded.tokens, tokens),
+        report.speed_rows("encode", encoded.clock, encoded.tokens, stream),
+        report.speed_rows("decode", decoded.clock, encoded.tokens, stream),
+        report.output_rows(target, encoded.tokens),
+        report.picture_rows(plot),
     )
     report.note_model(model)
 
 
 @app.command()
 def info(source: AnyIn, device: Device = "cpu") -> None:
-    """What a token file, an audio file, or a model holds; of `mimi` and `jodio`, what each part costs."""
+    """Describe a token file, an audio file or a model; for `mimi` or `jodio`, show the cost of each part."""
     from ..io.audio import probe
     from ..io.tokens import Tokens, is_tokens
+    from ..models.registry import ARCHITECTURES
     from . import report, work
 
-    if str(source) in work.ARCHITECTURES and not source.exists():
+    if str(source) in ARCHITECTURES and not source.exists():
         report.costs(*work.costs(device))
     elif source.is_dir() or work.is_model_name(source):
         report.checkpoint(str(source))
@@ -210,12 +227,12 @@ def info(source: AnyIn, device: Device = "cpu") -> None:
 
 @app.command()
 def explain(model: OneModel = None, device: Device = "cpu", dtype: Dtype = "float32", impl: Impl = "auto") -> None:
-    """Which implementation runs each op, why, and why faster ones do not."""
+    """Show which implementation runs each op, why, and why others are not used."""
     from ..runtime.dispatch import explain
     from . import report, work
 
     kind, title = work.device_type(device), f"{device}, {dtype}, impl={impl}"
-    if model is None:  # the device need not be there
+    if model is None:  # without loading a model: the device need not exist
         report.dispatch(explain(kind, work.dtype_of(dtype), impl), title)
     else:
         report.dispatch(work.load(model, device, dtype, impl).explain(), f"{model}, {title}")
@@ -223,8 +240,8 @@ def explain(model: OneModel = None, device: Device = "cpu", dtype: Dtype = "floa
 
 @app.command()
 def train(config: ConfigIn, changes: Changes = None) -> None:
-    """Train a codec (pip install 'fastmimi[train]'); a run that was stopped goes on. See fastmimi/train/config.py."""
-    from .learning import train
+    """Train a codec, or resume a run (needs pip install 'fastmimi[train]'). See fastmimi/train/config.py."""
+    from .training import train
 
     train(config, changes or [])
 
@@ -238,7 +255,7 @@ def evaluate(
     json: Json = None,
     plot: Pictures = None,
 ) -> None:
-    """How a codec sounds, in numbers: encode and decode each file, and compare."""
-    from .learning import evaluate
+    """Measure the quality of a codec: encode and decode each file, and compare with the original."""
+    from .training import evaluate
 
     evaluate(folder, model, codebooks, device, json, plot)

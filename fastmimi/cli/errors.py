@@ -1,4 +1,4 @@
-"""How commands fail: what a user can cause is a sentence and exit code 2; our bugs keep their traceback."""
+"""Error handling: a user's mistake is one sentence and exit code 2, a bug of ours keeps its traceback."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typer.core import TyperGroup
 
 from ..errors import InputError
 
-USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the copy of click in newer typer
+USAGE_ERROR: Any = typer.BadParameter.__base__  # of click, or of the copy of click inside newer versions of typer
 
 
-class Sentences(TyperGroup):
-    """A group of commands that says in a sentence what the user can act on."""
+class ErrorHandlingGroup(TyperGroup):
+    """A command group that prints errors that a user can act on as one sentence."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):  # the last: `| head` has seen enough
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # the last: `| head` closed the pipe
             raise
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
@@ -28,12 +28,12 @@ class Sentences(TyperGroup):
             typer.echo(f"error: {error.format_message().rstrip('.')}; see {command} --help", err=True)
             raise typer.Exit(2) from None
         except (InputError, OSError) as error:
-            typer.echo(f"error: {sentence(error)}", err=True)
+            typer.echo(f"error: {one_line(error)}", err=True)
             raise typer.Exit(2) from None
 
 
-def sentence(error: BaseException) -> str:
-    """The error's message on one line; of the operating system's, the file and what is wrong with it."""
+def one_line(error: BaseException) -> str:
+    """The error's message on one line; for an error of the operating system, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())

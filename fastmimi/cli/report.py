@@ -1,4 +1,4 @@
-"""What the commands print: results on stdout; notes, progress and errors on stderr."""
+"""Output of the commands: results on stdout; notes, progress and errors on stderr."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Rows = list[tuple[str, str]]
 Blocks = Iterable["np.ndarray"]
 
 SHOWN_CODEBOOKS, SHOWN_FRAMES = 3, 10
-PIPE_WIDTH = 400  # columns where stdout is no terminal: tables take what they need
+PIPE_WIDTH = 400  # columns if stdout is not a terminal: wide enough that no table breaks its lines
 
 
 def show(*groups: Rows) -> None:
-    """Lines of a label and a text."""
+    """Print rows as lines of a label and a text."""
     for label, text in (row for rows in groups for row in rows):
         typer.echo(f"{label:<9}{text}")
 
@@ -41,7 +41,7 @@ def note(text: str) -> None:
 
 
 def note_model(model: str) -> None:
-    """What the audio of a model that is not for use sounds like, and how to get the one that is."""
+    """For a demonstration or random model, say what its audio sounds like and how to get the trained model."""
     if model == "demo":
         note(
             "demo is a small demonstration model, trained on synthetic speech; for Mimi's own quality pass "
@@ -54,15 +54,15 @@ def note_model(model: str) -> None:
         )
 
 
-# Rows of what was done
+# Rows that describe what was done
 
 
-def of_input(file: AudioFile) -> Rows:
+def input_rows(file: AudioFile) -> Rows:
     return [("input", f"{file.path}: {_describe(file)}, {_size(file.path)}")]
 
 
-def of_codes(tokens: Tokens) -> Rows:
-    """The shape, and the first frames of the first codebooks."""
+def codes_rows(tokens: Tokens) -> Rows:
+    """The shape of the codes, and the first frames of the first codebooks."""
     more = " ..." if tokens.num_frames > SHOWN_FRAMES else ""
     excerpt = [
         ("", f"  {number:>2}: {' '.join(f'{code:>4}' for code in row[:SHOWN_FRAMES])}{more}")
@@ -73,14 +73,14 @@ def of_codes(tokens: Tokens) -> Rows:
     return [("codes", f"{_shape(tokens)}, {tokens.duration:.2f} s"), *excerpt]
 
 
-def of_tokens(tokens: Tokens, path: Path | None) -> Rows:
-    """Where they are and how much they take; without a path, how much they would."""
+def tokens_rows(tokens: Tokens, path: Path | None) -> Rows:
+    """The token file and its size; without a path, the size that it would have."""
     where = str(path) if path is not None else "not written (--tokens FILE)"
     size = _size(path) if path is not None else f"{len(tokens.to_bytes()):,} bytes"
     return [("tokens", f"{where}: {size}, {_rate(tokens)}")]
 
 
-def of_speed(label: str, clock: Clock, tokens: Tokens, stream: bool) -> Rows:
+def speed_rows(label: str, clock: Clock, tokens: Tokens, stream: bool) -> Rows:
     text = f"{clock.seconds:.2f} s, {tokens.duration / clock.seconds:.3g} times real time"
     if stream:
         mean, frame = clock.seconds / clock.steps * 1000, 1000 / tokens.frame_rate
@@ -88,11 +88,11 @@ def of_speed(label: str, clock: Clock, tokens: Tokens, stream: bool) -> Rows:
     return [(label, text)]
 
 
-def of_output(path: Path, tokens: Tokens) -> Rows:
+def output_rows(path: Path, tokens: Tokens) -> Rows:
     return [("output", f"{path}: {tokens.duration:.2f} s, {tokens.sample_rate} Hz, {_size(path)}")]
 
 
-def of_picture(path: Path | None) -> Rows:
+def picture_rows(path: Path | None) -> Rows:
     return [("picture", f"{path}: {_size(path)}")] if path is not None else []
 
 
@@ -180,7 +180,7 @@ def checkpoint(source: str) -> None:
 def dispatch(choices: list[Choice], title: str) -> None:
     """The dispatch table."""
     table = Table(title=title, title_justify="left", show_lines=True)
-    for column in ("op", "runs", "because", "passed over"):
+    for column in ("op", "runs", "because", "not used"):
         table.add_column(column)
     for choice in choices:
         passed_over = "\n".join(f"{name}: {why}" for name, why in choice.passed_over)
@@ -190,12 +190,12 @@ def dispatch(choices: list[Choice], title: str) -> None:
 
 
 def costs(architectures: dict[str, list[Stage]], ceilings: dict[str, float], device: str) -> None:
-    """A table for each architecture: its stages, for a second of audio."""
+    """Print a table for each architecture: the cost of its stages for one second of audio."""
     from ..devtools.costs import total
 
     for name, stages in architectures.items():
         table = Table(title=f"{name}: both directions, for one second of audio", title_justify="left")
-        for column in ("stage", "output Hz", "parameters M", "GFLOP", "MB in fp32", "ms at least"):
+        for column in ("stage", "output Hz", "parameters M", "GFLOP", "MB in fp32", "min. ms"):
             table.add_column(column, justify="left" if column == "stage" else "right")
         for stage in (*stages, total(stages)):
             if stage.name == "total":
@@ -210,9 +210,9 @@ def costs(architectures: dict[str, list[Stage]], ceilings: dict[str, float], dev
             )
         print_table(table)
     typer.echo(
-        "MB: inputs and outputs of each op, once; the weights, read once a pass, are 4 MB for a million parameters.\n"
-        f"At least: at the rates measured now on {device}, {ceilings['fp32 GFLOP/s']:,.0f} GFLOP/s of products in "
-        f"fp32 and {ceilings['copy GB/s']:,.0f} GB/s of a copy."
+        "MB: each op's inputs and outputs, moved once. Weights are read once per pass: 4 MB per million parameters.\n"
+        f"min. ms: lower bound at the peak rates measured now on {device}, {ceilings['fp32 GFLOP/s']:,.0f} GFLOP/s for "
+        f"matrix products in fp32 and {ceilings['copy GB/s']:,.0f} GB/s for a copy."
     )
 
 
@@ -228,21 +228,21 @@ def print_table(table: Table) -> None:
 
 
 def _stdout() -> Console:
-    # file names are no markup; a pipe has no width, and lines broken at 80 are hard to search
+    # file names are not markup; a pipe has no width, and lines that are broken at 80 columns are hard to search
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
-# While it takes
+# Progress
 
 
 def busy(text: str) -> AbstractContextManager[object]:
-    """A spinner where stderr is a terminal."""
+    """A spinner, if stderr is a terminal."""
     return Console(stderr=True, markup=False).status(text)
 
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[Blocks], Blocks]]:
-    """Gives a function that passes blocks on and shows on a bar how many of `total` samples have passed."""
+    """A progress bar over `total` samples: yields a function that passes on blocks and advances the bar."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

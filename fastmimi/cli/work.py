@@ -1,4 +1,4 @@
-"""What the commands do: checks before any work, loading, encoding, decoding, drawing."""
+"""What `encode`, `decode`, `roundtrip`, `info` and `explain` do: check, load, encode, decode, draw."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ from ..io.files import check_output
 from ..io.tokens import Tokens
 from ..models import checks
 from ..models.codec import Codec
-from ..models.config import CodecConfig, JodioConfig
+from ..models.registry import ARCHITECTURES
 from ..runtime import dispatch
 from . import report
 
 if TYPE_CHECKING:
     from ..devtools.costs import Stage
 
-ARCHITECTURES = {"mimi": CodecConfig, "jodio": JodioConfig}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
-class Coded:
+class Encoded:
+    """The result of `encode`."""
+
     tokens: Tokens
-    track: plot.Track  # the beginning of what was encoded
+    track: plot.Track  # the beginning of the audio that was encoded
     clock: transcode.Clock
 
 
 @dataclass
 class Decoded:
-    track: plot.Track  # the beginning of what came out
+    """The result of `decode`."""
+
+    track: plot.Track  # the beginning of the decoded audio
     clock: transcode.Clock
 
 
@@ -46,7 +49,7 @@ class Decoded:
 
 
 def check_paths(inputs: list[Path], outputs: Iterable[Path | None]) -> None:
-    """Every output can be written, and none is an input or another output."""
+    """Raise InputError unless every output can be written and none is an input or another output."""
     taken = list(inputs)
     for path in outputs:
         if path is not None:
@@ -55,7 +58,7 @@ def check_paths(inputs: list[Path], outputs: Iterable[Path | None]) -> None:
 
 
 def picture(path: Path | None) -> str:
-    """The format of the picture, '' where none is asked for."""
+    """The format of the picture, or '' if none is requested."""
     return "" if path is None else plot.check(path)
 
 
@@ -66,12 +69,12 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def device_type(name: str) -> str:
-    """'cuda' for 'cuda:1'; whether there is one does not matter."""
+    """'cuda' for 'cuda:1'; the device need not exist."""
     return checks.device_type(name).type
 
 
 def is_model_name(source: Path) -> bool:
-    """A name that `load` takes for a model and not for a file: demo, random weights, or a hub id."""
+    """Whether `load` takes this for the name of a model and not for a file: demo, random weights, or a hub id."""
     name = source.as_posix()
     if source.exists():
         return False
@@ -80,7 +83,10 @@ def is_model_name(source: Path) -> bool:
 
 
 def check_fit(tokens: Tokens, codec: Codec, source: Path, model: str, *, force: bool) -> None:
-    """The codes were made with this codec's quantizer (or `force`), for audio of its rate and frames."""
+    """Raise InputError unless the codec can decode the tokens.
+
+    The weights must be those that made the codes (unless `force`), and sample rate and frame size must be equal.
+    """
     fingerprint = weights.fingerprint(codec)
     if tokens.fingerprint != fingerprint and not force:
         raise InputError(
@@ -95,28 +101,28 @@ def check_fit(tokens: Tokens, codec: Codec, source: Path, model: str, *, force: 
         )
 
 
-# Work
+# Actions
 
 
 def load(model: str, device: str, dtype: str, impl: str, codebooks: int | None = None) -> Codec:
-    """The codec; what can be checked without its weights is checked before they are fetched."""
+    """Load the codec; arguments are checked before weights are downloaded."""
     where, kind = checks.device(device), dtype_of(dtype)
-    dispatch.explain(where.type, kind, impl)  # raises where the implementation cannot run
+    dispatch.explain(where.type, kind, impl)  # raises InputError if the implementation cannot run
     with report.busy(f"loading {model}"):
         return weights.load(model, device=where, dtype=kind, impl=impl, num_codebooks=codebooks)
 
 
 def costs(device: str) -> tuple[dict[str, list[Stage]], dict[str, float], str]:
-    """Of each architecture the stages; what the device can do, and its name."""
+    """The stages of each architecture, the measured peak rates of the device, and its name."""
     from ..devtools import costs
 
     where = checks.device(device)
     with report.busy("counting, and measuring this machine"):
-        found = {name: costs.stages(config()) for name, config in ARCHITECTURES.items()}
+        found = {name: costs.stages(entry.config()) for name, entry in ARCHITECTURES.items()}
         return found, costs.ceilings(str(where)), device
 
 
-def encode(codec: Codec, file: AudioFile, model: str, *, packed: bool, stream: bool) -> Coded:
+def encode(codec: Codec, file: AudioFile, model: str, *, packed: bool, stream: bool) -> Encoded:
     channels = codec.config.audio_channels
     if channels == 1 < file.channels:
         report.note(f"{file.path} has {file.channels} channels; their mean is encoded")
@@ -135,7 +141,7 @@ def encode(codec: Codec, file: AudioFile, model: str, *, packed: bool, stream: b
         model=model,
         packed=packed,
     )
-    return Coded(tokens, track, clock)
+    return Encoded(tokens, track, clock)
 
 
 def decode(codec: Codec, tokens: Tokens, target: Path, kind: tuple[str, str], *, stream: bool) -> Decoded:

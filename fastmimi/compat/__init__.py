@@ -1,1 +1,1 @@
-"""Drop-in faces: the interfaces of transformers, moshi and rustymimi, thin over `fastmimi.Mimi`."""
+"""Drop-in replacements for the Mimi of transformers, moshi and rustymimi: thin wrappers around `fastmimi.Mimi`."""

@@ -1,22 +1,24 @@
-"""moshi's interface to Mimi, thin over `fastmimi.Mimi` and `StreamState`; no moshi needed.
+"""Drop-in for moshi's Mimi: a thin wrapper around `fastmimi.Mimi` and `StreamState`, which does not need moshi.
 
-`from fastmimi.compat import moshi as loaders` takes the place of `from moshi.models import loaders`. Codes are
-moshi's, audio is moshi's to fp32 rounding. What differs, on purpose:
+`from fastmimi.compat import moshi as loaders` replaces `from moshi.models import loaders`. Codes are identical to
+moshi's, audio equals moshi's up to fp32 rounding. Intended differences:
 
-- Streaming takes chunks of any length (moshi raises on anything but whole frames): the rest waits for the next
-  call, a call that completes no frame gives codes [B, K, 0], and `flush` completes the last frame with zeros.
-- Every position attends to itself and the 249 before it, streaming as offline. moshi does so offline. Its streaming
-  ring of 250 takes the keys of a whole call before the first query looks, so that beyond 10 s a position that has n
-  more after it in its call sees 250 - n: one frame (two positions) per call gives 249, 250; five give 241 ... 250.
-- Rows that `set_exec_mask` rules out get codes 0 and audio 0 (moshi: whatever came of their samples), which a
-  language model can embed. A row that is not ruled out but completes no frame where others do, possible only with
-  chunks that are not whole frames, has codes -1 there.
-- `forward` takes any length (moshi: whole frames). Its codebooks never move: in training mode too it is moshi's with
-  `freeze_quantizer`, penalty 0 and no metrics.
-- `get_streaming_state` is one `StreamState` under the name "", not one object for each module.
-- Weights come from safetensors only; without a file they are random, not empty. `state_dict` has fastmimi's names;
-  `fastmimi.checkpoints.weights.save_kyutai(model.core, path)` writes moshi's.
-- Wrong arguments raise InputError, calls out of order RuntimeError (moshi: AssertionError, or none at all).
+- Streams take chunks of any length, where moshi raises unless they are whole frames. The samples of an incomplete frame
+  are kept for the next call, a call that completes no frame returns codes [B, K, 0], and `flush` completes the last
+  frame with zeros.
+- Every position attends to itself and the 249 before it, in streams as well as offline. In moshi that is so offline.
+  In a stream, moshi writes the keys of a whole call into its ring buffer of 250 before the first query reads it. Beyond
+  10 s, a position that is followed by n others in the same call therefore attends to 250 - n positions: to 249 or 250
+  with one frame (two positions) per call, to 241 ... 250 with five frames per call.
+- Rows that `set_exec_mask` deactivates get codes 0, which a language model can embed, and audio 0; in moshi, whatever
+  is computed from their samples. An active row that completes no frame where others do, which is possible only with
+  chunks that are not whole frames, gets codes -1 there.
+- `forward` takes audio of any length, where moshi takes whole frames. It never updates the codebooks: in training mode
+  it equals moshi's with `freeze_quantizer`, with penalty 0 and without metrics.
+- `get_streaming_state` returns a single `StreamState` under the name "", not one object per module.
+- Weights are read from safetensors only. Without a file they are random; in moshi they are as its modules initialize
+  them. `state_dict` has fastmimi's names; `fastmimi.checkpoints.weights.save_kyutai(model.core, path)` writes moshi's.
+- Invalid arguments raise InputError, and calls out of order RuntimeError; in moshi, AssertionError or nothing.
 """
 
 from __future__ import annotations
@@ -44,8 +46,9 @@ FRAME_RATE = 12.5  # Hz
 MIMI_NAME = kyutai.FILE_NAME
 DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"  # holds MIMI_NAME
 
-# What moshi's classes take where a mimi_config leaves it out, None where it must be given. Weight norm is folded on
-# loading; dropout, decay and usage ratios of the quantizer are for training.
+# The defaults of moshi's classes, for what a mimi_config leaves out; `codec_config` says which of those that are None
+# must be given. The norm has no effect, since weight norm is folded on loading; neither have the quantizer's dropout,
+# decay and ratios, which are for training.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "seanet": {
         "channels": 1, "dimension": 128, "n_filters": 32, "n_residual_layers": 3, "ratios": [8, 5, 4, 2],
@@ -71,10 +74,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class QuantizedResult:
-    """What `MimiModel.forward` gives, with moshi's fields.
+    """The result of `MimiModel.forward`, with moshi's fields.
 
-    x: audio [B, channels, N]; codes: [B, K, T] int64; bandwidth: kbit/s of the codes, a scalar tensor;
-    penalty: the commitment loss, a scalar tensor; metrics: of the training of codebooks, here always empty.
+    Attributes:
+        x: audio [B, channels, N].
+        codes: [B, K, T] int64.
+        bandwidth: bit rate of the codes in kbit/s, a scalar tensor.
+        penalty: the commitment loss, a scalar tensor; always 0 here.
+        metrics: metrics of codebook training; always empty here.
     """
 
     x: Tensor
@@ -84,18 +91,23 @@ class QuantizedResult:
     metrics: dict = field(default_factory=dict)
 
 
-@torch.inference_mode(False)  # inference tensors could not be packed once (runtime/packing.py)
+@torch.inference_mode(False)  # inference tensors would be packed at every call (runtime/packing.py)
 def get_mimi(
     filename: str | Path | None,
     mimi_config: dict | None = None,
     device: torch.device | str = "cpu",
     num_codebooks: int = 8,
 ) -> MimiModel:
-    """A Mimi in eval mode, with the weights of a `.safetensors` file in Kyutai's layout, or random ones for None.
+    """Load a Mimi, in eval mode.
 
-    `mimi_config` is moshi's dict with `seanet`, `quantizer` and `transformer`; by default Kyutai's Mimi.
-    Raises InputError for a file that is not there, is not safetensors or does not fit, for a configuration that
-    there is no model for, and for a number of codebooks that the model does not have.
+    Args:
+        filename: a `.safetensors` file in Kyutai's layout, or None for random weights.
+        mimi_config: moshi's configuration, a dict with `seanet`, `quantizer` and `transformer`; None for Kyutai's Mimi.
+        device: where the model runs.
+        num_codebooks: number of codebooks that `encode` yields.
+
+    Raises InputError if the file is missing, not safetensors or does not fit the configuration, if the configuration is
+    not supported, and if the model does not have that many codebooks.
     """
     config = CodecConfig() if mimi_config is None else codec_config(mimi_config)
     where = checks.device(device)
@@ -112,12 +124,12 @@ def get_mimi(
 
 
 def codec_config(mimi_config: dict) -> CodecConfig:
-    """moshi's `mimi_config` as ours; raises InputError, naming the key, for what there is no model for."""
+    """Convert moshi's `mimi_config` to a CodecConfig. Raises InputError, naming the key, for what is not supported."""
     if not isinstance(mimi_config, dict):
         raise InputError(f"mimi_config must be a dictionary, got {type(mimi_config).__name__}")
     if missing := [key for key in ("sample_rate", "channels", "frame_rate", *DEFAULTS) if key not in mimi_config]:
         raise InputError(f"mimi_config has no {', '.join(missing)}")
-    seanet, quantizer, transformer = (_part(mimi_config, name) for name in DEFAULTS)
+    seanet, quantizer, transformer = (_section(mimi_config, name) for name in DEFAULTS)
     hidden, heads = seanet["dimension"], transformer["num_heads"]
     _require("", mimi_config, channels=seanet["channels"])
     _require("seanet", seanet, activation="ELU", activation_params={"alpha": 1.0}, causal=True, mask_fn=None)
@@ -140,7 +152,7 @@ def codec_config(mimi_config: dict) -> CodecConfig:
                 f"mimi_config['transformer'][{name!r}] must be a positive integer, got {transformer[name]!r}"
             )
     if heads % transformer["kv_repeat"]:
-        raise InputError(f"{heads} heads cannot be shared by kv_repeat={transformer['kv_repeat']}")
+        raise InputError(f"num_heads={heads} must be divisible by kv_repeat={transformer['kv_repeat']}")
     return CodecConfig(
         sampling_rate=mimi_config["sample_rate"],
         frame_rate=mimi_config["frame_rate"],
@@ -172,28 +184,30 @@ def codec_config(mimi_config: dict) -> CodecConfig:
     )
 
 
-def _part(mimi_config: dict, part: str) -> dict[str, Any]:
-    """One part of a mimi_config, with moshi's defaults for what it leaves out."""
-    if not isinstance(mimi_config[part], dict):
-        raise InputError(f"mimi_config[{part!r}] must be a dictionary, got {type(mimi_config[part]).__name__}")
-    if unknown := sorted(mimi_config[part].keys() - DEFAULTS[part].keys()):
-        raise InputError(f"mimi_config[{part!r}] has keys that there is no model for: {', '.join(unknown)}")
-    return DEFAULTS[part] | mimi_config[part]
+def _section(mimi_config: dict, name: str) -> dict[str, Any]:
+    """One section of a mimi_config, completed with moshi's defaults."""
+    section = mimi_config[name]
+    if not isinstance(section, dict):
+        raise InputError(f"mimi_config[{name!r}] must be a dictionary, got {type(section).__name__}")
+    if unknown := sorted(section.keys() - DEFAULTS[name].keys()):
+        raise InputError(f"mimi_config[{name!r}] has keys that are not supported: {', '.join(unknown)}")
+    return DEFAULTS[name] | section
 
 
-def _require(part: str, values: dict[str, Any], **wanted: Any) -> None:
-    for name, value in wanted.items():
+def _require(section: str, values: dict[str, Any], **required: Any) -> None:
+    """Raise InputError unless the values of a section ("" for the top level) are the required ones."""
+    for name, value in required.items():
         got = list(values[name]) if isinstance(values[name], tuple) else values[name]
         if got != value:
-            where = f"[{part!r}][{name!r}]" if part else f"[{name!r}]"
+            where = f"[{section!r}][{name!r}]" if section else f"[{name!r}]"
             raise InputError(f"mimi_config{where} must be {value!r}, got {got!r}")
 
 
 class MimiModel(Packable):
-    """The codec behind moshi's methods; `core` is the `fastmimi.Mimi`.
+    """A `fastmimi.Mimi`, the `core`, with the methods of moshi's `MimiModel`.
 
-    Audio is [B, channels, N] float at `sample_rate` Hz; codes [B, K, T] int64 and latents [B, dimension, T] are at
-    `frame_rate` Hz. As in moshi the parameters require gradients, so wrap inference in `torch.no_grad()`.
+    Audio is float [B, channels, N] at `sample_rate` Hz; codes are int64 [B, K, T] and latents [B, dimension, T], both
+    at `frame_rate` Hz. As in moshi, parameters require gradients: use `torch.no_grad()` for inference.
     """
 
     def __init__(self, core: Mimi):
@@ -201,10 +215,11 @@ class MimiModel(Packable):
         self.core = core
         self._state: StreamState | None = None
 
-    # What the codec is
+    # Properties of the codec
 
     @property
     def channels(self) -> int:
+        """Number of audio channels."""
         return self.core.config.audio_channels
 
     @property
@@ -224,16 +239,19 @@ class MimiModel(Packable):
 
     @property
     def total_codebooks(self) -> int:
-        """How many codebooks there are."""
+        """Number of codebooks that the model has."""
         return self.core.total_codebooks
 
     @property
     def num_codebooks(self) -> int:
-        """How many codebooks `encode` yields."""
+        """Number of codebooks that `encode` yields."""
         return self.core.num_codebooks
 
     def set_num_codebooks(self, n: int) -> None:
-        """Let `encode` yield n codebooks, from the semantic ones up to all. Raises InputError otherwise."""
+        """Set the number of codebooks that `encode` yields.
+
+        Raises InputError unless it is between the number of semantic codebooks and `total_codebooks`.
+        """
         self.core.num_codebooks = n
 
     @property
@@ -246,21 +264,25 @@ class MimiModel(Packable):
     def encode(self, x: Tensor) -> Tensor:
         """Audio [B, channels, N] -> codes [B, K, T].
 
-        Offline T = ceil(N / frame_size), the last frame completed with zeros; streaming it is the number of frames
-        that N more samples complete. Raises InputError for a wrong shape or dtype, and for NaN or infinite samples.
+        Offline, T is ceil(N / frame_size), and an incomplete last frame is completed with zeros. While streaming, T is
+        the number of frames that these N samples complete. Raises InputError for a wrong shape or dtype, and if a
+        sample is NaN or infinite.
         """
         return self._codes(self.core.encode(x, state=self._state))
 
     def flush(self) -> Tensor:
-        """Codes [B, K, 1] of the samples that a stream holds back, completed with zeros; [B, K, 0] without any."""
+        """Complete the incomplete frame of the streams with zeros -> codes [B, K, 1], [B, K, 0] if there is none.
+
+        Raises RuntimeError if the model is not streaming.
+        """
         return self._codes(self.core.flush(self._streaming("flush")))
 
     def _codes(self, codes: Tensor) -> Tensor:
-        """Codes with 0 in the rows that are ruled out."""
+        """The codes, with 0 in inactive rows."""
         return codes if self._state is None else torch.where(self._state.exec_mask[:, None, None], codes, 0)
 
     def encode_to_latent(self, x: Tensor, quantize: bool = True) -> Tensor:
-        """Audio [B, channels, N] -> latents [B, dimension, T], quantized and back, or as they reach the quantizer."""
+        """Audio [B, channels, N] -> latents [B, dimension, T], quantized and dequantized with `quantize`."""
         if quantize:
             return self.decode_latent(self.encode(x))
         return self.core.encode_to_latent(x, state=self._state)
@@ -272,12 +294,12 @@ class MimiModel(Packable):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, K, T] -> audio [B, channels, T * frame_size]. Raises InputError for codes out of range.
 
-        K is any number of codebooks from the semantic ones up, T any number of frames.
+        K may be any number of codebooks that includes the semantic ones, T any number of frames.
         """
         return self.core.decode(codes, state=self._state)
 
     def forward(self, x: Tensor) -> QuantizedResult:
-        """Audio [B, channels, N] -> the same through the codec, and codes; gradients pass the quantizer unchanged."""
+        """Audio [B, channels, N] -> the decoded audio and the codes; gradients pass the quantizer straight through."""
         if self._state is None:
             codes, latents = self.core.straight_through(x)
             audio = self.core.decode_latent(latents)[..., : x.shape[-1]]
@@ -291,12 +313,14 @@ class MimiModel(Packable):
 
     @property
     def is_streaming(self) -> bool:
+        """Whether streams have begun, with `streaming` or `streaming_forever`, and not ended."""
         return self._state is not None
 
     def streaming(self, batch_size: int) -> ExitStack:
-        """Begin `batch_size` streams now, both directions; leaving the context that is returned ends them.
+        """Begin `batch_size` streams in both directions; leaving the returned context ends them.
 
-        Raises RuntimeError while streaming, InputError for a configuration that cannot stream.
+        The streams begin with this call, not only on entering the context. Raises RuntimeError if the model is already
+        streaming, InputError for a configuration that cannot stream.
         """
         if self._state is not None:
             raise RuntimeError("this model is already streaming: leave the context of streaming() first")
@@ -307,15 +331,15 @@ class MimiModel(Packable):
         return stack
 
     def streaming_forever(self, batch_size: int) -> None:
-        """Begin `batch_size` streams that nothing ends."""
+        """Begin `batch_size` streams that no context ends."""
         self.streaming(batch_size)
 
     def reset_streaming(self, reset_mask: Tensor | None = None) -> None:
-        """Start the streams of `reset_mask` [B] bool anew, without it all of them; no mask rules them out then."""
+        """Restart the streams where `reset_mask`, [B] bool, is set, or all of them for None; they become active."""
         self._streaming("reset_streaming").reset(reset_mask)
 
     def set_exec_mask(self, exec_mask: Tensor) -> None:
-        """Rows [B] bool that the following calls advance; the others stay as they are and give 0."""
+        """Set which streams, [B] bool, the following calls advance; the others keep their state and give zeros."""
         state = self._streaming("set_exec_mask")
         exec_mask = masks.as_tensor(exec_mask, "exec_mask")
         if exec_mask.shape != state.exec_mask.shape:
@@ -323,27 +347,28 @@ class MimiModel(Packable):
         state.exec_mask.copy_(exec_mask)
 
     def get_streaming_state(self) -> dict[str, StreamState | None]:
-        """Under "" the state itself, which changes as the stream goes on: keep a moment of it with `clone()`."""
+        """The state, under the name "". It changes as the streams go on: take a snapshot with its `clone()`."""
         return {"": self._state}
 
     def set_streaming_state(self, state: dict[str, StreamState | None]) -> None:
-        """Go on from what `get_streaming_state` gave; None ends streaming.
+        """Continue from a state that `get_streaming_state` returned; the state None ends streaming.
 
-        Raises RuntimeError for other names, InputError for a state of another model, device or dtype.
+        Raises RuntimeError if it has other names, InputError if it is of another configuration, device or dtype.
         """
         if not isinstance(state, dict):
             raise InputError(f"state must come from get_streaming_state(), got {type(state).__name__}")
         if state.keys() != {""}:
-            raise RuntimeError(f"a streaming state has the one name '', got {sorted(state)}")
-        if (new := state[""]) is not None:
-            batch = new.batch_size if isinstance(new, StreamState) else 0
-            checks.state(new, (batch, self.channels, self.frame_size), self.core)
-        self._state = new
+            raise RuntimeError(f"a streaming state must have the single name '', got {sorted(state)}")
+        if (new_state := state[""]) is not None:
+            batch = new_state.batch_size if isinstance(new_state, StreamState) else 0
+            checks.state(new_state, (batch, self.channels, self.frame_size), self.core)
+        self._state = new_state
 
     def _stop_streaming(self) -> None:
         self._state = None
 
     def _streaming(self, method: str) -> StreamState:
+        """The state. Raises RuntimeError, naming the method that needs it, if the model is not streaming."""
         if self._state is None:
             raise RuntimeError(f"{method} needs a streaming model: call streaming(batch_size) first")
         return self._state

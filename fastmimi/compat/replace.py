@@ -1,4 +1,4 @@
-"""fastmimi inside larger models: every transformers Mimi in CSM, Moshi, a Qwen3-TTS tokenizer, ... becomes ours."""
+"""Replace transformers' Mimi with fastmimi's inside a larger model, such as CSM, Moshi or a Qwen3-TTS tokenizer."""
 
 from __future__ import annotations
 
@@ -7,35 +7,39 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError
-from .transformers import PEERS, Bound, Codebook, adopt, ours, peer
+from .transformers import PEERS, Codebook, DropIn, adopt, drop_in_for, peer
 
 _REPLACEMENTS: dict[type, type] = {}
 
 
 def replace_mimi(model: nn.Module) -> nn.Module:
-    """Make every transformers Mimi in `model` (or `model` itself) a fastmimi one, in place, and return `model`.
+    """Turn every transformers Mimi in `model`, or `model` itself, into a fastmimi drop-in, in place; return `model`.
 
-    The modules and their parameters stay the same objects; only what computes with them changes. Subclasses keep what
-    they override. `restore_mimi` undoes it.
+    Modules and parameters stay the same objects; only the class of a module, and so the code that computes with it,
+    changes. Subclasses keep the methods that they override. `restore_mimi` undoes it.
+    Raises InputError if `model` is not a module.
     """
     for module in _modules(model):
-        if isinstance(module, PEERS) and not isinstance(module, Bound):
+        if isinstance(module, PEERS) and not isinstance(module, DropIn):
             module.__class__ = _replacement(type(module))
             adopt(module, _replacement)
     return model
 
 
 def restore_mimi(model: nn.Module) -> nn.Module:
-    """Undo `replace_mimi`, in place, and return `model`; models made as fastmimi's stay so."""
+    """Undo `replace_mimi`, in place, and return `model`. Models that were created as fastmimi's are left unchanged.
+
+    Raises InputError if `model` is not a module.
+    """
     for module in _modules(model):
         if (original := getattr(type(module), "_replaces", None)) is not None:
             module.__class__ = original
             module.__dict__.pop("_binding", None)
-            for part in module.modules():
-                if type(part) is Codebook:
-                    part.__class__ = peer.MimiEuclideanCodebook
-                    part._embed = None  # what the peer had cached may be of other sums
-                    part.to(module.dtype)  # the peer's codebooks are of the model's precision
+            for submodule in module.modules():
+                if type(submodule) is Codebook:
+                    submodule.__class__ = peer.MimiEuclideanCodebook
+                    submodule._embed = None  # the peer's cached entries may be out of date
+                    submodule.to(module.dtype)  # the peer's codebooks have the model's precision
     return model
 
 
@@ -46,12 +50,12 @@ def _modules(model: Any) -> list[nn.Module]:
 
 
 def _replacement(cls: type) -> type:
-    """A class that computes as fastmimi's and is otherwise `cls`, which it remembers."""
+    """The class that stands in for `cls`, with its name and its overrides; `restore_mimi` reads `_replaces`."""
     if cls not in _REPLACEMENTS:
         if cls in PEERS:
-            bases: tuple[type, ...] = (ours(cls),)
-        else:  # a subclass: its own overrides first, then ours, then the peer's
-            bases = (cls, next(ours(base) for base in cls.__mro__ if base in PEERS))
-        names = {"_replaces": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-        _REPLACEMENTS[cls] = type(cls.__name__, bases, names)
+            bases: tuple[type, ...] = (drop_in_for(cls),)
+        else:  # a subclass; in the method resolution order: its own overrides, then the drop-in, then the peer's class
+            bases = (cls, next(drop_in_for(base) for base in cls.__mro__ if base in PEERS))
+        attributes = {"_replaces": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        _REPLACEMENTS[cls] = type(cls.__name__, bases, attributes)
     return _REPLACEMENTS[cls]

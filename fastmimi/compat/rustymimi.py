@@ -1,24 +1,26 @@
-"""rustymimi's interface to Mimi: numpy arrays in and out, thin over `fastmimi.Mimi` and `StreamState`.
+"""Drop-in for rustymimi: numpy arrays in and out, a thin wrapper around `fastmimi.Mimi` and `StreamState`.
 
-`from fastmimi.compat import rustymimi` takes the place of `import rustymimi`: eight codebooks by default, codes
-uint32, audio float32, on the CPU. Up to 10 s codes are rustymimi's, and audio is to fp32 rounding. An incomplete last
-frame is completed layer by layer, as there (and in transformers); no samples at all give the frame of one silent
-sample. What differs, on purpose:
+`from fastmimi.compat import rustymimi` replaces `import rustymimi`. As there, the default is 8 codebooks, codes are
+uint32 and audio is float32, and everything runs on the CPU. Up to 10 s, codes are identical to rustymimi's and audio
+equals rustymimi's up to fp32 rounding. An incomplete last frame is padded in each layer, as in rustymimi and
+transformers; audio without samples is encoded as a single silent sample. Intended differences:
 
-- Every position attends to itself and the 249 before it, as in moshi and transformers; in rustymimi it sees 251,
-  offline and streaming, so that beyond 10 s a few codes differ and the audio a little.
-- `reset` starts over entirely; rustymimi keeps the last latents before the downsampling, and its first frame after a
-  reset is another one. `encode` and `decode` leave the streams of the steps alone; there they end up in their
-  attention.
-- There is no longest input: `max_seq_len` is checked and has no effect. rustymimi raises ValueError once an object has
-  encoded, or decoded, more than that many positions, 25 per second: by default 8192, or 5.5 minutes. Clips and streams
-  count alike, and `reset` does not start the count anew.
-- `StreamTokenizer.decode` takes any number of frames [T, K], rustymimi one. What a worker thread fails of is raised by
-  the `get_` call that would have had its result, and the stream goes on as if it had not been given; rustymimi
-  prints it, and who waits for the result waits forever.
-- Codes have as many rows as there are codebooks; with one, rustymimi's `decode` takes more and reads the first.
-- Arrays need not be contiguous, no frames decode to no samples (there a panic), "bf16" works, and samples that are
-  NaN or infinite raise InputError.
+- Every position attends to 250 positions, itself and the 249 before it, as in moshi and transformers. In rustymimi it
+  attends to 251, offline and in streams, so that beyond 10 s a few codes and the audio differ slightly.
+- `reset` clears the whole state. rustymimi keeps the last latents before the downsampling, so that its first frame
+  after a reset differs.
+- `encode` and `decode` do not affect the streams of `encode_step` and `decode_step`. In rustymimi, what they process
+  stays in the attention's cache of those streams.
+- The length of the input is not limited: `max_seq_len` is checked and otherwise ignored. rustymimi raises ValueError
+  once an object has encoded, or decoded, more than `max_seq_len` positions (25 per second) in total, clips and streams
+  together and across resets; the default of 8192 is 5.5 minutes.
+- `StreamTokenizer.decode` takes any number of frames [T, K], where rustymimi takes one.
+- An error in a worker thread is raised by the `get_` call that would have returned the result, and the stream continues
+  as if the failed input had not been passed. rustymimi prints the error, and no result ever follows.
+- Codes must have exactly `num_codebooks` rows. With one codebook, rustymimi's `decode` accepts more rows and reads only
+  the first.
+- Arrays need not be contiguous, decoding no frames gives no samples (rustymimi panics), "bf16" works, and NaN or
+  infinite samples raise InputError.
 """
 
 from __future__ import annotations
@@ -45,16 +47,16 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Tokenizer:
-    """The codec and one batch of streams.
+    """The codec, with one batch of streams in each direction.
 
     Args:
         path: a `.safetensors` file in Kyutai's layout, or any other source that `fastmimi.load` takes.
-        num_codebooks: K, how many of the file's codebooks `encode` yields and `decode` takes.
-        dtype: "f32", "f16" or "bf16", what it computes in; codebooks and their search stay fp32.
-        max_seq_len: without effect.
+        num_codebooks: K, the number of codebooks that `encode` yields and `decode` takes.
+        dtype: "f32", "f16" or "bf16", the precision that it computes in; codebooks and the search in them stay fp32.
+        max_seq_len: ignored.
 
-    Raises InputError for a path or dtype that there is not, and for a file that holds no Mimi of so many codebooks.
-    Its methods raise TypeError for arrays of another dtype or rank, InputError for what is in them.
+    Raises InputError if there is nothing at `path`, if the file holds no Mimi with that many codebooks, and for another
+    dtype. The methods raise TypeError for arrays of another dtype or rank, and InputError for invalid shapes or values.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Tokenizer:
         self.reset()
 
     def reset(self) -> None:
-        """Begin both streams anew; the next chunk says how many rows they have."""
+        """Restart the streams in both directions; the next chunk sets their batch size."""
         self._encoding: StreamState | None = None
         self._decoding: StreamState | None = None
 
@@ -89,7 +91,7 @@ class Tokenizer:
         return _audio_out(self._mimi.decode(self._codes_in(codes)))
 
     def encode_step(self, pcm_data: np.ndarray) -> np.ndarray | None:
-        """The next samples [B, 1, N] float32 of the streams -> codes [B, K, T] of the frames they complete, or None."""
+        """The streams' next chunk [B, 1, N] float32 -> codes [B, K, T] uint32 of the frames it completes, or None."""
         _check("pcm_data", pcm_data, np.float32, 3, "[batch, 1, samples]")
         if self._encoding is None:
             self._encoding = self._mimi.new_state(len(pcm_data))
@@ -98,7 +100,7 @@ class Tokenizer:
         return _codes_out(codes) if codes.shape[-1] else None
 
     def decode_step(self, codes: np.ndarray) -> np.ndarray | None:
-        """The next codes [B, K, T] uint32 of the streams -> audio [B, 1, 1920 * T] float32, or None for no frames."""
+        """The streams' next codes [B, K, T] uint32 -> audio [B, 1, 1920 * T] float32, or None if T is 0."""
         frames = self._codes_in(codes)
         if self._decoding is None:
             self._decoding = self._mimi.new_state(len(frames))
@@ -115,9 +117,10 @@ class Tokenizer:
 
 
 class StreamTokenizer:
-    """One stream in each direction, each on a thread of its own: give with `encode` and `decode`, ask with `get_`.
+    """One stream in each direction, each on its own thread.
 
-    Results come in the order of what was given, one for each call that completes a frame. Arguments as for `Tokenizer`.
+    `encode` and `decode` queue input and return at once; `get_encoded` and `get_decoded` return results, in the order
+    of the input, one for each call that completes a frame. The arguments are those of `Tokenizer`.
     """
 
     def __init__(
@@ -132,44 +135,47 @@ class StreamTokenizer:
         self._codebooks = num_codebooks
         self._encoder = Worker("fastmimi-encode", tokenizer.encode_step)
         self._decoder = Worker("fastmimi-decode", tokenizer.decode_step)
-        # The threads know the tokenizer and not this object, so that dropping it, or leaving Python, ends them.
+        # The threads refer to the tokenizer, not to this object, so that they end when it is deleted or Python exits.
         weakref.finalize(self, stop, self._encoder, self._decoder)
 
     def encode(self, pcm_data: np.ndarray) -> None:
-        """Give the next samples [N] float32 at 24 kHz. Raises TypeError for another dtype or rank."""
+        """Queue the next samples [N] float32 at 24 kHz. Raises TypeError for another dtype or rank."""
         _check("pcm_data", pcm_data, np.float32, 1, "[samples]")
         self._encoder.inbox.put(pcm_data[None, None].copy())
 
     def decode(self, codes: np.ndarray) -> None:
-        """Give the codes of the next frames [T, K] uint32. Raises TypeError or InputError for other arrays."""
+        """Queue the codes of the next frames [T, K] uint32.
+
+        Raises TypeError for another dtype or rank, InputError for another number of codebooks.
+        """
         _check("codes", codes, np.uint32, 2, f"[frames, {self._codebooks}]")
         if codes.shape[1] != self._codebooks:
             raise InputError(f"codes must be [frames, {self._codebooks}], got {codes.shape}")
         self._decoder.inbox.put(codes.T[None].copy())
 
     def get_encoded(self) -> np.ndarray | None:
-        """The next codes [K, T] uint32, or None while there are none; raises what the worker failed of."""
+        """The next codes [K, T] uint32, or None if none are ready; raises the worker thread's error, if any."""
         codes = self._encoder.get()
         return None if codes is None else codes[0]
 
     def get_decoded(self) -> np.ndarray | None:
-        """The next audio [1920 * T] float32, or None while there is none; raises what the worker failed of."""
+        """The next audio [1920 * T] float32, or None if none is ready; raises the worker thread's error, if any."""
         audio = self._decoder.get()
         return None if audio is None else audio[0, 0]
 
 
 class Worker:
-    """A daemon thread that takes from `inbox`, calls `step`, and puts what that gives or raises, if not None."""
+    """A daemon thread that calls `step` on each item of `inbox` and queues its results, unless None, and its errors."""
 
     def __init__(self, name: str, step: Callable[[Any], Any]):
-        # SimpleQueue may be used from finalizers, which can interrupt any other of its calls
+        # SimpleQueue is reentrant, so that a finalizer may use it even while it interrupts another call of the queue
         self.inbox: SimpleQueue[Any] = SimpleQueue()
         self.outbox: SimpleQueue[Any] = SimpleQueue()
         self.thread = Thread(target=_work, args=(step, self.inbox, self.outbox), name=name, daemon=True)
         self.thread.start()
 
     def get(self) -> Any:
-        """The next result, None without one; raises a failure in its turn."""
+        """The next result, or None if none is ready; an error is raised when it is next."""
         try:
             result = self.outbox.get_nowait()
         except Empty:
@@ -190,26 +196,26 @@ def _work(step: Callable[[Any], Any], inbox: SimpleQueue[Any], outbox: SimpleQue
 
 
 def stop(*workers: Worker) -> None:
-    """End the threads after the step they are at; what else was given is dropped."""
+    """End the threads after the step that they are running; queued input is discarded."""
     for worker in workers:
         with suppress(Empty):
             while True:
                 worker.inbox.get_nowait()
         worker.inbox.put(None)
     for worker in workers:
-        if worker.thread is not current_thread():  # a finalizer may run anywhere
+        if worker.thread is not current_thread():  # a finalizer may run on any thread
             worker.thread.join()
 
 
 def write_wav(filename: str | os.PathLike[str], data: np.ndarray, sample_rate: int) -> None:
-    """Write mono audio [N] float32 as 16-bit PCM at `sample_rate` Hz; clipped to [-1, 1], NaN is 0.
+    """Write mono audio [N] float32 as 16-bit PCM at `sample_rate` Hz; samples are clipped to [-1, 1], NaN becomes 0.
 
-    Raises TypeError for another dtype or rank, InputError for a rate that there is not or a file it cannot write.
+    Raises TypeError for another dtype or rank, InputError for an invalid sample rate and if the file cannot be written.
     """
     _check("data", data, np.float32, 1, "[samples]")
     if not 0 < operator.index(sample_rate) < 2**31:
         raise InputError(f"sample_rate must be a positive number of Hz, got {sample_rate}")
-    pcm = (np.nan_to_num(np.clip(data, -1, 1)) * np.float32(32767)).astype("<i2")  # towards 0, as there
+    pcm = (np.nan_to_num(np.clip(data, -1, 1)) * np.float32(32767)).astype("<i2")  # rounds towards 0, as rustymimi
     try:
         with open(filename, "wb") as file, wave.open(file, "wb") as out:
             out.setnchannels(1)
@@ -227,7 +233,7 @@ def _check(name: str, x: np.ndarray, dtype: type[np.generic], rank: int, shape: 
 
 
 def _tensor(x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(x.copy())  # x may be read-only, which torch does not know
+    return torch.from_numpy(x.copy())  # a copy, since x may be read-only, which tensors cannot be
 
 
 def _codes_out(codes: torch.Tensor) -> np.ndarray:

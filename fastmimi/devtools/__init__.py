@@ -1,1 +1,1 @@
-"""What tests and benchmarks share: tolerances, workloads, costs."""
+"""Shared by tests and benchmarks: tolerances, test models, workloads of the ops, and the cost model."""

@@ -1,7 +1,7 @@
-"""What a codec costs by stage: parameters, and work and bytes for a second of audio; and what this machine can do.
+"""Cost model: parameters of each stage of a codec, and FLOPs and bytes for one second of audio; and machine peak rates.
 
-A model on the meta device runs with ops that count in place of computing. Bytes are each op's input and output once;
-weights are read once a pass, and stand apart. A product of a multiplication and an addition is two FLOP.
+The model runs on the meta device with ops that count instead of computing. Bytes count each op's input and output once,
+without weights, which are read once per pass. A multiply-add counts as two FLOPs.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ..models.codec import Codec
-from ..models.config import AnyConfig, JodioConfig
-from ..models.jodio import JodioModel
-from ..models.mimi import Mimi
-from ..runtime.ops import OPS, SCHEMAS, ForwardContext, Ops
+from ..models.config import AnyConfig
+from ..models.registry import build
+from ..runtime.ops import OPS, ForwardContext, Ops
 
-TIME = {"transformer_layer": 1, "rvq_encode": 1, "rvq_decode": 0}  # the dimension of outputs that is time, else 2
-SECONDS = 40  # of audio that the counting is done on: attention's window is full in half of it
+SECONDS = 40  # of audio that is counted, longer than every attention window
 
 
 @dataclass
 class Stage:
-    """A part of a model, for one second of audio; `rate` is of its outputs, in Hz."""
+    """A part of a model and its cost for one second of audio. `rate` is the rate of its outputs in Hz."""
 
     name: str
     parameters: int = 0
@@ -36,15 +34,15 @@ class Stage:
     rate: float = 0.0
 
     def seconds(self, ceilings: dict[str, float]) -> float:
-        """The least that one second of audio takes here in fp32, its weights in a cache."""
+        """Lower bound on the time for one second of audio in fp32 at the measured peak rates, with cached weights."""
         return max(self.flops / ceilings["fp32 GFLOP/s"], self.bytes / ceilings["copy GB/s"]) / 1e9
 
 
 @torch.no_grad()
 def stages(config: AnyConfig) -> list[Stage]:
-    """Both directions of a codec with all codebooks, stage by stage, in the order of the audio's way."""
+    """The stages of encoding and then decoding with all codebooks, in the order in which they run."""
     with torch.device("meta"):
-        model = JodioModel(config) if isinstance(config, JodioConfig) else Mimi(config)
+        model = build(config)
         frames = round(SECONDS * config.frame_rate)
         seconds = frames / config.frame_rate
         audio = torch.empty(1, config.audio_channels, frames * config.frame_size)
@@ -66,7 +64,7 @@ def total(found: list[Stage]) -> Stage:
 
 
 class _Counter:
-    """Ops that count, for the stage at hand."""
+    """Ops that add their cost to the current stage instead of computing."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -75,8 +73,8 @@ class _Counter:
 
     def _op(self, op: str) -> Callable[..., Tensor]:
         def run(*tensors: Any, dropout: float = 0.0, residual_dropout: float = 0.0, **options: Any) -> Tensor:
-            y = SCHEMAS[op].fake(*tensors, **options)
-            self._add(_flops(op, y, *tensors, **options), tensors[0], y, y.shape[TIME.get(op, 2)])
+            y = OPS[op].fake(*tensors, **options)
+            self._add(OPS[op].flops(y, *tensors, **options), tensors[0], y, y.shape[OPS[op].time])
             return y
 
         return run
@@ -89,13 +87,13 @@ class _Counter:
 
     @contextmanager
     def stage(self, name: str, module: nn.Module) -> Iterator[None]:
-        """Within, what is counted belongs to a new stage of this name."""
+        """Begin a new stage; costs are added to it until the next one begins."""
         self.found.append(Stage(name, sum(t.numel() for t in module.state_dict().values())))
         yield
 
     @contextmanager
     def hooked(self, model: Codec) -> Iterator[None]:
-        """Within, each stage of the model's directions begins with its module's forward."""
+        """Within the context, the forward pass of each module that is a stage begins that stage."""
         names = {module: name for name, module in model.named_modules()}
         handles = []
         for module in _modules(model):
@@ -105,7 +103,7 @@ class _Counter:
                     pass
 
             handles.append(module.register_forward_pre_hook(begin))
-            if isinstance(module, nn.Linear):  # which is no op
+            if isinstance(module, nn.Linear):  # not an op of ours
                 handles.append(module.register_forward_hook(self._linear))
         try:
             yield
@@ -118,7 +116,7 @@ class _Counter:
 
 
 def _modules(model: Codec) -> Iterator[nn.Module]:
-    """The modules that are stages: an encoder or decoder layer by layer or block by block, all else whole."""
+    """The modules that are stages: each layer or block of encoder and decoder, and every other part as a whole."""
     for part in (*model.parts("encode"), *model.parts("decode")):
         if part is not None and part not in (model.encoder, model.decoder):
             yield part
@@ -126,27 +124,15 @@ def _modules(model: Codec) -> Iterator[nn.Module]:
             yield from child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else (child,)
 
 
-def _flops(op: str, y: Tensor, x: Tensor, *tensors: Any, **options: Any) -> float:
-    sizes = [t.numel() for t in tensors if t is not None and t.dim() > 1]  # matrices: vectors cost nothing beside them
-    if op == "transformer_layer":
-        rows, heads = x.shape[0] * x.shape[1], tensors[2].shape[0]
-        return 2.0 * rows * sum(sizes) + 4.0 * rows * min(x.shape[1], options["window"]) * heads
-    if op == "causal_conv_transpose1d":
-        return 2.0 * x.shape[0] * x.shape[2] * sizes[0]
-    if op.startswith("rvq"):
-        rows, (levels, size, dim) = y.shape[1 if op == "rvq_encode" else 0], tensors[0].shape
-        return rows * levels * dim * (2.0 * size if op == "rvq_encode" else 1.0)
-    shortcut = options.get("shortcut_weight")
-    weights = [*sizes, 0 if shortcut is None else shortcut.numel()] if op == "resblock" else sizes[:1]
-    return 2.0 * y.shape[0] * y.shape[2] * sum(weights)
-
-
 def ceilings(device: str = "cpu") -> dict[str, float]:
-    """Measured in half a second: GFLOP/s of products in fp32 and bf16, GB/s of a copy (read and written) and a read."""
+    """Measured peak rates: GFLOP/s of matrix products in fp32 and bf16, GB/s of a copy (read + written) and of a read.
+
+    The measurement takes half a second.
+    """
 
     def best(call: Any, rounds: int = 8) -> float:
         times = []
-        for _ in range(rounds + 1):  # the first is to warm up
+        for _ in range(rounds + 1):  # the first one is a warm-up
             start = time.perf_counter()
             call()
             if torch.device(device).type != "cpu":
@@ -156,7 +142,7 @@ def ceilings(device: str = "cpu") -> dict[str, float]:
 
     found, n = {}, 1024 if device == "cpu" else 4096
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        # on a CPU a convolution with one tap: oneDNN, which is at its peak on every processor
+        # as a convolution of kernel size 1: on a CPU, oneDNN runs it at peak rate on every processor
         x = torch.randn(1, n, 32, n // 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(n, n, 1, 1, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
         found[f"{name} GFLOP/s"] = 2 * n**3 / best(lambda x=x, w=weight: torch.nn.functional.conv2d(x, w)) / 1e9

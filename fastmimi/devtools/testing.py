@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: configurations, random models, inputs, measures of agreement."""
+"""Shared by tests and benchmarks: configurations, random models and inputs, and measures of agreement."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
     "sliding_window": 24,
 }
 
-# Arguments of transformers' `MimiConfig`, each turning one thing of the architecture.
+# Arguments of transformers' `MimiConfig`; each entry varies one aspect of the architecture.
 CONFIGS: dict[str, dict[str, Any]] = {
     "mimi": {},
     "small": SMALL,
@@ -52,23 +52,23 @@ STREAMABLE = [name for name, values in CONFIGS.items() if name != "mimi" and Cod
 
 
 def lengths(frame_size: int, sample_rate: int = 24_000) -> list[int]:
-    """Samples that try the edges of frames, and 10.5 s, longer than the attention window."""
+    """Numbers of samples around frame boundaries, and 10.5 s, which is longer than the attention window."""
     return [1, frame_size - 1, frame_size, frame_size + 1, int(10.5 * sample_rate)]
 
 
 def small_model(name: str = "small", seed: int = 0, **changes: Any) -> Mimi:
-    """A codec of one of the `CONFIGS`, random weights, ready for inference."""
+    """A codec with random weights of one of the `CONFIGS`, in eval mode, without gradients."""
     return random(CodecConfig.from_dict({**CONFIGS[name], **changes}), seed).eval().requires_grad_(False)
 
 
 def noise(*shape: int, seed: int = 0, scale: float = 0.3) -> Tensor:
-    """Normal noise, the same for the same seed whatever the device, on the default device."""
+    """Normal noise on the default device; the same for the same seed on every device."""
     x = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") * scale
     return x.to(torch.get_default_device())
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
-    """Largest difference over the truth's peak."""
+    """Largest absolute difference, divided by the largest magnitude of `truth`."""
     assert x.shape == truth.shape, f"{tuple(x.shape)} is not {tuple(truth.shape)}"
     if not truth.numel():
         return 0.0
@@ -77,9 +77,9 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Errors:
-    """Largest errors against fp64, over its peak; `assert_as_exact` says how they are compared."""
+    """Largest errors against fp64, relative to its peak; `assert_as_exact` says how they are compared."""
 
-    mine: float
+    mine: float  # of the implementation under test
     plain: float  # of plain PyTorch in the same dtype
     bound: float  # of the reference in fp64 with perturbed operands
     eps: float
@@ -94,14 +94,14 @@ class Errors:
 
 def assert_as_exact(op: Callable[..., Tensor], reference: Callable[..., Tensor], operands: Sequence[Any],
                     *, longest: int, fixed: Collection[int] = (), **options: Any) -> None:  # fmt: skip
-    """AssertionError unless the rounding errors of `op` are of the size that its sums, or plain PyTorch, explain.
+    """Raise AssertionError if the error of `op` is larger than its sums, or plain PyTorch, explain.
 
-    Its error against the reference in fp64 may be one unit in the last place more than the larger of
+    The allowed error against the reference in fp64 is one unit in the last place more than the larger of
 
-    - the bound: how far the reference in fp64 moves when every element of every operand is off by sqrt(n) + 2 unit
-      roundoffs, up or down at random. n is the number of terms of the longest sum; the largest of three draws counts;
-    - twice the error of plain PyTorch, the reference in the operands' dtype, but no more than twice the bound: on some
-      processors PyTorch is wrong, and what agrees with it is too.
+    - the bound: the change of the reference in fp64 when every element of every operand is perturbed by sqrt(n) + 2
+      unit roundoffs with a random sign, where n is the number of terms of the longest sum; the largest of three draws;
+    - twice the error of plain PyTorch (the reference in the operands' dtype), but at most twice the bound: on some
+      processors PyTorch's result is wrong, and agreement with it then proves nothing.
 
     PyTorch's error depends on the processor, the bound does not. It is a backward error: a sum of n products rounded
     in any order is, with high probability, the exact sum of products that are each off by at most lambda sqrt(n) unit
@@ -109,10 +109,10 @@ def assert_as_exact(op: Callable[..., Tensor], reference: Callable[..., Tensor],
     Analysis", SIAM J. Sci. Comput. 41(5), 2019). Here lambda is 1, and the signs are independent, which suits
     products of mean zero, such as those with random weights ("Sharper Probabilistic Backward Error Analysis for Basic
     Linear Algebra Kernels with Random Data", by the same, 42(5), 2020). The 2 accounts for activations, biases and
-    residuals, which are not sums. In half precision sums are still in fp32: sqrt(n) counts fp32's unit roundoff, 2 the
-    dtype's.
+    residuals, which are not sums. In half precision sums are still in fp32: sqrt(n) multiplies the unit roundoff of
+    fp32, and 2 that of the dtype.
 
-    tests/test_testing.py shows what this accepts and refuses, `make numerics` how near to it the implementations are.
+    tests/test_testing.py shows what this accepts and refuses; `make numerics` shows how close to the bound errors come.
 
     `operands` are positional. None, integers and those at the indices in `fixed` are neither widened nor perturbed.
     """
@@ -149,13 +149,13 @@ def exact(reference: Callable[..., Tensor], operands: Sequence[Any], dtype: torc
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """1 or -1 at random."""
+    """A tensor of random signs, 1 or -1."""
     signs = torch.randint(0, 2, like.shape, generator=generator, device="cpu", dtype=torch.int8) * 2 - 1
     return signs.to(like.device)
 
 
 def as_function(model: Mimi, method: str) -> Callable[..., Tensor]:
-    """A method of the model as a function of its input and all the model's parameters, in their dtype."""
+    """A method of the model as a function of its input and of all parameters; it computes in their dtype."""
 
     class Method(torch.nn.Module):
         def __init__(self) -> None:
@@ -171,31 +171,32 @@ def as_function(model: Mimi, method: str) -> Callable[..., Tensor]:
 
 
 def longest_sum(model: torch.nn.Module) -> int:
-    """Terms of the longest sum in the model's linear and convolutional layers."""
+    """The number of terms of the longest sum in the model's linear and convolutional layers."""
     lengths = [0]
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv1d):
             lengths.append(layer.weight[0].numel())
         elif isinstance(layer, torch.nn.ConvTranspose1d):
-            taps = -(-layer.kernel_size[0] // layer.stride[0])  # that reach an output
+            taps = -(-layer.kernel_size[0] // layer.stride[0])  # that contribute to one output
             lengths.append(layer.in_channels // layer.groups * taps)
     return max(lengths)
 
 
 def assert_nearest(codes: Tensor, x: Tensor, codebooks: Tensor) -> None:
-    """Codes [L, N] of x [N, D] are, level by level, of the nearest entries in fp64, or of one as near to 1e-6."""
+    """Assert that codes [L, N] of x [N, D] name the nearest entry of each level in fp64, or one as near to 1e-6."""
     for rows, code_rows in zip(x.double().split(8192), codes.split(8192, dim=1), strict=True):
         residual = rows
         for code, book in zip(code_rows, codebooks.double(), strict=True):
             nearest = torch.cdist(residual, book).square().amin(dim=1)
             residual = residual - book[code]
-            assert (residual.square().sum(dim=1) <= nearest * (1 + 1e-6) + 1e-20).all(), "an entry was nearer"
+            assert (residual.square().sum(dim=1) <= nearest * (1 + 1e-6) + 1e-20).all(), "another entry is nearer"
 
 
 def assert_same_codes(mine: Tensor, theirs: Tensor, latents: Tensor, core: Mimi) -> None:
-    """Codes [B, K, T] are identical, or where a residual chain parts, the two entries are equally near.
+    """Assert that codes [B, K, T] are identical, or at the first level where those of a frame differ, a tie.
 
-    Equally: in fp64, on the `latents` [B, hidden, T] that `core` quantized, to 1e-6 of their squared distance.
+    A tie: in fp64, the squared distances of the two entries to the residual of the `latents` [B, hidden, T] that `core`
+    quantized are equal to 1e-6.
     """
     assert mine.shape == theirs.shape, f"{tuple(mine.shape)} is not {tuple(theirs.shape)}"
     semantic, split = core.config.num_semantic_quantizers, core.quantizer
@@ -209,7 +210,7 @@ def assert_same_codes(mine: Tensor, theirs: Tensor, latents: Tensor, core: Mimi)
             for i in range(level):
                 residual = residual - books[i, a[i]]
             near, far = sorted(float((residual - books[level, code[level]]).square().sum()) for code in (a, b))
-            assert far - near <= 1e-6 * far, f"row {row}, frame {frame}, level {level}: no tie"
+            assert far - near <= 1e-6 * far, f"row {row}, frame {frame}, level {level}: not a tie"
 
 
 def chunks(total: int, seed: int, longest: int) -> list[int]:
@@ -223,7 +224,7 @@ def chunks(total: int, seed: int, longest: int) -> list[int]:
 
 
 def check_interpreter(triton: str, numpy: str) -> None:
-    """Raise InputError unless the interpreter of this version of Triton runs with this version of NumPy."""
+    """Raise InputError if the interpreter of this version of Triton fails with this version of NumPy."""
     first_two = [tuple(int(part) for part in version.split(".")[:2]) for version in (triton, numpy)]
     if first_two[0] < (3, 7) and first_two[1] >= (2, 4):
         raise InputError(
@@ -232,11 +233,11 @@ def check_interpreter(triton: str, numpy: str) -> None:
         )
 
 
-def mend_interpreter() -> None:
-    """Make Triton's interpreter compute in bfloat16 as GPUs do.
+def patch_triton_interpreter() -> None:
+    """Patch Triton's interpreter to compute in bfloat16 as GPUs do.
 
-    Up to Triton 3.9 it multiplies bit patterns as integers, and rounds to bfloat16 by cutting off. Raises InputError
-    where it cannot run beside the installed NumPy.
+    Up to Triton 3.9 it multiplies the bit patterns of bfloat16 as integers, and truncates where it should round to
+    nearest. Raises InputError if it cannot run with the installed NumPy.
     """
     import numpy as np
     import triton

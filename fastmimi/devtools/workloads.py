@@ -1,7 +1,7 @@
-"""What the models ask of each op, with the least bytes and FLOPs it takes: shared by tests and benchmarks.
+"""Workloads: the calls of each op that the models make, with inputs, bytes and FLOPs. Shared by tests and benchmarks.
 
-A workload says its op, makes its inputs on a device, and counts: bytes are each input read and each output written
-once; FLOPs count a multiplication and an addition as two.
+A workload names its op, creates inputs on the default device, and counts its cost. Bytes count each input read once
+and each output written once; a multiply-add counts as two FLOPs.
 """
 
 from __future__ import annotations
@@ -14,35 +14,34 @@ import torch
 from torch import Tensor
 
 from ..runtime import dispatch, layout
-from ..runtime.ops import SCHEMAS
+from ..runtime.ops import OPS
 from ..runtime.tiles import SUBTILE_SAMPLES
 from .testing import assert_as_exact, assert_nearest, exact, noise
 
 SECONDS = 10  # of audio
-NEAR_AUDIO = 200  # Hz; layers with more samples a second run in subtiles on a CPU (seanet.py)
-CPU_FLOPS = 2e9  # that take a CPU about 10 ms
+SUBTILE_RATE = 200  # Hz; layers with a higher rate run in subtiles on a CPU (seanet.py)
+CPU_FLOPS = 2e9  # take about 10 ms on a CPU
 HEAD = 64  # head dimension of the transformers
-FREQUENCIES = {"window_attention": 3, "transformer_layer": 13}  # where RoPE's frequencies stand among the tensors
+FREQUENCIES = {"window_attention": 3, "transformer_layer": 13}  # index of RoPE's frequencies among the tensors
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One call of an op: shapes by name, options, and the FLOPs per element of `rows` (its time or frames)."""
+    """One call of an op at shapes of the models."""
 
     op: str
     name: str
     rows: int  # samples, positions or frames that the op runs over, at full size
-    shapes: Callable[[int], list[tuple[int, ...]]]  # of the tensors, for so many rows
-    flops: Callable[[int], float]
+    shapes: Callable[[int], list[tuple[int, ...]]]  # of the tensors, from the number of rows
     options: dict[str, Any]
-    longest: int  # terms of the op's longest sum
-    rate: int | None = None  # of the input's samples, in Hz
+    longest: int  # number of terms of the op's longest sum
+    rate: int | None = None  # sample rate of the input in Hz
 
     @property
     def cpu_rows(self) -> int:
-        """Rows for a CPU: what a model hands over at once there (tiles.py), cut to what takes about 10 ms."""
+        """Rows for a CPU: what a model passes to one call there (tiles.py), but at most what takes about 10 ms."""
         rows = self.rows
-        if self.rate is not None and self.rate > NEAR_AUDIO:
+        if self.rate is not None and self.rate > SUBTILE_RATE:
             rows = self.rate * SUBTILE_SAMPLES // 24_000
         affordable = int(rows * CPU_FLOPS / self.flops(rows))
         return rows if rows <= affordable else max(16, affordable // 16 * 16)
@@ -51,16 +50,16 @@ class Workload:
         return self.name
 
     def tensors(self, dtype: torch.dtype, rows: int | None = None, seed: int = 0) -> list[Tensor]:
-        """The inputs, on the default device; weights are small, so that outputs stay near 1."""
+        """Random inputs on the default device. Weights are small, so that outputs have a magnitude near 1."""
         shapes = self.shapes(rows or self.rows)
         if self.op.startswith("rvq"):
             dtype = torch.float32
         made = [noise(*shape, seed=seed + i, scale=0.3 if i == 0 else 0.1).to(dtype)
                 for i, shape in enumerate(shapes)]  # fmt: skip
         if "conv" in self.op or self.op == "resblock":
-            made[0] = layout.channels_last(made[0])  # as layers leave it
+            made[0] = layout.channels_last(made[0])  # as layers return it
         if self.op == "window_attention":
-            made = [t.transpose(1, 2) * 5 for t in made]  # as projections leave them
+            made = [t.transpose(1, 2) * 5 for t in made]  # the strides that the projections give
         if self.op in FREQUENCIES:
             dim = made[0].shape[-1] if self.op == "window_attention" else HEAD
             made.append(1.0 / 10_000.0 ** (torch.arange(0, dim, 2) / dim))
@@ -69,29 +68,31 @@ class Workload:
         return made
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Bytes read and written at full size if each tensor moves once."""
-        with torch.device("meta"):
-            inputs = self.meta_tensors(dtype)
-            output = SCHEMAS[self.op].fake(*inputs, **self.options)
-        return sum(t.numel() * t.element_size() for t in (*inputs, output))
+        """Bytes at full size if every tensor is read or written once."""
+        inputs = self.meta_tensors(dtype)
+        return sum(t.numel() * t.element_size() for t in (*inputs, OPS[self.op].fake(*inputs, **self.options)))
 
-    def meta_tensors(self, dtype: torch.dtype) -> list[Tensor]:
+    def flops(self, rows: int) -> float:
+        """FLOPs for so many rows; a multiplication and an addition count as two."""
+        inputs, op = self.meta_tensors(torch.float32, rows), OPS[self.op]
+        return op.flops(op.fake(*inputs, **self.options), *inputs, **self.options)
+
+    def meta_tensors(self, dtype: torch.dtype, rows: int | None = None) -> list[Tensor]:
+        """The inputs on the meta device, at full size or for so many rows."""
         kinds = {"rvq_encode": [torch.float32] * 2, "rvq_decode": [torch.int64, torch.float32]}
-        shapes = self.shapes(self.rows)
+        shapes = self.shapes(rows or self.rows)
         inputs = [
             torch.empty(shape, dtype=kind, device="meta")
             for shape, kind in zip(shapes, kinds.get(self.op, [dtype] * len(shapes)), strict=True)
         ]
-        if self.op == "window_attention":
-            inputs = [t.transpose(1, 2) for t in inputs]
-        return inputs
+        return [t.transpose(1, 2) for t in inputs] if self.op == "window_attention" else inputs
 
     def run(self, candidate: str, tensors: list[Tensor]) -> Tensor:
-        """The op's answer by a candidate of the dispatcher."""
+        """The op's output, computed by one of the dispatcher's candidates."""
         return dispatch.implementation(self.op, candidate)(*tensors, **self.options)
 
     def check(self, candidate: str, dtype: torch.dtype, rows: int | None = None) -> None:
-        """AssertionError unless the candidate is as exact as `testing.assert_as_exact` asks."""
+        """Raise AssertionError if the candidate's error is larger than `testing.assert_as_exact` allows."""
         tensors = self.tensors(dtype, rows)
         if self.op == "rvq_encode":
             assert_nearest(self.run(candidate, tensors), *tensors)
@@ -105,7 +106,7 @@ class Workload:
 
     @property
     def sums(self) -> dict[str, Any]:
-        """What `testing.assert_as_exact` has to know; RoPE's frequencies are fp32 in every precision."""
+        """Arguments for `testing.assert_as_exact`; RoPE's frequencies stay fp32 in every dtype."""
         return {"longest": self.longest, "fixed": [FREQUENCIES[self.op]] if self.op in FREQUENCIES else []}
 
 
@@ -118,7 +119,6 @@ def _conv(
         name,
         SECONDS * rate,
         lambda n: [(1, c, n), (o, c, kernel), (o,)],
-        lambda n: 2.0 * n / stride * c * o * kernel,
         {"stride": stride, "dilation": dilation, "pad": (left, 0), **options},
         c * kernel,
         rate,
@@ -132,7 +132,6 @@ def _upsampling(name: str, channels: tuple[int, int], stride: int, rate: int, gr
         name,
         SECONDS * rate,
         lambda n: [(1, c, n), (c, o // groups, 2 * stride), *([] if groups > 1 else [(o,)])],
-        lambda n: 4.0 * n * c * o // groups * stride,
         {"stride": stride, "groups": groups, "trim": (0, stride), "pre": pre},
         2 * c // groups,
         rate,
@@ -146,7 +145,6 @@ def _resblock(channels: int, rate: int) -> Workload:
         f"{c} channels at {rate} Hz",
         SECONDS * rate,
         lambda n: [(1, c, n), (h, c, 3), (h,), (c, h, 1), (c,)],
-        lambda n: 8.0 * n * c * h,
         {"pad": (2, 0)},
         3 * c,
         rate,
@@ -159,7 +157,6 @@ def _attention(positions: int, heads: int = 8, dim: int = 64, window: int = 250)
         f"{positions} positions, {heads} heads of {dim}",
         positions,
         lambda n: [(1, n, heads, dim)] * 3,
-        lambda n: 4.0 * n * min(n, window) * heads * dim,
         {"window": window},
         max(dim, min(positions, window)),
     )
@@ -181,7 +178,6 @@ def _layer(positions: int, width: int = 512, hidden: int = 2048, window: int = 2
             (width, hidden),
             vector,
         ],
-        lambda n: 2.0 * n * (4 * width * width + 2 * width * hidden) + 4.0 * n * min(n, window) * width,
         {"window": window, "eps": 1e-5},
         hidden,
     )
@@ -194,13 +190,12 @@ def _rvq(op: str, name: str, frames: int, levels: int, dim: int) -> Workload:
         name,
         frames,
         lambda n: [(n, dim) if encode else (levels, n), (levels, 2048, dim)],
-        lambda n: n * levels * dim * (2.0 * 2048 if encode else 1.0),
         {},
         dim if encode else levels,
     )
 
 
-WORKLOADS: list[Workload] = [  # 10 s of audio, or as named
+WORKLOADS: list[Workload] = [  # for 10 s of audio, unless the name says otherwise
     _conv("first, 1 to 64, k7", (1, 64), 7, 24_000),
     _conv("down, 64 to 128, k8 s4", (64, 128), 8, 24_000, stride=4, pre="elu"),
     _conv("last, 64 to 1, k3", (64, 1), 3, 24_000, pre="elu"),
@@ -225,6 +220,6 @@ WORKLOADS: list[Workload] = [  # 10 s of audio, or as named
 
 
 def distinct() -> list[Workload]:
-    """One workload for each op and shape of weights, without the wide ones."""
+    """One workload for each op and shape of weights, without those of JODIO's large layers."""
     cases = {(w.op, str(w.shapes(1))): w for w in WORKLOADS if "wide" not in w.name and "1028" not in w.name}
     return list(cases.values())

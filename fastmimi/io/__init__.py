@@ -1,1 +1,1 @@
-"""Files: audio, tokens, pictures, and encoding from one to another."""
+"""Files: reading and writing audio, token files and plots, and transcoding between audio and codes."""

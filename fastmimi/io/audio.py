@@ -1,6 +1,7 @@
-"""Audio files in and out, block by block: what libsndfile reads, downmixed and resampled to the codec's rate.
+"""Read and write audio files block by block; reading downmixes and resamples to the codec's sample rate.
 
-Blocks are float32 [samples, channels]. Memory does not grow with the length of the file.
+Every format that libsndfile reads is accepted. Blocks are float32 [samples, channels]. Memory use does not grow with
+the length of the file.
 """
 
 from __future__ import annotations
@@ -21,27 +22,27 @@ from .files import check_input, path_of
 Block = np.ndarray
 
 BLOCK_SECONDS = 2
-BLOCK_VALUES = 1 << 21  # a bound for files of many channels or of a rate that is nonsense
+BLOCK_VALUES = 1 << 21  # upper bound on samples * channels, for files with many channels or an absurd sample rate
 ALIASES = {"AIF": "AIFF", "AIFC": "AIFF", "OGA": "OGG", "OPUS": "OGG", "SND": "AU", "WAVE": "WAV"}
-NOT_WRITTEN = {"RAW", "HTK", "SD2", "SDS", "WVE", "XI"}  # headerless, of rates of their own, or written wrongly
+NOT_WRITTEN = {"RAW", "HTK", "SD2", "SDS", "WVE", "XI"}  # headerless, limited to certain rates, or written incorrectly
 SUFFIXES = {f".{name.lower()}" for name in (soundfile.available_formats().keys() | ALIASES.keys()) - NOT_WRITTEN}
-FLOATING = {"FLOAT", "DOUBLE", "VORBIS", "OPUS"}  # subtypes that hold samples beyond [-1, 1]
+UNCLIPPED_SUBTYPES = {"FLOAT", "DOUBLE", "VORBIS", "OPUS"}  # can represent samples outside [-1, 1]
 
-UNKNOWN = 2**63 - 1  # libsndfile's number of frames where the header has none
-STREAMED = 0x7FFF0000  # a chunk size from here on is what writers to a pipe put: "until the end"
-SLOPPY = 64  # bytes by which a chunk size may be wrong before the file counts as cut
+UNKNOWN_FRAMES = 2**63 - 1  # the number of frames that libsndfile reports if the header has none
+UNTIL_END = 0x7FFF0000  # chunk sizes from here on mean "until the end of the file": the writer could not seek back
+SIZE_TOLERANCE = 64  # bytes that a chunk may be short before the file counts as truncated
 
 
 @dataclass(frozen=True)
 class AudioFile:
-    """What an audio file holds. frames: samples per channel."""
+    """The properties of an audio file, as `probe` reads them from its header."""
 
     path: Path
     format: str  # "WAV", "FLAC", ...
     subtype: str  # "PCM_16", "VORBIS", ...
     sample_rate: int  # Hz
     channels: int
-    frames: int
+    frames: int  # samples per channel
 
     @property
     def duration(self) -> float:
@@ -49,27 +50,27 @@ class AudioFile:
         return self.frames / self.sample_rate
 
     def length_at(self, rate: int) -> int:
-        """Samples per channel after resampling to `rate` Hz."""
+        """Number of samples per channel after resampling to `rate` Hz."""
         return resampled_length(self.frames, self.sample_rate, rate)
 
 
 def resampled_length(frames: int, rate: int, to_rate: int) -> int:
-    """frames * to_rate / rate rounded half up, in exact arithmetic: what `read_blocks` yields in all."""
+    """frames * to_rate / rate, rounded half up in integer arithmetic: the total length that `read_blocks` yields."""
     return (2 * frames * to_rate + rate) // (2 * rate)
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Audio files of a folder and those below it, by their suffixes, in order."""
+    """The audio files in a folder, found recursively by their suffixes, in sorted order."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def probe(path: str | Path) -> AudioFile:
-    """Read a file's header. Raises InputError where it is missing, not audio, cut, or without samples."""
+    """Read a file's header. Raises InputError if the file is missing, not audio, truncated, or has no samples."""
     path = check_input(path_of(path, "an audio file"))
     with _open(path) as file:
-        if _is_cut(path, file.format, file.extra_info):
-            raise InputError(f"{path} is truncated: its header promises more audio than the file holds")
-        frames = file.frames if _frames_are_known(path, file) else _count(file, path)
+        if _is_truncated(path, file.format, file.extra_info):
+            raise InputError(f"{path} is truncated: its header declares more audio than the file holds")
+        frames = file.frames if _header_has_length(path, file) else _count_frames(file, path)
         found = AudioFile(path, file.format, file.subtype, file.samplerate, file.channels, frames)
     if found.frames == 0:
         raise InputError(f"{path} holds no samples")
@@ -77,37 +78,38 @@ def probe(path: str | Path) -> AudioFile:
 
 
 def read_blocks(file: AudioFile, rate: int, channels: int = 1) -> Iterator[Block]:
-    """Blocks of the whole file at `rate` Hz; with several channels in the file and one asked for, their mean.
+    """Yield the whole file as float32 blocks [samples, channels], resampled to `rate` Hz.
 
-    Resampling does not depend on how the file is cut into blocks. Raises InputError where samples are NaN or
-    infinite, the file ends before its header says, or its channels do not fit.
+    With `channels` 1, a file with several channels is downmixed to their mean. Where the blocks begin and end does
+    not affect resampling. Raises InputError if a sample is NaN or infinite, if the file ends before the length in its
+    header, or if `channels` is neither 1 nor the number of channels in the file.
     """
     if channels not in (1, file.channels):
         raise InputError(f"{file.path} has {file.channels} channels, and the model takes {channels}")
     resampler = None
     if file.sample_rate != rate:
         resampler = soxr.ResampleStream(file.sample_rate, rate, channels, dtype="float32")
-    frames = given = 0
-    for block in _raw_blocks(file):
+    frames = yielded = 0
+    for block in _file_blocks(file):
         frames += len(block)
         if channels < file.channels:
             block = block.mean(axis=1, keepdims=True)
         if resampler is not None:
             block = resampler.resample_chunk(block)
         if len(block):
-            given += len(block)
+            yielded += len(block)
             yield block
     length = resampled_length(frames, file.sample_rate, rate)
     if length == 0:
-        raise InputError(f"{file.path} is too short: {frames / file.sample_rate} s are not one sample at {rate} Hz")
+        raise InputError(f"{file.path} is too short: {frames / file.sample_rate} s is less than a sample at {rate} Hz")
     if resampler is not None:
         rest = resampler.resample_chunk(np.zeros((0, channels), np.float32), last=True)
-        rest = rest[: length - given]
-        yield np.pad(rest, ((0, length - given - len(rest)), (0, 0)))  # soxr may round the length otherwise
+        rest = rest[: length - yielded]
+        yield np.pad(rest, ((0, length - yielded - len(rest)), (0, 0)))  # soxr may round the length differently
 
 
-def _raw_blocks(file: AudioFile) -> Iterator[Block]:
-    """Float32 [samples, channels] as they stand in the file, checked to be finite and complete."""
+def _file_blocks(file: AudioFile) -> Iterator[Block]:
+    """Blocks [samples, channels] float32 at the file's own rate, checked to be finite and complete."""
     done = 0
     with _open(file.path) as source:
         while len(block := _read(source, file.path)):
@@ -115,7 +117,7 @@ def _raw_blocks(file: AudioFile) -> Iterator[Block]:
             done += len(block)
             yield block
     if done < file.frames:
-        raise InputError(f"{file.path} is truncated: {file.frames} samples were promised and {done} are there")
+        raise InputError(f"{file.path} is truncated: its header declares {file.frames} samples and it holds {done}")
 
 
 def _check_finite(block: Block, start: int, file: AudioFile) -> None:
@@ -129,22 +131,22 @@ def _check_finite(block: Block, start: int, file: AudioFile) -> None:
 
 
 class Forward(soundfile.SoundFile):
-    """A file that is read or written from start to end.
+    """A file that is read or written sequentially, without seeking.
 
-    Around every call on a seekable file soundfile asks for the position and seeks to it, which upsets some of
-    libsndfile's decoders (MP3 starts anew at each block) and fails for a FLAC that was written to a pipe.
+    On a seekable file, soundfile queries the position and seeks to it around every call. That restarts libsndfile's
+    MP3 decoder at each block, and fails for a FLAC that was written to a pipe.
     """
 
     def seekable(self) -> bool:
         return False
 
 
-# What libsndfile does and does not tell about broken files
+# Opening files, and detecting damage that libsndfile does not report
 
 
 def _open(path: Path) -> Forward:
-    if path.suffix.lower() == ".raw":  # soundfile would want its rate, channels and sample type
-        raise InputError(f"{path} is headerless: convert it to a format that says its rate, such as wav")
+    if path.suffix.lower() == ".raw":  # soundfile would need its rate, channels and sample type
+        raise InputError(f"{path} is headerless: convert it to a format that stores its sample rate, such as wav")
     try:
         return Forward(path)
     except soundfile.LibsndfileError as error:
@@ -162,18 +164,18 @@ def _read(source: Forward, path: Path) -> Block:
         raise InputError(f"{path} is damaged or truncated ({reason})") from None
 
 
-def _is_cut(path: Path, kind: str, header_log: str) -> bool:
-    """Whether the file is shorter than its header says, where libsndfile makes nothing of it."""
+def _is_truncated(path: Path, kind: str, header_log: str) -> bool:
+    """Whether the file is shorter than its header declares, for formats in which libsndfile does not report that."""
     if kind == "OGG":
-        return not _ogg_ends(path)
+        return not _ogg_is_complete(path)
     sizes = re.findall(r": (\d+) \(should be (\d+)\)", header_log)  # WAV, AIFF, AU, W64, RF64
-    return any(int(there) + SLOPPY < int(said) < STREAMED for said, there in sizes)
+    return any(int(actual) + SIZE_TOLERANCE < int(declared) < UNTIL_END for declared, actual in sizes)
 
 
-def _ogg_ends(path: Path) -> bool:
-    """Whether the last Ogg page is complete and carries the end-of-stream flag (RFC 3533, section 6)."""
+def _ogg_is_complete(path: Path) -> bool:
+    """Whether the last Ogg page is complete and has the end-of-stream flag (RFC 3533, section 6)."""
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - (1 << 17)))  # a page has less than 64 KiB
+        file.seek(max(0, path.stat().st_size - (1 << 17)))  # a page is shorter than 64 KiB
         tail = file.read()
     page = tail[max(0, tail.rfind(b"OggS")) :]
     if len(page) < 27:
@@ -182,31 +184,31 @@ def _ogg_ends(path: Path) -> bool:
     return bool(page[5] & 4) and len(page) >= 27 + segments + sum(page[27 : 27 + segments])
 
 
-def _frames_are_known(path: Path, file: Forward) -> bool:
-    """Whether the header says how long the file is: a FLAC that was written to a pipe does not, nor do most MP3s.
+def _header_has_length(path: Path, file: Forward) -> bool:
+    """Whether the header gives the length of the audio; that of a FLAC written to a pipe, for one, does not.
 
-    MP3 frames carry no count; a Xing, Info or VBRI header in the first of them does.
+    An MP3 gives it only if its first frame holds a Xing, Info or VBRI header.
     """
     if file.format != "MP3":
-        return file.frames < UNKNOWN
+        return file.frames < UNKNOWN_FRAMES
     with open(path, "rb") as stream:
-        head = stream.read(1 << 20)  # beyond an ID3 tag with a picture
+        head = stream.read(1 << 20)  # enough to skip an ID3 tag with a picture
     return any(mark in head for mark in (b"Xing", b"Info", b"VBRI"))
 
 
-def _count(file: Forward, path: Path) -> int:
-    """Samples per channel of a file at its beginning, by reading it."""
+def _count_frames(file: Forward, path: Path) -> int:
+    """The number of samples per channel of a file that was just opened, found by reading all of it."""
     frames = 0
-    while taken := len(_read(file, path)):
-        frames += taken
+    while count := len(_read(file, path)):
+        frames += count
     return frames
 
 
-# Out
+# Writing
 
 
 def output_format(path: str | Path) -> tuple[str, str]:
-    """libsndfile's format and subtype for a target's suffix; InputError for one it does not write."""
+    """libsndfile's format and subtype for the suffix of `path`. Raises InputError for a suffix it cannot write."""
     path = path_of(path, "an audio file")
     suffix = path.suffix[1:].upper()
     name = ALIASES.get(suffix, suffix)
@@ -218,23 +220,23 @@ def output_format(path: str | Path) -> tuple[str, str]:
 
 
 class AudioWriter:
-    """Writes blocks to a file, as a context manager. Raises InputError where libsndfile cannot write them.
+    """Context manager that writes blocks to an audio file. Raises InputError if libsndfile cannot write them.
 
-    clipped: samples outside [-1, 1] so far, set to the bound where the format holds integers.
+    `clipped` counts the samples clipped to [-1, 1] so far; formats that can represent larger samples do not clip.
     """
 
     def __init__(self, path: str | Path, kind: tuple[str, str], sample_rate: int, channels: int = 1):
-        """`kind` is the format and the subtype, see `output_format`; the suffix of `path` does not count."""
+        """`kind` is libsndfile's (format, subtype), see `output_format`; the suffix of `path` is ignored."""
         self.clipped = 0
-        self._holds_more = kind[1] in FLOATING
+        self._clips = kind[1] not in UNCLIPPED_SUBTYPES
         try:
             self._file = Forward(path, "w", sample_rate, channels, format=kind[0], subtype=kind[1])
         except soundfile.LibsndfileError as error:
             raise InputError(f"cannot write {kind[0]} audio at {sample_rate} Hz: {error.error_string}") from None
 
     def write(self, block: Block) -> None:
-        """Append float32 [samples, channels]."""
-        if not self._holds_more:
+        """Append a block, float32 [samples, channels]."""
+        if self._clips:
             self.clipped += int((np.abs(block) > 1).sum())
             block = block.clip(-1, 1)
         with _write_errors():

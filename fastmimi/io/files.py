@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the checks of paths before any work is done. A leaf."""
+"""Atomic file writes, and checks of input and output paths that run before any work is done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import InputError, shown
 
 
 def path_of(value: Any, name: str) -> Path:
-    """The path that an argument of this name is; InputError where it is none."""
+    """`value` as a Path. Raises InputError, calling the argument `name`, if it is not a path."""
     if not isinstance(value, str | Path) or "\0" in str(value):
         raise InputError(f"{name} must be a path, got {shown(value)}")
     return Path(value)
@@ -21,21 +21,22 @@ def path_of(value: Any, name: str) -> Path:
 
 @contextmanager
 def replacing(target: str | Path) -> Iterator[Path]:
-    """A temporary name beside `target` to write to; renamed to it at the end, removed on any error.
+    """Write a file atomically: yields a temporary path in the target's directory for the caller to write to.
 
-    A symbolic link is followed, so that it stays one. Until the end an existing target is untouched.
+    The temporary file is renamed to `target` when the block ends, and removed if the block raises. Until then an
+    existing target is untouched. If `target` is a symbolic link, the file that it points to is replaced, not the link.
     """
     target = Path(os.path.realpath(target))
-    part = target.with_name(f".{secrets.token_hex(6)}.part")
+    temporary = target.with_name(f".{secrets.token_hex(6)}.part")
     try:
-        yield part
-        os.replace(part, target)
+        yield temporary
+        os.replace(temporary, target)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def check_input(path: Path) -> Path:
-    """A file that is there, holds something and can be read; InputError with one sentence otherwise."""
+    """`path`, if it is an existing, readable file that is not empty. Raises InputError otherwise."""
     path = path_of(path, "a file to read")
     if not path.exists():
         raise InputError(f"{path} does not exist")
@@ -49,18 +50,21 @@ def check_input(path: Path) -> Path:
 
 
 def check_output(path: Path, inputs: Iterable[Path] = ()) -> Path:
-    """A target that can be written and is none of the inputs; InputError with one sentence otherwise."""
+    """`path`, if a file can be written there and it is none of `inputs`. Raises InputError otherwise.
+
+    `inputs` are the other files that the same operation reads or writes.
+    """
     path = path_of(path, "a file to write")
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise InputError(f"cannot write {path}: there is no directory {path.parent}")
-    if path.exists() and not path.is_file():  # a directory; a device, which must not be replaced by a file
-        raise InputError(f"cannot write {path}: it is {'a directory' if path.is_dir() else 'not a plain file'}")
+    if path.exists() and not path.is_file():  # a directory, or a device, which must not be replaced by a file
+        raise InputError(f"cannot write {path}: it is {'a directory' if path.is_dir() else 'not a regular file'}")
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise InputError(f"cannot write {path}: permission denied")
     for other in inputs:
         if os.path.realpath(path) == os.path.realpath(other) or (
             path.exists() and other.exists() and path.samefile(other)
         ):
-            raise InputError(f"cannot write {path}: {other} is the same file, which is needed beside it")
+            raise InputError(f"cannot write {path}: {other} is the same file, which is also read or written")
     return path

@@ -1,4 +1,4 @@
-"""Pictures: waveforms and spectrograms before and after, and the codes between them; how codebooks are used."""
+"""Plots: waveforms and spectrograms of audio before and after coding, the codes in between, and codebook usage."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SECONDS = 30.0  # of longer audio, what is drawn
-RANGE_DB = 80.0  # of the spectrograms, below the loudest point
-WINDOW = 0.032  # seconds of audio under one column of a spectrogram
-COLUMNS = 1500  # of a spectrogram, at most
+SECONDS = 30.0  # of longer audio, only the beginning is drawn
+RANGE_DB = 80.0  # dynamic range of the spectrograms, below the loudest point
+WINDOW = 0.032  # length of the spectrogram's window, in seconds
+COLUMNS = 1500  # maximum number of columns of a spectrogram
 BANDS = 192  # rows of a spectrogram, equally spaced on the mel scale
 TICKS = (250, 500, 1000, 2000, 4000, 8000)  # Hz
 BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#4a5568"
@@ -26,34 +26,37 @@ BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#4a5568"
 
 @dataclass
 class Track:
-    """The beginning of some audio, kept while its blocks pass on their way: at most `limit` samples."""
+    """Records the first `limit` samples of audio while its blocks pass through `tee`."""
 
     limit: int
-    total: int = 0  # samples that passed
-    _parts: list[np.ndarray] = field(default_factory=list)
+    total: int = 0  # samples that have passed through
+    _kept: list[np.ndarray] = field(default_factory=list)
 
     def tee(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """The same blocks [n, channels]."""
+        """Yield the blocks [n, channels] unchanged and record them."""
         for block in blocks:
             if self.total < self.limit:
-                self._parts.append(block[: self.limit - self.total].mean(axis=1))
+                self._kept.append(block[: self.limit - self.total].mean(axis=1))
             self.total += len(block)
             yield block
 
     @property
     def audio(self) -> np.ndarray:
-        """[n] float32, the mean of the channels."""
-        return np.concatenate(self._parts) if self._parts else np.zeros(0, np.float32)
+        """The recorded samples, the mean of the channels: [n] float32."""
+        return np.concatenate(self._kept) if self._kept else np.zeros(0, np.float32)
 
 
 def check(path: Path) -> str:
-    """The picture's format, from its suffix. Raises InputError where matplotlib lacks it or is missing."""
+    """The plot's format, from the suffix of `path`.
+
+    Raises InputError if matplotlib is missing or cannot write that format.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "matplotlib":
             raise
-        raise InputError("pictures need matplotlib: pip install 'fastmimi[plot]'") from None
+        raise InputError("plots need matplotlib: pip install 'fastmimi[plot]'") from None
     kinds = FigureCanvasAgg.get_supported_filetypes()
     kind = path.suffix[1:].lower()
     if kind not in kinds:
@@ -74,10 +77,18 @@ def draw(
     codebook_size: int,
     title: str,
 ) -> None:
-    """Write the picture, in matplotlib's format `kind`.
+    """Draw waveform and spectrogram of each track above the codes, on one time axis, and write the plot.
 
-    codes: [K, T]; tracks: a name ("original", "decoded") to mono audio [n] at `sample_rate`, drawn in that
-    order; what lies beyond `SECONDS` is left away, and the title says so. All panels share one time axis.
+    Args:
+        path: the file to write.
+        kind: its format, as returned by `check`.
+        codes: [K, T].
+        tracks: names ("original", "decoded") to mono audio [n] at `sample_rate`, drawn in this order.
+        sample_rate: in Hz.
+        frame_size: samples per frame of codes.
+        codebook_size: entries per codebook, the range of the codes' colours.
+        title: of the whole plot. If the audio is longer than `SECONDS`, only its beginning is drawn, and the title
+            says so.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -85,9 +96,9 @@ def draw(
     seconds = codes.shape[1] * frame_size / sample_rate
     if seconds > SECONDS:
         title += f" (the first {SECONDS:g} of {seconds:.1f} s)"
-    shown = min(seconds, SECONDS)
-    tracks = {name: audio[: round(shown * sample_rate)] for name, audio in tracks.items()}
-    codes = codes[:, : -(-round(shown * sample_rate) // frame_size)]
+    drawn_seconds = min(seconds, SECONDS)
+    tracks = {name: audio[: round(drawn_seconds * sample_rate)] for name, audio in tracks.items()}
+    codes = codes[:, : -(-round(drawn_seconds * sample_rate) // frame_size)]
     code_height = min(2.6, 0.9 + 0.06 * len(codes))
     heights = [*(h for _ in tracks for h in (0.8, 1.7)), code_height]
     figure = Figure(figsize=(12, 0.9 + sum(heights) * 1.15), dpi=130, layout="constrained")
@@ -103,12 +114,12 @@ def draw(
         _spectrogram(figure, grid[2 * row + 1], images[name], len(audio) / sample_rate, sample_rate, loudest)
     _codes(figure, grid[-1], codes, frame_size / sample_rate, codebook_size)
     grid[-1].set_xlabel("time (s)")
-    grid[-1].set_xlim(0, shown)
+    grid[-1].set_xlim(0, drawn_seconds)
     figure.savefig(path, format=kind)
 
 
 def draw_usage(path: Path, used: list[float], perplexity: list[float]) -> None:
-    """Write a PNG: for each codebook the share of its entries that occur [K], and its perplexity [K]."""
+    """Write a PNG with two bar charts over the codebooks: the share of entries used [K] and the perplexity [K]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -126,12 +137,12 @@ def draw_usage(path: Path, used: list[float], perplexity: list[float]) -> None:
 
 
 def spectrogram(audio: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Mono audio [n] -> dB [BANDS, columns], rows equally spaced on the mel scale up to half the rate."""
+    """Mono audio [n] -> spectrogram [BANDS, columns] in dB; rows are equally spaced in mel from 0 Hz to Nyquist."""
     size = round(WINDOW * sample_rate)
     hop = max(size // 4, -(-len(audio) // COLUMNS))
     padded = np.pad(audio.astype(np.float64), (size // 2, size // 2 + hop))
     starts = range(0, len(padded) - size, hop)
-    window = np.hanning(size) / np.hanning(size).sum() * 2  # a sine of amplitude 1 is 0 dB
+    window = np.hanning(size) / np.hanning(size).sum() * 2  # so that a sine of amplitude 1 is 0 dB
     frames = np.stack([padded[start : start + size] * window for start in starts])
     power = np.abs(np.fft.rfft(frames, 2 * size)) ** 2  # [columns, size + 1]
     hz = _hz(np.linspace(0, _mel(sample_rate / 2), BANDS))
@@ -142,7 +153,7 @@ def spectrogram(audio: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def _waveform(axes: Axes, name: str, audio: np.ndarray, rate: int, peak: float, colour: str) -> None:
-    """The range that each of some 3000 columns spans, and its level (RMS) in a darker shade."""
+    """In about 3000 columns, the range between minimum and maximum and, in a darker shade, the RMS level."""
     hop = max(1, len(audio) // 3000)
     columns = np.pad(audio, (0, -len(audio) % hop), mode="edge" if len(audio) else "constant").reshape(-1, hop)
     time = (np.arange(len(columns)) + 0.5) * hop / rate
@@ -157,7 +168,7 @@ def _waveform(axes: Axes, name: str, audio: np.ndarray, rate: int, peak: float, 
 
 
 def _spectrogram(figure: Figure, axes: Axes, image: np.ndarray, seconds: float, rate: int, loudest: float) -> None:
-    drawn = axes.imshow(
+    picture = axes.imshow(
         image,
         extent=(0, seconds, 0, _mel(rate / 2)),
         vmin=loudest - RANGE_DB,
@@ -168,12 +179,12 @@ def _spectrogram(figure: Figure, axes: Axes, image: np.ndarray, seconds: float, 
     ticks = [tick for tick in TICKS if tick < 0.9 * rate / 2]
     axes.set_yticks([_mel(tick) for tick in ticks], [f"{tick / 1000:g}" for tick in ticks])
     axes.set_ylabel("frequency (kHz)")
-    figure.colorbar(drawn, ax=axes, label="dB", pad=0.01, fraction=0.03, aspect=18)
+    figure.colorbar(picture, ax=axes, label="dB", pad=0.01, fraction=0.03, aspect=18)
 
 
 def _codes(figure: Figure, axes: Axes, codes: np.ndarray, frame_seconds: float, size: int) -> None:
     count, frames = codes.shape
-    drawn = axes.imshow(
+    picture = axes.imshow(
         codes,
         extent=(0, frames * frame_seconds, 0.5, count + 0.5),
         vmin=0,
@@ -185,7 +196,7 @@ def _codes(figure: Figure, axes: Axes, codes: np.ndarray, frame_seconds: float, 
     axes.invert_yaxis()
     axes.set_ylabel("codebook")
     axes.set_title("codes", loc="left", fontsize=10, fontweight="bold", color=GREY)
-    figure.colorbar(drawn, ax=axes, label="entry", pad=0.01, fraction=0.03, aspect=18)
+    figure.colorbar(picture, ax=axes, label="entry", pad=0.01, fraction=0.03, aspect=18)
 
 
 _IMAGE: dict[str, Any] = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}

@@ -1,17 +1,22 @@
-"""The token file: codes of one utterance as safetensors, plain or bit-packed, and what decoding them takes.
+"""The token file: the codes of one utterance in a safetensors file, with the metadata that is needed to decode them.
 
-The one tensor is `codes`. Plain, it is [K, T] in the smallest integer type that holds the codebook's entries
-(int16 for 2048). Packed, it is uint8: the same K * T codes in that order, each in as few bits as needed (11),
-least significant bit first, without gaps, zeros to the end of the last byte. The rest is metadata, as text:
+The file holds one tensor, `codes`. In a plain file its shape is [K, T] and its type the smallest integer type that
+can represent every entry of a codebook (int16 for 2048 entries). In a packed file it is one-dimensional uint8: the
+same K * T codes in the same order, each in as few bits as needed (11 for 2048 entries), least significant bit first,
+without gaps; the last byte is filled up with zero bits. Everything else is metadata, stored as text:
 
-    format            "fastmimi.io.tokens", version "1"
-    sample_rate       Hz, of the audio that was encoded and will be decoded
-    frame_rate        frames per second; frame_size: samples per frame
-    num_codebooks     K; num_frames: T; codebook_size: entries per codebook
-    length            samples before padding to whole frames: T = ceil(length / frame_size)
+    format            "fastmimi.io.tokens"
+    version           "1"
+    sample_rate       of the encoded and the decoded audio, in Hz
+    frame_rate        frames per second
+    frame_size        samples per frame
+    num_codebooks     K
+    num_frames        T
+    codebook_size     entries per codebook
+    length            samples per channel before padding to whole frames: T = ceil(length / frame_size)
     packed            "true" or "false"
-    fingerprint       of the quantizer's weights (`weights.fingerprint`): codes mean nothing to another one
-    model             where those came from, as it was given
+    fingerprint       of the quantizer's weights (`weights.fingerprint`): only models with the same one can decode
+    model             the source that the encoding model was loaded from, as the user gave it
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from .files import check_input, path_of, replacing
 
 FORMAT, VERSION = "fastmimi.io.tokens", "1"
 MAX_BITS = 16
-_FIELDS = {  # of the metadata, as JSON but for the strings
+_FIELDS = {  # name and type of each metadata field; strings are stored as they are, other types as JSON
     "codebook_size": int,
     "sample_rate": int,
     "frame_rate": float,
@@ -49,7 +54,10 @@ _FIELDS = {  # of the metadata, as JSON but for the strings
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """The codes of one utterance, [K, T] of any integer type, and the facts of the codec that made them."""
+    """The codes of one utterance, [K, T] of any integer type, and the properties of the codec that encoded them.
+
+    The other fields are described in the module's docstring.
+    """
 
     codes: np.ndarray
     codebook_size: Count
@@ -62,7 +70,7 @@ class Tokens:
     packed: bool = False
 
     def __post_init__(self) -> None:
-        """Raises InputError, naming the value, where the fields cannot belong together."""
+        """Raises InputError, naming the value, if a field is invalid or contradicts another."""
         check_fields(self)
         codes, size = self.codes, self.codebook_size
         if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer):
@@ -86,12 +94,12 @@ class Tokens:
 
     @property
     def bits_per_code(self) -> int:
-        """As many as the codebook's size needs (11)."""
+        """Bits that a code takes in a packed file: 11 for codebooks of 2048 entries."""
         return bits_for(self.codebook_size)
 
     @property
     def stored_type(self) -> np.dtype:
-        """Of the tensor in the file."""
+        """The type of the tensor in the file."""
         return np.dtype(np.uint8) if self.packed else smallest_type(self.codebook_size)
 
     @property
@@ -101,12 +109,15 @@ class Tokens:
 
     @property
     def kbps(self) -> float:
-        """Kilobits per second of the codes as stored: 1.1 for 8 codebooks of 2048 entries, packed."""
+        """Bit rate of the codes as stored, in kbit/s: 1.1 for 8 packed codebooks of 2048 entries at 12.5 Hz."""
         bits = self.bits_per_code if self.packed else 8 * self.stored_type.itemsize
         return self.num_codebooks * bits * self.frame_rate / 1000
 
     def first(self, codebooks: int | None) -> Tokens:
-        """The same utterance in fewer codebooks (None: all). Raises InputError where it has not so many."""
+        """The same utterance with only its first `codebooks` codebooks, or all of them for None.
+
+        Raises InputError if the utterance does not have that many.
+        """
         if codebooks is None:
             return self
         if type(codebooks) is not int or not 1 <= codebooks <= self.num_codebooks:
@@ -114,7 +125,7 @@ class Tokens:
         return replace(self, codes=self.codes[:codebooks])
 
     def to_bytes(self) -> bytes:
-        """The whole file."""
+        """The contents of the token file."""
         values = {name: getattr(self, name) for name in _FIELDS}
         text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
         if self.packed:
@@ -124,44 +135,44 @@ class Tokens:
         return save({"codes": stored}, {"format": FORMAT, "version": VERSION, **text})
 
     def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all."""
-        with replacing(path_of(path, "a token file")) as part:
-            part.write_bytes(self.to_bytes())
+        """Write the token file atomically."""
+        with replacing(path_of(path, "a token file")) as temporary:
+            temporary.write_bytes(self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> Tokens:
-        """Read a file. Raises InputError where it is missing, cut, not ours, or contradicts itself."""
+        """Read a token file. Raises InputError if it is missing, truncated, inconsistent, or another kind of file."""
         path = check_input(path_of(path, "a token file"))
         metadata = read_metadata(path)
         if metadata.get("format") != FORMAT:
-            raise InputError(f"{path} is a safetensors file, but not one of tokens")
+            raise InputError(f"{path} is a safetensors file, but not a token file")
         if metadata.get("version") != VERSION:
             raise InputError(
-                f"{path} is a token file of version {named(metadata.get('version'))}; this reads {VERSION}"
+                f"{path} is a token file of version {named(metadata.get('version'))}; only {VERSION} can be read"
             )
         try:
             tensors = load(path.read_bytes())
         except SafetensorError as error:
             raise InputError(f"{path} is truncated or damaged ({one_line(error)})") from None
-        except KeyError as error:  # a type that numpy lacks
+        except KeyError as error:  # a type that numpy does not have
             raise InputError(f"{path} is damaged: codes must be integers, got {error.args[0]}") from None
         try:
-            return cls._of(tensors, metadata)
+            return cls._from_file(tensors, metadata)
         except InputError as error:
             raise InputError(f"{path} is damaged: {error}") from None
 
     @classmethod
-    def _of(cls, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Tokens:
+    def _from_file(cls, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Tokens:
         def field(name: str, kind: type) -> Any:
             if name not in metadata:
                 raise InputError(f"its metadata lacks {name}")
-            value = metadata[name] if kind is str else _parsed(metadata[name])
+            value = metadata[name] if kind is str else _parse_json(metadata[name])
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise InputError(f"{name} must be of type {kind.__name__}, got {shown(metadata[name])}")
             return value
 
         if tensors.keys() != {"codes"}:
-            raise InputError(f"it must hold one tensor named codes, got {shown(sorted(tensors))}")
+            raise InputError(f"it must hold exactly one tensor, named codes, got {shown(sorted(tensors))}")
         values = {name: field(name, kind) for name, kind in _FIELDS.items()}
         shape = values.pop("num_codebooks"), values.pop("num_frames")
         codes = tensors["codes"]
@@ -170,20 +181,20 @@ class Tokens:
         if values["packed"]:
             codes = unpack(codes, bits_for(values["codebook_size"]), shape)
         elif codes.shape != shape:
-            raise InputError(f"codes must be {shape}, as the metadata says, got {codes.shape}")
+            raise InputError(f"codes must have shape {shape}, as the metadata says, got {codes.shape}")
         return cls(codes, **values)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of any safetensors file ({} where it has none), without reading tensors.
+    """The metadata of any safetensors file, {} if it has none; tensors are not read.
 
-    Raises InputError where it is not such a file.
+    Raises InputError if it is not a safetensors file.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        there = os.fstat(file.fileno()).st_size
-        header = file.read(length) if length <= min(there, 100_000_000) else b""  # the latter is the format's own bound
-    values = _parsed(header.decode("utf-8", "replace"))
+        size = os.fstat(file.fileno()).st_size
+        header = file.read(length) if length <= min(size, 100_000_000) else b""  # the format's limit for a header
+    values = _parse_json(header.decode("utf-8", "replace"))
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a safetensors file, or is truncated")
     metadata = values.get("__metadata__")
@@ -191,7 +202,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def is_tokens(path: str | Path) -> bool:
-    """Whether a file is one of tokens, whatever its suffix; it may still be cut."""
+    """Whether a file is a token file, judged by its metadata, not by its suffix; it may still be truncated."""
     try:
         return read_metadata(path).get("format") == FORMAT
     except InputError:
@@ -199,7 +210,10 @@ def is_tokens(path: str | Path) -> bool:
 
 
 def smallest_type(codebook_size: int) -> np.dtype:
-    """The smallest integer type that holds every code, signed where that costs nothing."""
+    """The smallest integer type that can represent every code, the signed one of two types of the same size.
+
+    Only 8 bits are always unsigned.
+    """
     for kind in (np.uint8, np.int16, np.uint16, np.int32):
         if codebook_size - 1 <= np.iinfo(kind).max:
             return np.dtype(kind)
@@ -207,12 +221,15 @@ def smallest_type(codebook_size: int) -> np.dtype:
 
 
 def bits_for(codebook_size: int) -> int:
-    """Bits of a packed code: 11 for 2048 entries."""
+    """Bits that a packed code takes: 11 for a codebook of 2048 entries."""
     return max(1, (codebook_size - 1).bit_length())
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Integers in [0, 2 ** bits) of any shape -> uint8 [ceil(count * bits / 8)], laid out as said above."""
+    """Pack integers in [0, 2 ** bits), of any shape, into uint8 [ceil(count * bits / 8)].
+
+    The order of the bits is that of the module's docstring. Raises InputError for integers out of range.
+    """
     _check_bits(bits)
     if codes.size and not (codes.min() >= 0 and codes.max() < 1 << bits):
         raise InputError(f"codes of {bits} bits must lie in [0, {1 << bits}), got {codes.min()} to {codes.max()}")
@@ -221,7 +238,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `pack` -> uint16 of `shape`. Raises InputError for any other number of bytes."""
+    """The inverse of `pack`: uint16 codes of `shape`. Raises InputError if `packed` has another number of bytes."""
     _check_bits(bits)
     count = math.prod(shape)
     size = -(-count * bits // 8)
@@ -238,8 +255,9 @@ def _check_bits(bits: int) -> None:
         raise InputError(f"bits must be from 1 to {MAX_BITS}, got {bits}")
 
 
-def _parsed(text: str, otherwise: Any = None) -> Any:
+def _parse_json(text: str) -> Any:
+    """The value of a JSON text, None if it is not valid."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # also integers of thousands of digits
-        return otherwise
+    except (ValueError, RecursionError):  # ValueError also for integers of thousands of digits
+        return None

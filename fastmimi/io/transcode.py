@@ -1,4 +1,8 @@
-"""Audio blocks to codes and codes to audio blocks, through a stream: memory does not grow with the length."""
+"""Encode blocks of audio to codes and decode codes to blocks of audio, through a stream.
+
+A block is what is read from or written to a file, a chunk is what is handed to the model in one call. Memory use does
+not grow with the length of the audio, except for configurations that cannot stream.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,22 @@ import torch
 if TYPE_CHECKING:
     from ..models.codec import Codec
 
-STEP_FRAMES = 50  # of codes that pass the model at once: 4 s, one of its own tiles
+STEP_FRAMES = 50  # frames of codes per chunk: 4 s
 
 
 @dataclass
 class Clock:
-    """Seconds that the model took: in all, for the slowest step, and how many steps there were."""
+    """Time spent in the model, in seconds: in total and in the slowest step, with the number of steps."""
 
     seconds: float = 0.0
     slowest: float = 0.0
     steps: int = 0
 
     def time(self, step: Callable[..., torch.Tensor], *args: Any, **options: Any) -> np.ndarray:
-        """Run a step; its first row as numpy, in 32 bits. To fetch it is to wait until a GPU has finished."""
+        """Run a step and return the first row of its result as a 32-bit numpy array.
+
+        The time includes the copy to the CPU, which waits until a GPU has finished.
+        """
         start = perf_counter()
         with torch.inference_mode():
             row = step(*args, **options)[0]
@@ -38,10 +45,10 @@ class Clock:
 
 
 def encode(codec: Codec, blocks: Iterable[np.ndarray], clock: Clock, *, frame_by_frame: bool = False) -> np.ndarray:
-    """Blocks [n, channels] float32 at the codec's rate -> codes [K, T] int32; the same however they are cut.
+    """Blocks [n, channels] float32 at the codec's rate -> codes [K, T] int32, which do not depend on the block lengths.
 
-    `frame_by_frame` feeds one frame (80 ms) at a time, as a live stream would, instead of 50. A configuration
-    that cannot stream is encoded in one piece, or is an error with `frame_by_frame`.
+    With `frame_by_frame` the model gets chunks of one frame (80 ms), as from a live stream, instead of 50 frames. A
+    configuration that cannot stream is encoded in one call; with `frame_by_frame` it raises InputError.
     """
     if not (codec.config.streamable or frame_by_frame):
         return clock.time(codec.encode, _tensor(np.concatenate([*blocks])))
@@ -49,16 +56,20 @@ def encode(codec: Codec, blocks: Iterable[np.ndarray], clock: Clock, *, frame_by
     if frame_by_frame:
         codec.warm_up(state)
     size = codec.frame_size * (1 if frame_by_frame else STEP_FRAMES)
-    parts = [clock.time(codec.encode, _tensor(block), state=state) for block in rechunk(blocks, size)]
+    codes = [clock.time(codec.encode, _tensor(chunk), state=state) for chunk in rechunk(blocks, size)]
     if state.pending_length.any():
-        parts.append(clock.time(codec.flush, state))
-    return np.concatenate(parts, axis=1)
+        codes.append(clock.time(codec.flush, state))
+    return np.concatenate(codes, axis=1)
 
 
 def decode(
     codec: Codec, codes: np.ndarray, length: int, clock: Clock, *, frame_by_frame: bool = False
 ) -> Iterator[np.ndarray]:
-    """Codes [K, T] -> blocks [n, channels] float32, in all `length` samples; see `encode` for the rest."""
+    """Codes [K, T] -> blocks [n, channels] float32 of `length` samples in total.
+
+    `frame_by_frame` decodes one frame per call instead of 50. A configuration that cannot stream is decoded in one
+    call; with `frame_by_frame` it raises InputError.
+    """
     if not (codec.config.streamable or frame_by_frame):
         state, size = None, codes.shape[1]
     else:
@@ -66,24 +77,24 @@ def decode(
         if frame_by_frame:
             codec.warm_up(state, num_codebooks=len(codes))
     for start in range(0, codes.shape[1], size):
-        part = torch.from_numpy(codes[None, :, start : start + size].astype(np.int64))
-        audio = clock.time(codec.decode, part, state=state)
+        chunk = torch.from_numpy(codes[None, :, start : start + size].astype(np.int64))
+        audio = clock.time(codec.decode, chunk, state=state)
         yield audio.T[: length - start * codec.frame_size]
 
 
 def rechunk(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same samples [n, channels] in blocks of `size`, the last one shorter."""
+    """Regroup blocks [n, channels] into chunks of `size` samples, the last of which may be shorter."""
     held: list[np.ndarray] = []
-    have = 0
+    count = 0
     for block in blocks:
         held.append(block)
-        have += len(block)
-        if have >= size:
+        count += len(block)
+        if count >= size:
             joined = np.concatenate(held)
-            whole = have - have % size
+            whole = count - count % size
             yield from (joined[start : start + size] for start in range(0, whole, size))
-            held, have = [joined[whole:]], have - whole
-    if have:
+            held, count = [joined[whole:]], count - whole
+    if count:
         yield np.concatenate(held)
 
 

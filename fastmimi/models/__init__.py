@@ -1,1 +1,1 @@
-"""What is computed: configurations, the codecs Mimi and JODIO, and their parts."""
+"""What is computed: configurations, the codecs Mimi and JODIO, and their layers."""

@@ -1,4 +1,4 @@
-"""Checks of what users hand in: each answers the value, or raises InputError with one sentence that names it."""
+"""Checks of arguments: each returns the value, or raises InputError with one sentence that names it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def audio(x: Tensor, config: AnyConfig) -> Tensor:
 
 
 def _values(x: Any, name: str) -> None:
-    """A tensor that holds its values, one after another in memory."""
+    """A dense tensor that holds values (not a meta or sparse one)."""
     if not isinstance(x, Tensor):
         raise InputError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.device.type == "meta" or x.layout != torch.strided or x.is_quantized:
@@ -36,7 +36,7 @@ def _values(x: Any, name: str) -> None:
 
 
 def finite(x: Tensor) -> Tensor:
-    """No NaN, no infinity: one would spread over all frames that follow, silently."""
+    """Audio without NaN or infinity, which would silently spread to all later frames."""
     # without a tensor of x's size: an hour of audio is 345 MB
     if (
         not torch.compiler.is_compiling()
@@ -60,7 +60,7 @@ def codes(x: Tensor, config: AnyConfig) -> Tensor:
 
 
 def code_range(x: Tensor, config: AnyConfig, ignored: Tensor | None = None) -> Tensor:
-    """Codes [B, K, T] in [0, codebook_size); where `ignored` [B, T], whatever they are, 0."""
+    """Codes [B, K, T] in [0, codebook_size); where `ignored` [B, T] is True they may be anything and become 0."""
     if ignored is not None:
         if ignored.shape != (x.shape[0], x.shape[2]):
             raise InputError(
@@ -77,7 +77,7 @@ def code_range(x: Tensor, config: AnyConfig, ignored: Tensor | None = None) -> T
 
 
 def codebook_count(count: Any, config: AnyConfig) -> int:
-    """At least the semantic codebooks, at most all of them."""
+    """A number of codebooks, at least the semantic ones and at most all."""
     if type(count) is not int and (isinstance(count, bool) or not isinstance(count, Integral)):
         least, most = config.num_semantic_quantizers, config.num_quantizers
         raise InputError(f"the number of codebooks must be an integer from {least} to {most}, got {shown(count)}")
@@ -117,7 +117,7 @@ def is_state(state: Any) -> StreamState:
 
 
 def state(state: StreamState, shape: tuple[int, ...], model: Any) -> None:
-    """The state must be of this shape, and of the model's device, dtype and configuration."""
+    """Raise InputError unless the state has this shape and the model's device, dtype and configuration."""
     pending, device, dtype, config = is_state(state).pending, model.device, model.dtype, model.config
     if tuple(pending.shape) != shape:
         raise InputError(
@@ -132,21 +132,21 @@ def state(state: StreamState, shape: tuple[int, ...], model: Any) -> None:
 
 
 def batch_size(count: Any) -> int:
-    """How many streams a state is for."""
+    """A number of streams."""
     if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= int(count) <= MOST_STREAMS:
         raise InputError(f"batch_size must be an integer from 1 to {MOST_STREAMS}, got {shown(count)}")
     return int(count)
 
 
 def config(config: Any, kind: type) -> Any:
-    """A configuration of this kind; its defaults for None."""
+    """A configuration of this class; the default one for None."""
     if config is not None and not isinstance(config, kind):
         raise InputError(f"config must be a {kind.__name__}, got {type(config).__name__}")
     return kind() if config is None else config
 
 
 def dtype(dtype: Any) -> torch.dtype:
-    """One that a model computes in."""
+    """A dtype that a model can compute in."""
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {shown(dtype)}")
     return dtype
@@ -167,7 +167,7 @@ def device(device: Any) -> torch.device:
 
 
 def device_type(device: Any) -> torch.device:
-    """A device by its name; whether there is one does not matter."""
+    """A device by its name, whether or not this machine has it."""
     if isinstance(device, str | torch.device):
         try:
             return torch.device(device)

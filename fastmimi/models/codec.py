@@ -2,8 +2,8 @@
 
     audio --audio_to_latents--> latents --latents_to_codes--> codes --codes_to_latents--> latents --latents_to_audio-->
 
-A subclass holds `encoder`, `decoder` (one may be None) and `quantizer`, lists the parts of each direction, and says how
-audio becomes latents and latents become audio. How a pass runs is runner.py's.
+A subclass has `encoder`, `decoder` (one may be None) and `quantizer`, lists the modules of each direction, and
+implements the first and the last transform. runner.py runs passes that are composed of them.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Codec(Packable):
         return self._a_parameter().dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        for graphs in self.graphs.values():  # they hold the weights that are about to go
+        for graphs in self.graphs.values():  # they reference the weights that are about to be replaced
             graphs.forget()
         return super()._apply(fn, recurse)
 
@@ -170,7 +170,7 @@ class Codec(Packable):
         """
         checks.streamable(self.config)
         batch_size = checks.batch_size(batch_size)
-        with torch.inference_mode(False):  # so that the state can be used in and out of inference mode
+        with torch.inference_mode(False):  # so that the state can be used inside and outside of inference mode
             shape = (batch_size, self.config.audio_channels, self.frame_size)
             pending = torch.zeros(shape, device=self.device, dtype=self.dtype)
             encode, decode = (self.new_direction(name, batch_size) for name in ("encode", "decode"))
@@ -185,7 +185,7 @@ class Codec(Packable):
         self, state: StreamState, *, frames: int = 1, num_codebooks: int | None = None, latents: bool = False,
         threads: int = 1,
     ) -> None:  # fmt: skip
-        """Pack weights and build kernels now for streams of this state's batch size, so that no frame waits for it.
+        """Pack weights and build kernels for streams of this state's batch size now, so that no frame waits for it.
 
         On a CPU, chunks of `frames` frames (1 to 4) are also recorded (runtime/cpu_graphs.py), which makes every frame
         faster; without this call nothing is recorded. A recording is for one batch size, number of frames, number of
@@ -230,14 +230,14 @@ class Codec(Packable):
     ) -> Tensor:
         """Audio [B, channels, N] -> codes [B, K, T] int64.
 
-        Offline T = ceil(N / frame_size). With `padding_mask` ([B, N], False where padded, on the left or the right)
-        each row's codes are those of the row alone; frames beyond its end hold -1 (see `frame_mask`).
-        With `state`, any N: whole frames come out, the rest is held back until the next call or `flush`. Rows whose
-        `exec_mask` is False are left alone; where a row has no frame (others had more) its codes are -1.
-        `last_frame` says how an incomplete last frame is completed offline: "waveform" pads the audio with zeros (as
-        moshi, and as `flush` does), "layers" pads the input of each layer (as transformers).
-        Memory is bounded, whatever N, where the configuration can stream and no gradients are asked for.
-        Raises InputError for a wrong shape, dtype, mask, count, or samples that are NaN or infinite.
+        Offline, T = ceil(N / frame_size). With `padding_mask` ([B, N], False where padded, on the left or on the right)
+        each row's codes are identical to encoding the unpadded row; frames beyond its end are -1 (see `frame_mask`).
+        With `state`, N may be anything: whole frames are returned, and the rest waits for the next call or `flush`.
+        Rows whose `exec_mask` is False do not advance; where a row has fewer frames than others its codes are -1.
+        `last_frame` says how an incomplete last frame is completed offline: "waveform" pads the audio with zeros (like
+        moshi, and like `flush`), "layers" pads the input of each layer (like transformers).
+        Memory is bounded for any N if the configuration can stream and no gradients are required.
+        Raises InputError for a wrong shape, dtype, mask or count, and for NaN or infinite samples.
         """
         to_codes = self._audio_to_codes(self._count(num_codebooks))
         codes, valid = self._encode(to_codes, audio, state, padding_mask, last_frame)
@@ -245,9 +245,9 @@ class Codec(Packable):
 
     @torch.no_grad()
     def flush(self, state: StreamState, *, num_codebooks: int | None = None) -> Tensor:
-        """Codes [B, K, 1] of the samples held back, completed with zeros; [B, K, 0] where no stream holds any.
+        """Codes [B, K, 1] of the samples that wait for a full frame, padded with zeros; [B, K, 0] if none do.
 
-        Ends the utterance of the active streams for encoding; `state.reset` begins the next.
+        This ends the utterance of the active streams; `state.reset` starts the next one.
         """
         checks.has_part(self.encoder, "encoder", "flush")
         self._check_state(checks.is_state(state), state.batch_size, None)
@@ -281,12 +281,12 @@ class Codec(Packable):
     def straight_through(
         self, audio: Tensor, num_codebooks: int | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Audio -> codes [B, K, T] and the decoder's latents [B, hidden_size, T]; gradients pass the quantizer."""
+        """Audio -> codes [B, K, T] and quantized latents [B, hidden_size, T], with straight-through gradients."""
         latents = self.encode_to_latent(audio, **options)
         return self.quantizer.straight_through(latents, self._count(num_codebooks), self.forward_context(len(latents)))
 
     def frame_mask(self, padding_mask: Tensor) -> Tensor:
-        """Mask of samples [B, N] -> mask of frames [B, T]: where `encode` with that mask puts codes."""
+        """Mask of samples [B, N] -> mask of frames [B, T]: where `encode` with that mask returns codes."""
         return Ragged.of(padding_mask).frames(self.frame_size).mask
 
     def _count(self, num_codebooks: int | None) -> int:
@@ -295,7 +295,7 @@ class Codec(Packable):
     def _encode(
         self, run: Pass, audio: Tensor, state: StreamState | None, padding_mask: Tensor | None, last_frame: str
     ) -> tuple[Tensor, Tensor | None]:
-        """What a pass makes of audio, [B, C, T], and which of it are frames of their rows [B, T] (None: all)."""
+        """The result of a pass over audio, [B, C, T], and which frames belong to their rows, [B, T] (None: all)."""
         checks.has_part(self.encoder, "encoder", "encode")
         checks.last_frame(last_frame)
         audio = checks.audio(audio, self.config).to(self.device, self.dtype)
@@ -308,7 +308,7 @@ class Codec(Packable):
             return run.whole(checks.finite(audio), fill=fill), None
         rows = self._ragged(padding_mask, audio)
         frames = rows.frames(self.frame_size)
-        # filled, what stands beyond a row's end is what the row alone would be padded with
+        # with zero-filled frames, what follows a row's end equals the padding of the row alone
         lengths = None if fill else rows.lengths
         return run.ragged(checks.finite(rows.align(audio)), rows, frames, lengths, fill), frames.mask
 
@@ -316,13 +316,13 @@ class Codec(Packable):
     def _encode_streams(
         self, run: Pass, audio: Tensor, frames: Tensor | None, state: StreamState
     ) -> tuple[Tensor, Tensor]:
-        """The same of whole frames of audio [B, C, T * frame_size], of which row b has `frames[b]` (None: all T)."""
+        """The same for whole frames of audio [B, C, T * frame_size], of which row b has `frames[b]` (None: all T)."""
         total = audio.shape[-1] // self.frame_size
         valid = state.exec_mask[:, None].expand(-1, total)
         if frames is not None:
             steps = torch.arange(total, device=audio.device)
             valid = valid & (steps < frames.to(audio.device)[:, None])
-        # rows are in step but where masks have made them drift apart: one run for each number of frames
+        # rows have equally many frames unless masks made them drift apart: one run per distinct number of frames
         bounds = [0, total] if frames is None else sorted({0, *frames.tolist()})
         return run.of_streams(audio, state.encode, valid, bounds), valid
 
@@ -332,8 +332,8 @@ class Codec(Packable):
         """Codes [B, K, T] of any integer dtype -> audio [B, channels, T * frame_size].
 
         K may be any number of codebooks from the semantic ones up. With `padding_mask` [B, T] (see `frame_mask`) each
-        row's audio is that of the row alone, and 0 where padded. With `state` any T; rows whose `exec_mask` is False
-        are left alone and yield 0, whatever their codes.
+        row's audio is identical to decoding the unpadded row, and 0 where padded. With `state`, T may be anything; rows
+        whose `exec_mask` is False do not advance and return 0, whatever their codes.
         Raises InputError for a wrong shape, dtype or mask, and for codes outside [0, codebook_size).
         """
         codes, ignored = checks.codes(codes, self.config), None
@@ -360,7 +360,7 @@ class Codec(Packable):
     def _decode(
         self, run: Pass, x: Tensor, state: StreamState | None = None, padding_mask: Tensor | None = None
     ) -> Tensor:  # fmt: skip
-        """Audio [B, C, T * frame_size] of codes [B, K, T] or latents [B, hidden, T], as the pass takes."""
+        """The result of a pass over codes [B, K, T] or latents [B, hidden, T]: audio [B, C, T * frame_size]."""
         checks.has_part(self.decoder, "decoder", "decode")
         if state is not None:
             self._check_state(state, x.shape[0], padding_mask)

@@ -1,8 +1,8 @@
-"""Model configurations, checked when they are made. A leaf: of the package it imports leaves only.
+"""Model configurations, checked when they are made.
 
-`CodecConfig` has the fields and the meanings of transformers' `MimiConfig`, so any checkpoint's `config.json` reads
-into it, whichever transformers wrote it; the core needs no transformers to do so. A field's annotation is its type and
-its range (validation.py); what fields must be to one another is written here.
+`CodecConfig` has the fields of transformers' `MimiConfig` with the same meaning, so it reads the `config.json` of any
+checkpoint, whichever version of transformers wrote it, without importing transformers. A field's annotation is its type
+and range (validation.py); constraints between fields are checked here.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class CodecConfig:
         self._validate()
 
     def _validate(self) -> None:
-        """What fields must be to one another."""
+        """Check the constraints between fields."""
         if self.num_semantic_quantizers >= self.num_quantizers:
             raise InputError(
                 f"num_semantic_quantizers must be below num_quantizers ({self.num_quantizers}), "
@@ -162,7 +162,7 @@ class CodecConfig:
 
     @property
     def not_streamable_because(self) -> str:
-        """One sentence for the error of whoever tries to stream this configuration."""
+        """Why this configuration cannot stream, in one sentence."""
         if not self.use_causal_conv:
             return "this configuration cannot stream: use_causal_conv=False lets every output see the future"
         if self.pad_mode == "reflect":
@@ -173,7 +173,7 @@ class CodecConfig:
 
     @property
     def summary(self) -> dict[str, str]:
-        """The sizes of the parts, for people."""
+        """A readable summary of the sizes."""
         transformers = f"{self.num_hidden_layers} layers of {self.hidden_size}, {self.num_attention_heads} heads"
         return {
             "convolutions": f"{self.num_filters} filters, ratios {self.upsampling_ratios}",
@@ -212,7 +212,7 @@ class CodecConfig:
             return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers would write it to `config.json`."""
+        """The dictionary that transformers would write to `config.json`."""
         values = asdict(self)
         for half in ("encoder", "decoder"):
             if not values.pop(f"has_{half}"):
@@ -253,7 +253,7 @@ def _jodio_decoder() -> JodioTransformerConfig:
 class JodioConfig:
     """Architecture of JODIO: Mimi's relative of 896 channels, SiLU and weight norm, without residual units.
 
-    The module tree that describes it cannot run as printed. The repairs, each the least that there is:
+    The published module tree cannot run as printed. It is repaired with the smallest possible changes:
 
     - `post_vq_proj` takes the decoder transformer's 256 features, and stands after it (printed: 6, which nothing has);
     - `quantizer_out_proj`, new, leads from the quantizers' 1028 features to the decoder transformer's 256;
@@ -297,7 +297,7 @@ class JodioConfig:
 
     @classmethod
     def small(cls, **changes: Any) -> JodioConfig:
-        """The shape of the thing at a size for tests: all strides, a width that is no multiple of 8."""
+        """A small configuration for tests: all strides, and a width that is no multiple of 8."""
         encoder = JodioTransformerConfig(20, 3, 2, 8, 36)
         decoder = JodioTransformerConfig(12, 2, 3, 4, 24)
         values = {"channels": 8, "codebook_size": 32, "num_acoustic_quantizers": 3, "sliding_window": 6}
@@ -345,12 +345,12 @@ class JodioConfig:
 
     @property
     def not_streamable_because(self) -> str:
-        """One sentence for the error of whoever tries to stream this configuration."""
+        """Why this configuration cannot stream, in one sentence."""
         return "this configuration cannot stream: as_printed_padding=True lets outputs see the future"
 
     @property
     def summary(self) -> dict[str, str]:
-        """The sizes of the parts, for people."""
+        """A readable summary of the sizes."""
         transformers = ", then ".join(
             f"{part.num_hidden_layers} layers of {part.hidden_size}, {part.num_attention_heads} heads"
             for part in (self.encoder_transformer, self.decoder_transformer)
@@ -385,12 +385,3 @@ def _fields_of(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"a configuration must be a dictionary of its fields, got {shown(values)}")
     return dict(values)
-
-
-def config_from_json(path: str | Path) -> AnyConfig:
-    """Read a `config.json` of Mimi or JODIO. Raises InputError where it is not JSON or describes another model."""
-    values = read_json(path)
-    if values.get("model_type") == "jodio":
-        with naming(path):
-            return JodioConfig.from_dict(values)
-    return CodecConfig.from_json(path)

@@ -1,7 +1,7 @@
-"""JODIO, a wider and deeper relative of Mimi, from the same ops: a module tree made to run (see `JodioConfig`).
+"""JODIO, a wider and deeper relative of Mimi built from the same ops (see `JodioConfig` for its origin).
 
-Names, classes and arguments of the modules are those of the tree. They own parameters; the ops compute, and what
-streams is Mimi's (seanet.py, transformer.py, quantizer.py).
+Modules have the names, classes and arguments of the published module tree. They own parameters; the ops compute, and
+streaming is shared with Mimi (seanet.py, transformer.py, quantizer.py).
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class SeaNetDecoder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension (arXiv 1910.07467)."""
+    """RMSNorm over the last dimension (arXiv 1910.07467)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -251,7 +251,7 @@ class ResidualVectorQuantizer(ResidualQuantizer):
 
 
 class _Quantizer(SplitQuantizer):
-    """Both quantizers of a model, which stand in it under names of their own."""
+    """The two quantizers of a model as one; the model holds them under other names."""
 
     def __init__(self, semantic: ResidualVectorQuantizer, acoustic: ResidualVectorQuantizer):
         nn.Module.__init__(self)
@@ -287,7 +287,7 @@ class JodioModel(Codec):
         self.post_vq_proj = nn.Linear(after.hidden_size, config.channels)
         self.decoder_transformer = Transformer(after, config)
         self.decoder = SeaNetDecoder(config)
-        self.__dict__["quantizer"] = _Quantizer(self.semantic_rvq, self.acoustic_rvq)  # not twice in the tree
+        self.__dict__["quantizer"] = _Quantizer(self.semantic_rvq, self.acoustic_rvq)  # not a submodule
         StreamingModule.set_names(self)
 
     def _a_parameter(self) -> Tensor:

@@ -1,7 +1,7 @@
-"""THE model: SEANet, transformer and split RVQ (arXiv 2410.00037, section 3.3).
+"""Mimi: SEANet, transformer and split RVQ (arXiv 2410.00037, section 3.3).
 
-It owns parameters and calls ops; which kernel runs is dispatch's business, checkpoints are weights', streams and long
-audio codec.py's, and the faces of other libraries (compat/) are thin over it.
+The model owns parameters and calls ops. Kernels are chosen in runtime/dispatch.py, checkpoints are read in
+checkpoints/, streams and long audio run in codec.py and runner.py; the drop-ins in compat/ are thin layers over it.
 """
 
 from __future__ import annotations

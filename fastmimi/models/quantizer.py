@@ -36,7 +36,7 @@ class Codebook(nn.Module):
 
 
 def apply_in_full_precision(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Any:
-    """`nn.Module._apply` for a module of buffers that follow moves and `.double()`, but never go below fp32."""
+    """`nn.Module._apply` for buffers that follow moves and `.double()`, but never become half precision."""
     for name, buffer in module.named_buffers(recurse=False):
         moved = fn(buffer)
         if moved.is_floating_point() and moved.element_size() < 4:
@@ -57,7 +57,7 @@ def _centroids(*sums: Tensor) -> Tensor:
 
 
 class Level(nn.Module):
-    """One level of a residual quantizer: it exists for the name `layers.<i>.codebook` of the checkpoints."""
+    """One level of a residual quantizer; its name gives checkpoints their keys `layers.<i>.codebook`."""
 
     def __init__(self, config: CodecConfig):
         super().__init__()
@@ -82,7 +82,7 @@ class ResidualQuantizer(nn.Module):
         return len(self.layers)
 
     def _stored(self) -> tuple[Tensor, ...]:
-        """What the entries of all levels are computed from, level after level."""
+        """The tensors that the entries of all levels are computed from, level after level."""
         books: list[Any] = [level.codebook for level in self.layers]
         return tuple(t for book in books for t in (book.embed_sum, book.cluster_usage))
 
@@ -91,8 +91,8 @@ class ResidualQuantizer(nn.Module):
     def codebooks(self, levels: int | None = None) -> Tensor:
         """Entries of the first levels (all of them without the number) [L, S, D].
 
-        Computed once, and again after any change of what is stored; until then the same tensor each time, so that
-        kernels may keep what they derive from it. Edits through `.data` count no version and are not seen.
+        Cached until the stored tensors change; the same tensor is returned until then, so that kernels can cache what
+        they derive from it. Edits through `.data` increment no version counter and go unnoticed.
         """
         if torch.compiler.is_compiling():  # tracing sees no versions
             return self._entries(*self._stored())[:levels]
@@ -100,12 +100,12 @@ class ResidualQuantizer(nn.Module):
         return packing.packed(whole, f"first {levels} levels", lambda books: books[:levels])
 
     def usage(self) -> Tensor:
-        """How often each entry was the nearest, as a running mean [L, S]; where it is not stored, ones."""
+        """Exponential moving average of how often each entry was chosen [L, S]; ones if it is not stored."""
         return torch.stack([usage.float() for usage in self._stored()[1::2]])
 
     @torch.no_grad()
     def learned(self, sums: Tensor, usage: Tensor) -> None:
-        """Take over running sums [L, S, D] and counts [L, S] of latents, whose ratio the entries are."""
+        """Store running sums [L, S, D] and counts [L, S] of latents; their ratio are the entries."""
         stored = self._stored()
         for level, (total, count) in enumerate(zip(stored[::2], stored[1::2], strict=True)):
             total.copy_(sums[level])
@@ -144,7 +144,7 @@ class ResidualQuantizer(nn.Module):
         return self.unproject(self.entries(codes, dtype, context), context, residual)
 
     def straight_through(self, latents: Tensor, levels: int, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """Codes and decoded latents whose gradient passes the search unchanged (arXiv 1711.00937, section 3.2)."""
+        """Codes and decoded latents with the straight-through gradient (arXiv 1711.00937, section 3.2)."""
         projected = self.project(latents, context)
         codes = self._search(projected.detach(), levels, context)
         quantized = self.entries(codes, latents.dtype, context) + (projected - projected.detach())
@@ -161,7 +161,7 @@ class SplitQuantizer(nn.Module):
         self.acoustic_residual_vector_quantizer = ResidualQuantizer(config, config.num_quantizers - semantic)
 
     def parts(self, levels: int) -> list[tuple[ResidualQuantizer, int]]:
-        """The quantizers that `levels` codebooks call on, and how many levels of each."""
+        """The quantizers that `levels` codebooks use, and how many levels of each."""
         semantic = len(self.semantic_residual_vector_quantizer)
         parts = [(self.semantic_residual_vector_quantizer, semantic)]
         if levels > semantic:

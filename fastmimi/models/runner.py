@@ -1,7 +1,7 @@
-"""How a pass through a codec runs: whole, in tiles, over rows of different lengths, or as chunks of streams.
+"""Runs a pass through a codec: at once, in tiles, over a ragged batch, or as chunks of streams.
 
-All of them give the same numbers: a tile is a chunk of a stream, and a row of a ragged batch is computed as if it were
-longer. What the pass computes is a composition of the codec's four transforms (codec.py).
+All ways give the same numbers: a tile is a chunk of a stream, and a row of a ragged batch is followed by what it would
+be padded with on its own. A pass is a composition of the codec's four transforms (codec.py).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Pass:
     """One direction of a codec, from [B, C, T * unit] to [B, channels, T * result_unit], T in frames.
 
     direction: "encode" or "decode", whose streaming state and recorded graphs it uses.
-    step: the pass itself; the result comes in parts that lie one behind another along its second dimension, since a
-        recorded graph (runtime/cpu_graphs.py) cannot join them.
-    key: tells apart the passes of a direction that take the same input.
+    step: computes the pass; it returns the result in parts, to be concatenated along dimension 1, since a recorded
+        step (runtime/cpu_graphs.py) cannot concatenate them itself.
+    key: distinguishes the passes of a direction that take the same input.
     """
 
     codec: Codec
@@ -45,9 +45,9 @@ class Pass:
     dtype: torch.dtype
 
     def whole(self, x: Tensor, lengths: Tensor | None = None, fill: bool = True) -> Tensor:
-        """The result for x [B, C, N], in tiles where it is long; differentiable.
+        """The result for x [B, C, N], in tiles if it is long; differentiable.
 
-        lengths: [B] elements of x that belong to each row, where its layers are padded beyond them.
+        lengths: [B] elements of x that belong to each row, if layers are to be padded beyond them.
         fill: complete the last frame with zeros; without it, each layer pads its own input.
         """
         frames = self._frames(x)
@@ -59,12 +59,12 @@ class Pass:
     def in_tiles(
         self, x: Tensor, state: DirectionState, lengths: Tensor | None = None, fill: bool = True
     ) -> Tensor:  # fmt: skip
-        """The result for x [B, C, N], which follows what `state` has seen; the state moves on. Memory is bounded."""
+        """The result for x [B, C, N] that continues the streams of `state`, which advances. Memory is bounded."""
         frames = self._frames(x)
         tile = self.codec.tiling.frames_per_tile(len(x), x.device.type)
         if 0 < frames <= tile:
             return _joined(self._tile(x, state, lengths, fill))
-        # the result is allocated before the activations of the tiles, so that it does not fragment the memory
+        # allocated before the activations of the tiles, so that results do not fragment the memory between them
         result = x.new_empty(len(x), self.channels, frames * self.result_unit, dtype=self.dtype)
         for start in range(0, frames, tile):
             part = x[..., start * self.unit : (start + tile) * self.unit]
@@ -78,17 +78,17 @@ class Pass:
     def ragged(
         self, x: Tensor, rows: Ragged, results: Ragged, lengths: Tensor | None = None, fill: bool = True
     ) -> Tensor:  # fmt: skip
-        """The result for aligned rows of x [B, C, N], each as if alone, where it belongs; anything beyond its end.
+        """The result for a ragged batch of left-aligned rows x [B, C, N], each identical to running the row alone.
 
-        rows, results: where the rows are in x and in the result.
+        rows, results: where the rows belong in the input and in the result, whose other elements are arbitrary.
         """
         if self.codec.config.streamable:
             return results.restore(self.whole(x, lengths, fill))
-        # what is beyond a row's end would reach into it: rows of one length go together
+        # not causal, so what follows a row's end would change it: rows of equal length run together
         return results.restore(rows.by_length(x, lambda x: self.whole(x, None, fill), results))
 
     def of_streams(self, x: Tensor, state: DirectionState, valid: Tensor, bounds: list[int]) -> Tensor:
-        """The result for whole frames of streams, of which only `valid` [B, T] count; it is constant between bounds."""
+        """The result for a chunk of frames, of which `valid` [B, T] advance streams; constant between `bounds`."""
         results = []
         for start, stop in pairwise(bounds):
             if stop > start:
@@ -97,7 +97,7 @@ class Pass:
         return _joined(results, dim=-1) if results else self.in_tiles(x[..., :0], state)
 
     def warm_up(self, examples: list[Tensor], state: DirectionState, threads: int) -> None:
-        """Pack weights, and record the pass for chunks like the examples where the CPU's kernels run."""
+        """Pack weights, and on a CPU record the pass for chunks of the shape of the examples."""
         codec = self.codec
         codec.graphs[self.direction].record(
             codec, codec.ops, self._with_state, examples, state, threads, self.key
@@ -122,7 +122,7 @@ class Pass:
         return pad(x, (0, missing)) if missing else x
 
     def _needs_tiles(self, x: Tensor, frames: int) -> bool:
-        """Whether x is long enough for tiles, and nothing forbids them."""
+        """Whether x is long enough for tiles, and tiles are possible."""
         codec = self.codec
         if frames <= codec.tiling.most_frames_at_once(len(x), x.device.type) or not codec.config.streamable:
             return False

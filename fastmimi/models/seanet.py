@@ -19,7 +19,7 @@ from .config import CodecConfig
 
 
 class PaddedConv1d(StreamingModule):
-    """The streaming of a convolution `conv`, whatever module holds it: [B, C_in, T] -> [B, C_out, ceil(T / stride)]."""
+    """Padding and streaming of a convolution `conv`: [B, C_in, T] -> [B, C_out, ceil(T / stride)]."""
 
     conv: nn.Conv1d
     samples: int = 1  # of audio between two steps of the input
@@ -35,7 +35,7 @@ class PaddedConv1d(StreamingModule):
         return {self.name: (batch, self.conv.in_channels, self.sides(0)[0])}
 
     def padded(self, x: Tensor, context: ForwardContext) -> dict[str, Any]:
-        """The arguments of an op that say how x [B, C, T] is extended left and right."""
+        """The op's arguments for what stands before and after x [B, C, T]: padding, or the history of streams."""
         arguments: dict[str, Any] = {"pad": self.sides(x.shape[-1]), "pad_mode": self.pad_mode}
         if context.state is not None:
             history = context.state.buffers[self.name]
@@ -55,11 +55,11 @@ class PaddedConv1d(StreamingModule):
 
 
 class PaddedConvTranspose1d(StreamingModule):
-    """The same of an upsampling transposed convolution, [B, C_in, T] -> [B, C_out, T * stride]."""
+    """The same for an upsampling transposed convolution: [B, C_in, T] -> [B, C_out, T * stride]."""
 
     conv: nn.ConvTranspose1d
     pre = "none"
-    trim: tuple[int, int]  # of the full result; less than none on the right are outputs that no input reaches
+    trim: tuple[int, int]  # of the full result; a negative number on the right appends outputs that no input reaches
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         return {self.name: (batch, self.conv.out_channels, max(0, sum(self.trim)))}
@@ -75,7 +75,7 @@ class PaddedConvTranspose1d(StreamingModule):
 
 
 def weight_of(conv: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
-    """The weight; under weight norm (arXiv 1602.07868) computed once, and again after any change, but in training."""
+    """The weight; with weight norm (arXiv 1602.07868) it is cached until g or v change, except in training."""
     if not hasattr(conv, "parametrizations"):
         return conv.weight
     parametrizations: Any = conv.parametrizations
@@ -243,7 +243,7 @@ def _run_in_subtiles(layers: list[nn.Module], x: Tensor, context: ForwardContext
 
 
 def fill_tail(x: Tensor, lengths: Tensor, pad_mode: str) -> Tensor:
-    """Make x [B, C, T] beyond each row's length what the row alone would be padded with."""
+    """x [B, C, T] with each row continued beyond its length by the padding that the row alone would get."""
     inside = (torch.arange(x.shape[-1], device=x.device) < lengths[:, None])[:, None]  # [B, 1, T]
     if pad_mode == "constant":
         return torch.where(inside, x, 0)

@@ -1,4 +1,4 @@
-"""How many numbers the weights of a configuration are, by arithmetic: known before anything is built. A leaf.
+"""The number of parameters of a configuration by arithmetic, known before anything is allocated.
 
 What is counted is the model's state dict: parameters, and the running sums of codebooks. A `config` has the fields of
 `CodecConfig` or of `JodioConfig`.
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def of_mimi(config: Any) -> int:
-    """Of a Mimi, both halves or one of them."""
+    """Of a Mimi with both halves or one of them."""
     hidden, stride = config.hidden_size, config.latent_stride
     total = _quantizer(config)
     if config.has_encoder:

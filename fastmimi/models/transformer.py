@@ -49,7 +49,7 @@ def rope_frequencies(config: CodecConfig) -> tuple[Tensor, float]:
 
 
 class Rings(StreamingModule):
-    """The state of self-attention over the last `window` positions: rings of keys and values."""
+    """Self-attention over the last `window` positions: its state are ring buffers of keys and values."""
 
     head_dim: int
     kv_heads: int
@@ -60,7 +60,7 @@ class Rings(StreamingModule):
         return {f"{self.name}.k": ring, f"{self.name}.v": ring}
 
     def state(self, context: ForwardContext) -> dict[str, Tensor]:
-        """The arguments of the op that say what came before."""
+        """The op's arguments for the streaming state; none offline."""
         if (state := context.state) is None:
             return {}
         rings = {f"cache_{kind}": state.buffers[f"{self.name}.{kind}"] for kind in "kv"}

@@ -1,4 +1,4 @@
-"""The types and ranges of configuration fields, checked by pydantic, and the JSON files that hold them. A leaf.
+"""The types and ranges of configuration fields, checked by pydantic, and the JSON files that hold them.
 
 The bounds are far above those of any codec: they stop a damaged or hostile file before anything is built from it. Types
 are strict: neither "8" nor 8.0 nor true is an integer, neither NaN nor infinity a number.
@@ -103,7 +103,7 @@ ROPES: dict[str, type[_Rope]] = {
 
 
 def check_fields(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass, whole numbers as floats where those are wanted.
+    """The fields of a dataclass, integers converted to floats where the field is a float.
 
     Raises InputError, naming the field and its value, unless every field is of its type and in its range.
     """
@@ -148,7 +148,7 @@ def check_size(parameters: int) -> None:
 
 @contextmanager
 def naming(place: object) -> Iterator[None]:
-    """Say in errors where the configuration stands."""
+    """Name the file in errors about its configuration."""
     try:
         yield
     except InputError as error:

@@ -1,1 +1,1 @@
-"""How it runs: ops and their implementations, packed weights, streaming state, batches and tiles. Knows no model."""
+"""How models run: ops and their backends, packed weights, streaming state, ragged batches, tiles. Imports no model."""

@@ -1,9 +1,9 @@
-"""Steps of streams as recorded programs: on a CPU, a third of a frame's time is otherwise spent in Python.
+"""Recorded steps of streams, the CPU's counterpart of CUDA graphs: without them a third of a frame is Python overhead.
 
-`Codec.warm_up` records a step of a shape, which is then run instead of the model's. A program is kept only if it gives,
-bit for bit, what the model gives, output and state, for two steps in a row. It is thrown away when a weight, a module
-or the choice of kernels changes. The stream's state is put in at each run: one program serves all streams of a batch
-size; threads that step at the same time need one each.
+`Codec.warm_up` records the native calls of one step as a program, which later steps of the same shape run in place of
+the model. A program is kept only if its results and state equal the model's bit for bit for two steps in a row, and is
+dropped when a weight, a module or the choice of kernels changes. A program takes the stream's state as an argument, so
+one program serves all streams of a batch size; threads that step at the same time need one program each.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from . import dispatch, packing
 from .ops import Ops
 from .state import DirectionState
 
-MOST_FRAMES = 4  # of a step that is worth recording: in longer ones, the time between layers is small
+MOST_FRAMES = 4  # that a recorded step may have: in longer ones Python's overhead is small
 
 Step = Callable[[Tensor, DirectionState], list[Tensor]]
 Key = tuple[Any, ...]
 
 
 class _Scratch(DirectionState):
-    """A state to record with: its `first` has an address, and it tells by how much it was advanced."""
+    """A state to record with: `first` has a fixed address, and `positions` is what the step advanced by."""
 
     def __init__(self, state: DirectionState):
         copy = state.clone()
@@ -48,14 +48,14 @@ def _tensors(state: DirectionState) -> list[Tensor]:
 
 
 class CpuGraphs:
-    """The programs of one direction of a model. Copies and pickles of it begin empty."""
+    """The programs of one direction of a model. A copied or unpickled one is empty."""
 
     def __init__(self, direction: str) -> None:
         self.direction = direction
         self.forget()
 
     def forget(self) -> None:
-        """Drop all programs, and what they hold."""
+        """Drop all programs and their references to weights."""
         self._count: dict[Key, int] = {}  # programs of a step, idle or running
         self._idle: dict[Key, list[tuple[Any, int]]] = {}  # programs that no thread is running, and their positions
         self._modules: list[Any] = []
@@ -71,9 +71,9 @@ class CpuGraphs:
         return CpuGraphs, (self.direction,)
 
     def run(self, ops: Ops, step: Step, x: Tensor, state: DirectionState, kind: int | str) -> list[Tensor]:
-        """step(x, state), of a codec that calls `ops`, by a recorded program where there is one.
+        """The result of step(x, state) of a codec that calls `ops`, by a recorded program if there is one.
 
-        kind: tells apart the steps of the direction that take such an input.
+        kind: distinguishes the steps of this direction that take inputs of the same shape.
         """
         if not self._idle or torch.compiler.is_compiling():
             return step(x, state)
@@ -83,7 +83,7 @@ class CpuGraphs:
         if not self._current():
             self.forget()
             return step(x, state)
-        if any(self._hooks):  # which a program would not call
+        if any(self._hooks):  # a program would not call them
             return step(x, state)
         try:
             program, positions = idle.pop()
@@ -98,7 +98,7 @@ class CpuGraphs:
         self, model: Any, ops: Ops, step: Step, examples: list[Tensor], state: DirectionState, threads: int,
         kind: int | str,
     ) -> None:  # fmt: skip
-        """Have `threads` programs of step(x, state); without a recorder for `ops`, the step is run once.
+        """Record `threads` programs of step(x, state); where `ops` cannot be recorded, run the step once instead.
 
         examples: three different inputs of the step; one is recorded, two are compared with the model's own step.
         """
@@ -130,14 +130,14 @@ class CpuGraphs:
         self._generation = packing.generation()
 
     def _current(self) -> bool:
-        """Whether all modules and weights are those that were remembered, as far as PyTorch counts edits."""
+        """Whether all modules and weights are those that were recorded, as far as PyTorch counts edits."""
         owned = self._owned_now()
         same = len(owned) == len(self._owned) and all(map(is_, owned, self._owned))
         same = same and self._generation == packing.generation() and self._modes_now() == self._modes
         return same and self._states_now() == self._states
 
     def _owned_now(self) -> list[Any]:
-        """All modules, parameters and buffers, in order. At every step: so without a loop of Python's."""
+        """All modules, parameters and buffers, in order; called at every step, hence without a Python loop."""
         return [*chain.from_iterable(map(dict.values, self._owners))]
 
     def _modes_now(self) -> list[bool]:
@@ -153,7 +153,7 @@ def _key(ops: Ops, x: Tensor, state: DirectionState, kind: int | str) -> Key:
 
 
 def _record(recorder: Any, step: Step, examples: list[Tensor], state: DirectionState) -> tuple[Any, int] | None:
-    """A program that gives what the model gives, with its positions; None where there is none."""
+    """A program and the positions that it advances by; None if it cannot be recorded or differs from the model."""
     with torch.inference_mode(False), torch.no_grad():
         scratch, mine, theirs = _Scratch(state), state.clone(), state.clone()
         recorded, *others = examples

@@ -1,7 +1,7 @@
-"""The only file that chooses implementations of ops, and the one that says why.
+"""Chooses the backend of each op and explains the choice; nothing else imports a backend.
 
-For each op the candidates are asked in order; each answers why it cannot run, in one sentence, or takes the op. What
-was chosen and what was passed over stands in a table of `Choice` rows, which `fastmimi explain` prints.
+The candidates are asked in order of speed. Each says in one sentence why it cannot run the op on a device and dtype, or
+is chosen. The choice and the sentences form a table of `Choice` rows, which `fastmimi explain` prints.
 """
 
 from __future__ import annotations
@@ -26,15 +26,12 @@ CANDIDATES = {  # the fastest first, at every shape of bench/bench_ops.py
     "reference": "fastmimi.reference",
 }
 ORDER = ", ".join(CANDIDATES)
-# Ops whose reference is written in terms of another: a room without a kernel for one runs that, with its kernel of the
-# other in it
-COMPOSED = {"transformer_layer": "window_attention"}
 Impl = str | dict[str, str]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What an implementation is asked to run on."""
+    """The device and dtype that an implementation is to run on."""
 
     device: str  # device type: "cpu", "cuda", ...
     dtype: torch.dtype
@@ -42,9 +39,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Choice:
-    """One row of the table: the implementation of an op, and the sentence of each candidate passed over.
+    """One row of the table: the backend of an op, and why each earlier candidate was passed over.
 
-    `inside` names the op that runs within a composed one as a call of its own, and that op's implementation.
+    inside: the op that a composed op calls, and that op's backend.
     """
 
     op: str
@@ -69,7 +66,7 @@ def check_impl(impl: Impl) -> None:
 def bind(device: str, dtype: torch.dtype, impl: Impl = "auto") -> Ops:
     """The implementation of every op for a device type and a dtype; the same object for the same arguments.
 
-    Raises InputError where `impl` is not a choice, or asks for a kernel that cannot run.
+    Raises InputError if `impl` is not a valid choice, or asks for a kernel that cannot run.
     """
     return _tables[_tabled(device, dtype, impl)]
 
@@ -78,7 +75,7 @@ _tables: dict[str, Ops] = {}
 
 
 def _tabled(device: str, dtype: torch.dtype, impl: Impl) -> str:
-    """The key of a table in `_tables`, made where it is new."""
+    """The key of a table in `_tables`, which is made on first use."""
     key = f"{device} {dtype} {sorted(impl.items()) if isinstance(impl, dict) else impl}"
     if key not in _tables:
         ops = {row.op: implementation(row.op, row.chosen) for row in explain(device, dtype, impl)}
@@ -88,8 +85,8 @@ def _tabled(device: str, dtype: torch.dtype, impl: Impl) -> str:
     return key
 
 
-# torch.compile is to look the table up and not to trace its making. This is all that
-# `torch.compiler.assume_constant_result` does, which takes a second to import on its way.
+# torch.compile must treat the key as a constant and not trace the dispatch. This attribute is all that
+# `torch.compiler.assume_constant_result` sets; calling that would import torch._dynamo, which takes a second.
 _tabled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -98,10 +95,14 @@ def explain(device: str = "cpu", dtype: torch.dtype = torch.float32, impl: Impl 
     check_impl(impl)
     _check_target(device, dtype)
     rows = {op: _choose(op, Target(device, dtype), impl) for op in OPS}
-    for outer, inner in COMPOSED.items():
-        if rows[outer].chosen == "reference":
-            rows[outer] = replace(rows[outer], inside=(inner, rows[inner].chosen))
-    return list(rows.values())
+    return [_with_inner(row, rows) for row in rows.values()]
+
+
+def _with_inner(row: Choice, rows: dict[str, Choice]) -> Choice:
+    inner = OPS[row.op].composed_of
+    if inner is None or row.chosen != "reference":
+        return row
+    return replace(row, inside=(inner, rows[inner].chosen))
 
 
 def _check_target(device: str, dtype: torch.dtype) -> None:
@@ -117,7 +118,7 @@ def _check_target(device: str, dtype: torch.dtype) -> None:
 
 @cache
 def implementation(op: str, candidate: str) -> Callable[..., Any]:
-    """The op's function in a candidate's room; a kernel comes as a PyTorch op (torch_ops.py)."""
+    """A backend's function for an op; kernels are registered as PyTorch ops (torch_ops.py)."""
     reference, chosen = (
         getattr(importlib.import_module(f"{CANDIDATES[room]}.{op}"), op) for room in ("reference", candidate)
     )
@@ -129,7 +130,7 @@ def implementation(op: str, candidate: str) -> Callable[..., Any]:
 
 
 def recorder(ops: Ops) -> Any:
-    """What records a step with these implementations (kernels/cpu/_program.py); None where not all are the CPU's."""
+    """The module that records steps of these implementations (kernels/cpu/_program.py); None unless all are native."""
     if not all(function is implementation(op, "cpu") for op, function in ops._asdict().items()):
         return None
     from ..kernels.cpu import _program
@@ -144,8 +145,9 @@ def _choose(op: str, target: Target, impl: Impl) -> Choice:
     sentence = why_not(wanted, op, target)
     if sentence is None:
         return Choice(op, wanted, "asked for by impl=", ())
-    if wanted == impl and op in COMPOSED and is_absent(op, wanted):  # asked for as a whole, not for this op by name
-        return Choice(op, "reference", f"composed of {COMPOSED[op]} and PyTorch's own ops", ((wanted, sentence),))
+    inner = OPS[op].composed_of
+    if wanted == impl and inner is not None and is_absent(op, wanted):  # asked for as a whole, not for this op by name
+        return Choice(op, "reference", f"composed of {inner} and PyTorch's own ops", ((wanted, sentence),))
     raise InputError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
 
 
@@ -164,12 +166,12 @@ def _fastest(op: str, target: Target) -> Choice:
 
 
 def is_absent(op: str, candidate: str) -> bool:
-    """Whether this version of fastmimi has no such implementation of the op."""
+    """Whether this version of fastmimi has no implementation of the op in that backend."""
     return importlib.util.find_spec(f"{CANDIDATES[candidate]}.{op}") is None
 
 
 def why_not(candidate: str, op: str, target: Target) -> str | None:
-    """None if the candidate can run the op on the target, else one sentence."""
+    """Why the candidate cannot run the op on the target, in one sentence; None if it can."""
     if candidate == "reference":
         return None
     if is_absent(op, candidate):

@@ -1,4 +1,4 @@
-"""Masks that users hand in: bool tensors, or what can be one. A leaf."""
+"""Masks that users pass: bool tensors, numpy arrays or lists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import InputError
 
 
 def as_tensor(mask: Any, name: str) -> Tensor:
-    """A tensor of a mask that may be a numpy array or nested lists; InputError, naming the argument, otherwise."""
+    """A mask as a tensor; it may be a tensor, a numpy array or nested lists. Raises InputError naming the argument."""
     if not isinstance(mask, Tensor) and isinstance(mask, (np.ndarray, list, tuple)):  # a union cannot be traced
         try:
             mask = torch.as_tensor(mask)

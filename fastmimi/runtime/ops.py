@@ -1,10 +1,8 @@
-"""The op table: the units that have a reference, kernels, a test and a benchmark under one name.
+"""The op table `OPS`: the units that have a reference, kernels, tests and workloads under one name.
 
-An op is what should be fused; models call ops and never a kernel. Every implementation of an op has the
-signature and the semantics of its reference, `reference/<op>.py`, where the arguments are described.
-
-`SCHEMAS` says the same to PyTorch: which tensors a kernel takes and gives, so that it can be traced without running
-(torch_ops.py registers it). Kernels return tensors in channels-last memory.
+An op is what should be fused; models call ops and never a kernel. Every implementation of an op has the signature and
+the semantics of its reference, `reference/<op>.py`, where the arguments are described; torch_ops.py registers kernels
+with PyTorch by their schema. Kernels return tensors in channels-last memory.
 """
 
 from __future__ import annotations
@@ -21,16 +19,6 @@ from .layout import empty_channels_last
 if TYPE_CHECKING:
     from .state import DirectionState
 
-OPS: dict[str, str] = {
-    "causal_conv1d": "[activation ->] causal, dilated, strided convolution + bias [-> activation] [+ residual]",
-    "causal_conv_transpose1d": "[activation ->] transposed convolution, overlap-add, bias, trim",
-    "resblock": "a SEANet residual unit: ELU, conv k3, ELU, conv k1, + input",
-    "window_attention": "RoPE and causal attention over the last `window` positions, ring KV cache when streaming",
-    "transformer_layer": "norm, window attention, norm, feed-forward, each half scaled and added to its input",
-    "rvq_encode": "the residual chain of nearest-entry searches over all levels, in fp32",
-    "rvq_decode": "sum over levels of the chosen codebook entries",
-}
-
 
 class Ops(NamedTuple):
     """One implementation of each op, bound by `dispatch.bind` for a (device, dtype)."""
@@ -45,7 +33,7 @@ class Ops(NamedTuple):
 
 
 class ForwardContext(NamedTuple):
-    """What one pass through the model carries from layer to layer, which none of them changes.
+    """What one pass through the model hands to every layer; immutable.
 
     ops: the bound implementations. state: the streaming state of this direction, None offline. lengths: [B] int64,
     samples of audio that belong to each row, None where all do. subtile: transformer positions that pass the layers
@@ -60,16 +48,26 @@ class ForwardContext(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Schema:
-    """An op's tensors, options, what a step of a stream has besides (`!` marks what it changes), and its output.
+class Op:
+    """What an op is: all that dispatch, registration, the cost model, workloads and benchmarks know of it.
 
-    fake: from the arguments, an empty tensor of the output's shape, dtype and strides.
+    tensors, options, state: its arguments in PyTorch's schema language; `state` is what a chunk of a stream has
+        besides, `!` marks what it changes.
+    fake: from the arguments, an empty tensor of the result's shape, dtype and strides.
+    flops: from the result and the arguments; a multiplication and an addition count as two.
+    time: the dimension of the result that is time.
+    composed_of: the op that a backend without this one runs within the reference of this one.
     """
 
+    summary: str
     tensors: str
     options: str
     state: str
     fake: Callable[..., Tensor]
+    flops: Callable[..., float]
+    time: int = 2
+    differentiable: bool = True
+    composed_of: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -89,6 +87,10 @@ def _conv(
     return empty_channels_last(x, weight.shape[0], length)
 
 
+def _conv_flops(y: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
+    return 2.0 * y.shape[0] * y.shape[2] * weight.numel()
+
+
 def _conv_transpose(
     x: Tensor, weight: Tensor, *_: Any, stride: int = 1, groups: int = 1, trim: Any = (0, 0),
     overlap: Tensor | None = None, **__: Any,
@@ -99,8 +101,20 @@ def _conv_transpose(
     return empty_channels_last(x, channels, (x.shape[2] - 1) * stride + kernel - trim[0] - trim[1])
 
 
+def _conv_transpose_flops(y: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
+    return 2.0 * x.shape[0] * x.shape[2] * weight.numel()
+
+
 def _resblock(x: Tensor, weight1: Tensor, *_: Any, dilation: int = 1, pad: Any = (0, 0), **__: Any) -> Tensor:
     return empty_channels_last(x, x.shape[1], x.shape[2] + pad[0] + pad[1] - (weight1.shape[2] - 1) * dilation)
+
+
+def _resblock_flops(
+    y: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
+    shortcut_weight: Tensor | None = None, *_: Any, **__: Any,
+) -> float:  # fmt: skip
+    weights = weight1.numel() + weight2.numel() + (0 if shortcut_weight is None else shortcut_weight.numel())
+    return 2.0 * y.shape[0] * y.shape[2] * weights
 
 
 def _attention(q: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -108,55 +122,102 @@ def _attention(q: Tensor, *_: Any, **__: Any) -> Tensor:
     return q.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
+def _attention_flops(y: Tensor, q: Tensor, *_: Any, window: int, **__: Any) -> float:
+    return 4.0 * q.numel() * min(q.shape[2], window)
+
+
 def _layer(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _layer_flops(y: Tensor, x: Tensor, *tensors: Tensor | None, window: int, **__: Any) -> float:
+    matrices = [tensor for tensor in tensors if tensor is not None and tensor.dim() == 2]  # q, k, v, o, fc1, fc2
+    rows, width = x.shape[0] * x.shape[1], matrices[0].shape[0]
+    return 2.0 * rows * sum(m.numel() for m in matrices) + 4.0 * rows * min(x.shape[1], window) * width
 
 
 def _encode(x: Tensor, codebooks: Tensor) -> Tensor:
     return x.new_empty(codebooks.shape[0], x.shape[0], dtype=torch.int64)
 
 
+def _encode_flops(y: Tensor, x: Tensor, codebooks: Tensor) -> float:
+    return 2.0 * x.shape[0] * codebooks.numel()
+
+
 def _decode(codes: Tensor, codebooks: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return codebooks.new_empty(codes.shape[1], codebooks.shape[2], dtype=dtype)
 
 
+def _decode_flops(y: Tensor, codes: Tensor, *_: Any, **__: Any) -> float:
+    return float(y.numel() * codes.shape[0])
+
+
 _RINGS = "Tensor offset, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor active"
 _HISTORY = "Tensor(a!) history, Tensor first, Tensor active"
-SCHEMAS: dict[str, Schema] = {
-    "causal_conv1d": Schema(
+OPS: dict[str, Op] = {
+    "causal_conv1d": Op(
+        "[activation ->] causal, dilated, strided convolution + bias [-> activation] [+ residual]",
         "Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None",
         "int stride=1, int dilation=1, int groups=1, SymInt[2] pad=[0, 0], str pad_mode='constant', "
         "str pre='none', str post='none'",
         _HISTORY,
         _conv,
+        _conv_flops,
     ),
-    "causal_conv_transpose1d": Schema(
+    "causal_conv_transpose1d": Op(
+        "[activation ->] transposed convolution, overlap-add, bias, trim",
         "Tensor x, Tensor weight, Tensor? bias=None",
         "int stride=1, int groups=1, SymInt[2] trim=[0, 0], str pre='none'",
         "Tensor(a!) overlap, Tensor active",
         _conv_transpose,
+        _conv_transpose_flops,
     ),
-    "resblock": Schema(
+    "resblock": Op(
+        "a SEANet residual unit: ELU, conv k3, ELU, conv k1, + input",
         "Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
         "Tensor? shortcut_weight=None, Tensor? shortcut_bias=None",
         "int dilation=1, SymInt[2] pad=[0, 0], str pad_mode='constant'",
         _HISTORY,
         _resblock,
+        _resblock_flops,
     ),
-    "window_attention": Schema(
+    "window_attention": Op(
+        "RoPE and causal attention over the last `window` positions, ring KV cache when streaming",
         "Tensor q, Tensor k, Tensor v, Tensor inv_freq",
         "int window, float rope_scale=1.0, bool interleaved=False",
         _RINGS,
         _attention,
+        _attention_flops,
     ),
-    "transformer_layer": Schema(
+    "transformer_layer": Op(
+        "norm, window attention, norm, feed-forward, each half scaled and added to its input",
         "Tensor x, Tensor norm1_weight, Tensor? norm1_bias, Tensor q, Tensor k, Tensor v, Tensor o, Tensor? scale1, "
         "Tensor norm2_weight, Tensor? norm2_bias, Tensor fc1, Tensor fc2, Tensor? scale2, Tensor inv_freq, "
         "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? o_bias=None",
         "int window, float eps, str norm='layer', str activation='gelu', float rope_scale=1.0",
         _RINGS,
         _layer,
+        _layer_flops,
+        time=1,
+        composed_of="window_attention",
     ),
-    "rvq_encode": Schema("Tensor x, Tensor codebooks", "", "", _encode),
-    "rvq_decode": Schema("Tensor codes, Tensor codebooks", "ScalarType? dtype=None", "", _decode),
+    "rvq_encode": Op(
+        "the residual chain of nearest-entry searches over all levels, in fp32",
+        "Tensor x, Tensor codebooks",
+        "",
+        "",
+        _encode,
+        _encode_flops,
+        time=1,
+        differentiable=False,  # its result is integers
+    ),
+    "rvq_decode": Op(
+        "sum over levels of the chosen codebook entries",
+        "Tensor codes, Tensor codebooks",
+        "ScalarType? dtype=None",
+        "",
+        _decode,
+        _decode_flops,
+        time=0,
+    ),
 }

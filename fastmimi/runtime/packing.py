@@ -1,4 +1,4 @@
-"""Weights in the layout of a kernel, packed once for each state of the weights. Imports nothing of ours."""
+"""Packed weights: a kernel's own layout of a weight, computed once and again after any change of the weight."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Packed = TypeVar("Packed")
 
 
 class _Form:
-    """A packed form, and the state of the tensors that it was made of."""
+    """A packed weight, and the state of the tensors that it was made from."""
 
     def __init__(self, key: tuple[int, str], tensors: tuple[Tensor, ...], form: Any, stream: Any):
         self.form, self.stream = form, stream
         self.event: Any = None if stream is None else stream.record_event()
         self.tensors = [weakref.ref(t) for t in tensors]
         self.first = weakref.ref(tensors[0], partial(_forget, _forms, key))
-        # the weak references keep a storage's identity from being given to another one
+        # the weak references keep the address of a storage from being reused for another one
         self.storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
         self.states = [(t._version, t.storage_offset(), t.dtype, t.stride()) for t in tensors]
 
@@ -42,7 +42,7 @@ def _forget(forms: dict[tuple[int, str], _Form], key: tuple[int, str], _: Any) -
 
 
 _forms: dict[tuple[int, str], _Form] = {}
-_steps = 0  # of optimizers: fused ones edit weights without counting a version
+_steps = 0  # of optimizers: fused ones edit weights without incrementing their version
 
 
 def _after_a_step(*_: Any) -> None:
@@ -55,7 +55,7 @@ register_optimizer_step_post_hook(_after_a_step)
 
 
 def generation() -> int:
-    """Changes when weights may have been edited without a sign on them."""
+    """A number that changes when weights may have been edited without incrementing their version."""
     return _steps
 
 
@@ -63,22 +63,23 @@ _preparations = 0
 
 
 def preparations() -> int:
-    """How often weights have been packed and steps recorded so far: constant where a benchmark measures."""
+    """How often weights have been packed or steps recorded so far; constant in a steady state."""
     return _preparations
 
 
 def count_preparation() -> None:
-    """Count work that is done once and used many times."""
+    """Count one packing or recording."""
     global _preparations
     _preparations += 1
 
 
 def packed(tensors: Tensor | tuple[Tensor, ...], form: str, pack: Callable[..., Packed]) -> Packed:
-    """pack(*tensors), computed once for each state of the tensors: replaced, moved or edited ones are packed anew.
+    """The result of pack(*tensors), cached until one of the tensors is replaced, moved or edited.
 
-    The result lives as long as the first of them. Edits through `.data` increment no version counter and are not seen.
-    Tensors made in inference mode have no version counter: they are packed at every call, with one warning. A CUDA
-    graph packs on its own, at each replay.
+    form: names the layout; a tensor may be packed in several. The cache entry lives as long as the first tensor. Edits
+    through `.data` increment no version counter and go unnoticed. Tensors made in inference mode have no version
+    counter: they are packed at every call, with one warning. In a CUDA graph, packing is captured and runs at each
+    replay.
     """
     tensors = (tensors,) if isinstance(tensors, Tensor) else tensors
     on_gpu = tensors[0].is_cuda
@@ -112,9 +113,9 @@ def _warn_of_inference_tensors() -> None:
 
 
 class Packable(nn.Module):
-    """A module whose weights can be packed once even if it is moved, cast or loaded inside `torch.inference_mode()`.
+    """A module whose parameters and buffers never become inference tensors, whose edits PyTorch does not count.
 
-    Its parameters and buffers are never inference tensors, whose edits PyTorch does not count.
+    So its weights are packed once even if it is moved, cast or loaded inside `torch.inference_mode()`.
     """
 
     @torch.inference_mode(False)
@@ -135,7 +136,7 @@ class Packable(nn.Module):
 
 @torch.inference_mode(False)
 def leave_inference_mode(module: nn.Module) -> None:
-    """Replace the inference tensors among all parameters and buffers of a module by normal copies, in place."""
+    """Replace every parameter and buffer of a module that is an inference tensor by a normal copy, in place."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.is_inference():

@@ -1,8 +1,7 @@
-"""Weights on a grid of 255 levels for each output channel, which eight bits hold without loss. A leaf.
+"""Fake-quantized weights: fp32 values on a grid of 255 levels per output channel, which int8 stores without loss.
 
-Rounding (`round_weights`) changes a model once, and the same for every device and implementation. What it leaves are
-floats still: a kernel that reads an integer and multiplies by the channel's step computes with the same weights in a
-quarter of the bytes, which is what a stream's step waits for.
+`round_weights` quantizes a model once; every device and backend then computes with the same fp32 values. A kernel may
+store them as int8 and a scale per channel, a quarter of the bytes: reading weights is what limits a stream's step.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 MOST = 127  # steps on either side of 0
-LEAST_WEIGHTS = 1 << 17  # of a layer: smaller ones cost a stream nothing to read
+LEAST_WEIGHTS = 1 << 17  # of a layer: smaller layers are read in no time
 
 
 def round_weights(model: nn.Module) -> None:
-    """Replace the weights of large layers by the nearest points of their grids; biases and codebooks stay.
+    """Quantize the weights of large layers in place; biases and codebooks stay.
 
-    Weights keep their shape, and are fp32. Symmetric: each output channel's largest weight is 127 of its steps.
+    Weights keep their shape and fp32 dtype. Symmetric: each output channel's largest weight is 127 times its scale.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)) and module.weight.numel() >= LEAST_WEIGHTS:
@@ -29,16 +28,16 @@ def round_weights(model: nn.Module) -> None:
 
 
 def round_to_grid(weight: Tensor, channel: int = 0) -> Tensor:
-    """The nearest multiples of each output channel's step; `channel` is its dimension."""
+    """The nearest multiples of each output channel's scale; `channel` is that dimension."""
     steps = _steps(weight, channel)
     return _integers(weight, steps) * steps
 
 
 def integers(weight: Tensor, channel: int = 0) -> tuple[Tensor, Tensor] | None:
-    """Integers in [-127, 127] as int8 and the steps, of the weight's shape both; None for a weight that is off grid."""
+    """int8 values in [-127, 127] and scales, both of the weight's shape; None for a weight that is not quantized."""
     if weight.dtype != torch.float32:
         return None
-    few = weight.narrow(channel, 0, 1)  # most weights are off: seen at the first channel
+    few = weight.narrow(channel, 0, 1)  # most weights are not: their first channel shows it
     if not torch.equal(round_to_grid(few, channel), few):
         return None
     steps = _steps(weight, channel)
@@ -47,7 +46,7 @@ def integers(weight: Tensor, channel: int = 0) -> tuple[Tensor, Tensor] | None:
 
 
 def _steps(weight: Tensor, channel: int) -> Tensor:
-    """A step for each channel, with 16 significant bits: its multiples up to 127 are exact, and it is found again."""
+    """A scale per channel with 16 significant bits: its multiples up to 127 are exact, so it can be recovered."""
     others = [d for d in range(weight.dim()) if d != channel]
     steps = weight.abs().amax(others, keepdim=True) / MOST
     return ((steps.view(torch.int32) + 0x80) & ~0xFF).view(torch.float32)

@@ -14,7 +14,7 @@ from . import masks
 
 @dataclass
 class Ragged:
-    """Where each row of a [B, total] batch has its content: `lengths` [B] items from `starts` [B] on, int64."""
+    """Where the content of each row of a [B, total] batch is: `lengths` [B] items beginning at `starts` [B], int64."""
 
     starts: Tensor
     lengths: Tensor
@@ -22,7 +22,7 @@ class Ragged:
 
     @classmethod
     def of(cls, mask: Tensor) -> Ragged:
-        """From a mask [B, N] (or [B, channels, N]), nonzero where there is content, in one run per row."""
+        """From a mask [B, N] (or [B, channels, N]) that is nonzero at the content, one contiguous run per row."""
         mask = masks.as_tensor(mask, "padding_mask")
         if mask.dim() == 3:
             mask = mask.bool().any(dim=1)
@@ -46,17 +46,17 @@ class Ragged:
         return (steps >= self.starts[:, None]) & (steps < (self.starts + self.lengths)[:, None])
 
     def frames(self, size: int) -> Ragged:
-        """The same in frames of `size`, an incomplete one counted whole; rows padded on the left stay at the right."""
+        """The same in frames of `size`, counting an incomplete one; rows padded on the left stay right-aligned."""
         lengths, total = -(-self.lengths // size), -(-self.total // size)
         at_end = (self.starts > 0) & (self.starts + self.lengths == self.total)
         return Ragged(torch.where(at_end, total - lengths, 0), lengths, total)
 
     def times(self, size: int) -> Ragged:
-        """The same where each item becomes `size`."""
+        """The same with each item replaced by `size` items."""
         return Ragged(self.starts * size, self.lengths * size, self.total * size)
 
     def align(self, x: Tensor) -> Tensor:
-        """[B, C, total] -> the same with every row moved to the left and 0 beyond its length."""
+        """x [B, C, total] with every row left-aligned and 0 beyond its length."""
         steps = torch.arange(self.total, device=x.device)
         if torch.compiler.is_compiling() or self.starts.any():  # traced, the values are not known
             index = (steps + self.starts[:, None]).clamp(max=self.total - 1)
@@ -64,14 +64,14 @@ class Ragged:
         return torch.where((steps < self.lengths[:, None])[:, None], x, 0)
 
     def restore(self, x: Tensor) -> Tensor:
-        """Undo `align`: [B, C, T] with rows at the left -> [B, C, total] with rows where they belong."""
+        """Undo `align`: left-aligned rows [B, C, T] -> [B, C, total] with each row at its original place."""
         if not torch.compiler.is_compiling() and not self.starts.any() and x.shape[-1] == self.total:
             return x
         index = (torch.arange(self.total, device=x.device) - self.starts[:, None]).clamp(0, x.shape[-1] - 1)
         return x.gather(2, index[:, None].expand(-1, x.shape[1], -1))
 
     def by_length(self, x: Tensor, run: Callable[[Tensor], Tensor], out: Ragged) -> Tensor:
-        """Run rows of equal length together, each cut to it: aligned [B, C, total] -> aligned [B, C', out.total]."""
+        """Call `run` on rows of equal length, cut to it: aligned [B, C, total] -> aligned [B, C', out.total]."""
         rows = [(self.lengths == length).nonzero()[:, 0] for length in self.lengths.unique()]
         results = [run(x[index, :, : int(self.lengths[index[0]])]) for index in rows]
         merged = x.new_zeros(x.shape[0], results[0].shape[1], out.total, dtype=results[0].dtype)

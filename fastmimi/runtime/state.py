@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..errors import InputError, named
 from . import masks
 
-LISTED = 20  # misfits that an error names before it only counts
-MOST_POSITIONS = 1 << 53  # that a stream counts: beyond a million years
+LISTED = 20  # mismatches that an error lists before it only counts them
+MOST_POSITIONS = 1 << 53  # of a stream: more than a million years
 
 
 class StreamingModule:
@@ -43,7 +43,7 @@ class DirectionState:
     """The state of one direction of a batch of streams.
 
     `buffers` maps a layer's name to a tensor whose first dimension is the batch; `offset` [B] int64 counts transformer
-    positions seen; `active` [B] bool says which rows the step at hand advances.
+    positions seen; `active` [B] bool says which rows the current step advances.
     """
 
     buffers: dict[str, Tensor]
@@ -73,15 +73,15 @@ class DirectionState:
 
     @property
     def first(self) -> Tensor:
-        """[B] bool: streams that have seen nothing yet."""
+        """[B] bool: streams that have received nothing yet."""
         return self.offset == 0
 
     def advance(self, positions: int) -> None:
-        """Count `positions` more for the active rows, once all layers have run."""
+        """Add `positions` to the offset of the active rows, once all layers have run."""
         self.offset += self.active * positions
 
     def reset(self, mask: Tensor) -> None:
-        """Bring the rows of `mask` [B] bool back to the start of a stream."""
+        """Reset the rows of `mask` [B] bool to the start of a stream."""
         for buffer in self.buffers.values():
             buffer[mask] = 0
         self.offset[mask] = 0
@@ -90,10 +90,10 @@ class DirectionState:
 class StreamState:
     """Both directions of `batch_size` streams; made by `Mimi.new_state`.
 
-    exec_mask: [B] bool, set by the caller: rows that are False are left as they are by encode, decode and flush; what
-        comes out for them is -1 (codes) or 0 (audio). Assigning copies, so that its address stays.
+    exec_mask: [B] bool, set by the caller: encode, decode and flush do not advance rows that are False, and return -1
+        (codes) or 0 (audio) for them. Assignment copies the values, so that the address stays the same.
     pending: [B, C, frame_size] samples waiting for their frame to fill; pending_length: [B] int64, on the CPU.
-    config: of the model that the state is for, where it is known.
+    config: of the model that the state belongs to, if known.
     """
 
     def __init__(self, encode: DirectionState, decode: DirectionState, pending: Tensor, config: Any = None):
@@ -117,7 +117,7 @@ class StreamState:
         return self.pending.shape[0]
 
     def reset(self, mask: Tensor | None = None) -> None:
-        """Start the streams of `mask` [B] bool anew (all of them without it); their `exec_mask` becomes True."""
+        """Restart the streams of `mask` [B] bool (all of them by default); their `exec_mask` becomes True."""
         if mask is None:
             mask = torch.ones(self.batch_size, dtype=torch.bool)
         mask = masks.of_streams(mask, "mask", self.batch_size)
@@ -129,9 +129,9 @@ class StreamState:
         self.pending_length[mask.cpu()] = 0
 
     def push(self, audio: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Take audio [B, C, N] in and give whole frames out: [B, C, T * frame_size] and frames per row [B] on the CPU.
+        """Append audio [B, C, N] and return whole frames [B, C, T * frame_size] and frames per row [B] on the CPU.
 
-        None for the frames says that every row has all T. Rows whose `exec_mask` is False take nothing and give 0.
+        The second is None if every row has all T frames. Rows whose `exec_mask` is False take and return nothing (0).
         """
         size, held = self.pending.shape[-1], int(self.pending_length[0])
         in_step = bool((self.pending_length == held).all())
@@ -147,7 +147,7 @@ class StreamState:
         return buffer[..., : buffer.shape[-1] - left], None
 
     def _push_drifted(self, audio: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """`push` for rows that hold different numbers of samples, or of which some (not `active`) take none."""
+        """`push` for rows that hold different numbers of samples, or of which some are not `active` and take none."""
         size, device = self.pending.shape[-1], audio.device
         have = torch.where(active, self.pending_length + audio.shape[-1], 0)
         frames = have // size  # 0 where not active
@@ -171,14 +171,14 @@ class StreamState:
         return audio[..., : int(frames.max()) * audio.shape[-1]], frames
 
     def clone(self) -> StreamState:
-        """An independent copy: both go on from here without seeing one another."""
+        """An independent copy."""
         copy = StreamState(self.encode.clone(), self.decode.clone(), self.pending.clone(), self.config)
         copy.pending_length.copy_(self.pending_length)
         copy.exec_mask.copy_(self.exec_mask)
         return copy
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors by name, ready for `safetensors.torch.save_file`. They are the state's own, not copies."""
+        """All tensors by name, as `safetensors.torch.save_file` takes them; references, not copies."""
         tensors = {"pending": self.pending, "pending_length": self.pending_length, "exec_mask": self.exec_mask}
         for prefix, direction in (("encode", self.encode), ("decode", self.decode)):
             tensors[f"{prefix}.offset"] = direction.offset
@@ -186,7 +186,7 @@ class StreamState:
         return tensors
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the values of a `state_dict()` of the same model, batch and dtype; nothing changes on error."""
+        """Copy the values of a `state_dict()` of the same model, batch size and dtype; on an error nothing changes."""
         own = self.state_dict()
         if not isinstance(tensors, dict):
             raise InputError(f"a state must be a dictionary of tensors by name, got {type(tensors).__name__}")

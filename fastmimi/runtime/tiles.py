@@ -1,6 +1,6 @@
-"""How much audio passes a codec at once: long audio goes in tiles that carry state, so that memory is bounded.
+"""How much audio passes through a codec at once: long audio runs in tiles with streaming state, in bounded memory.
 
-On an accelerator launches should be long. On a CPU the layers near the audio take a tile in subtiles, whose widest
+On an accelerator kernels should run long. On a CPU the layers near the audio take a tile in subtiles, whose widest
 activation (5 MB in fp32) stays in a level-3 cache; the slow layers, whose weights are large, take all of it. Lengths
 are those of 64 channels near the audio: with more channels, tiles and subtiles are shorter.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .cpu_graphs import MOST_FRAMES
 
-TILE_SAMPLES = 480_000  # of all rows together
+TILE_SAMPLES = 480_000  # of all rows of a batch together
 SUBTILE_SAMPLES = 19_200
 TILE_SAMPLES_ACCELERATOR = 2_400_000
 
@@ -43,6 +43,6 @@ class Tiling:
         return max(least, SUBTILE_SAMPLES * self.positions // (batch * self.frame_size * self._width))
 
     def most_frames_at_once(self, batch: int, device: str) -> int:
-        """Frames above which tiles or subtiles are worth their state."""
+        """Frames beyond which audio runs in tiles or subtiles."""
         subtile = self.positions_per_subtile(batch, device)
         return self.frames_per_tile(batch, device) if subtile is None else subtile // self.positions

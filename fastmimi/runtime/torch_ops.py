@@ -1,11 +1,11 @@
-"""Kernels as PyTorch ops (`torch.library`): schema, fake and autograd, so that tracing goes through them. A leaf.
+"""Registers kernels as PyTorch ops (`torch.library`): schema, fake and autograd, so that tracing can pass them.
 
-A kernel of an op becomes `fastmimi::<op>_<kind>`, and where the op streams also `fastmimi::<op>_<kind>_step`, which
-changes the state in place and has no gradient. Backward, `fastmimi::<op>_backward`, computes the op again through the
-reference and differentiates that: gradients are the reference's, and training keeps none of the op's insides. It cannot
-be differentiated a second time.
+A kernel of an op becomes `fastmimi::<op>_<backend>` and, if the op streams, also `fastmimi::<op>_<backend>_step`, which
+mutates the state and has no gradient. The backward pass, `fastmimi::<op>_backward`, recomputes the op with the
+reference and differentiates that: gradients are the reference's, and no intermediate results are kept. There is no
+second derivative.
 
-The reference is not registered: PyTorch sees through it, compiles it, and exports it as plain ATen.
+The reference is not registered: PyTorch traces it, compiles it, and exports it as plain ATen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import SCHEMAS, Schema
+from .ops import OPS, Op
 
 Implementation = Callable[..., Tensor]
 Exactly = Callable[[Tensor], AbstractContextManager[None]]
@@ -27,8 +27,8 @@ _defined: dict[str, Any] = {}
 
 
 def register(op: str, kind: str, kernel: Implementation, reference: Implementation, exactly: Exactly) -> Implementation:
-    """The kernel, with the signature of its reference, as a PyTorch op; `exactly(x)` guards fp32 in backward."""
-    schema, name = SCHEMAS[op], f"{op}_{kind}"
+    """The kernel as a PyTorch op with the signature of its reference; `exactly(x)` keeps backward in true fp32."""
+    schema, name = OPS[op], f"{op}_{kind}"
     if name not in _defined:
 
         def run(*tensors: Tensor | None, **options: Any) -> Tensor:
@@ -38,16 +38,16 @@ def register(op: str, kind: str, kernel: Implementation, reference: Implementati
         if schema.state:
             keywords = _keywords(f"{schema.state}, {schema.options}")
             _define(f"{name}_step", f"{schema.tensors}{keywords}", run, schema.fake)
-        if op != "rvq_encode":  # which answers integers
+        if schema.differentiable:
             _differentiate(op, name, schema, reference, exactly)
     offline, step = _defined[name], _defined.get(f"{name}_step")
     names, state = schema.names, schema.state_names
 
     def call(*tensors: Tensor | None, **options: Any) -> Tensor:
         dropouts = {key: options.pop(key, 0.0) for key in ("dropout", "residual_dropout")}
-        if any(dropouts.values()):  # in training: backward would need the same mask again
+        if any(dropouts.values()):  # in training: backward would need the same dropout mask
             return reference(*tensors, **{key: p for key, p in dropouts.items() if p}, **options)
-        if callable(options.get("activation")):  # a function of transformers, which no schema has a type for
+        if callable(options.get("activation")):  # a function of transformers: schemas have no type for it
             return reference(*tensors, **options)
         tensors += tuple(options.pop(name, None) for name in names[len(tensors) :])
         if step is not None and options.get(state[0]) is not None:
@@ -70,7 +70,7 @@ def _define(
     _defined[name] = getattr(torch.ops.fastmimi, name)
 
 
-def _differentiate(op: str, name: str, schema: Schema, reference: Implementation, exactly: Exactly) -> None:
+def _differentiate(op: str, name: str, schema: Op, reference: Implementation, exactly: Exactly) -> None:
     names = schema.names
     back = f"{op}_backward"
 
@@ -80,7 +80,7 @@ def _differentiate(op: str, name: str, schema: Schema, reference: Implementation
             tensors = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
             y = reference(**dict(zip(names, tensors, strict=True)), **options)
             wanted = [t for t in tensors if t is not None and t.requires_grad]
-            with exactly(grad):  # backward convolutions, too, are not TF32
+            with exactly(grad):  # backward convolutions must not use TF32 either
                 return [g.contiguous() for g in torch.autograd.grad(y, wanted, grad)]
 
     def fake(grad: Tensor, *inputs: Any, **options: Any) -> list[Tensor]:

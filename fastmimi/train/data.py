@@ -1,7 +1,7 @@
-"""Windows of speech to train on: a folder of audio files, or a data set of Hugging Face's `datasets`.
+"""Random windows of training audio, from a folder of audio files or a data set of Hugging Face's `datasets`.
 
-Window number i of a run is drawn from (seed, i) alone, so that any process can make it, and a run that goes on after a
-stop sees what it would have seen. Files that cannot be read are passed over, and named with the window.
+Window i of a run depends only on the seed and on i. Any process can therefore produce it, and a resumed run sees the
+same windows as a run that was never interrupted. Files that cannot be read are skipped; each batch lists their names.
 """
 
 from __future__ import annotations
@@ -21,46 +21,50 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import InputError
-from ..io.audio import SUFFIXES, UNKNOWN, Forward, files_below
+from ..io.audio import SUFFIXES, UNKNOWN_FRAMES, Forward, files_below
 from .config import DataConfig
 
-TRIES = 100  # files in a row that cannot be read
-LEAD = 20  # seconds of MP3 before a window: its frames lean on earlier ones, and the first after a seek are silent
-HEARD = 16_000  # Hz, what the teacher of the distillation hears
+MAX_UNREADABLE = 100  # consecutive unreadable files, after which reading fails
+# seconds of an MP3 that are decoded and discarded before a window: frames depend on earlier ones, and the first frames
+# after a seek are silent or wrong
+MP3_LEAD = 20
+TEACHER_RATE = 16_000  # Hz, the sample rate of the distillation teacher's input
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows, their names, and what was passed over on the way."""
+    """Windows of audio, the names of their files, and the names of files that could not be read."""
 
     audio: Tensor  # [B, C, N]
-    heard: Tensor | None  # [B, N * 16,000 / rate], mono, for the teacher
+    teacher_audio: Tensor | None  # [B, N * 16,000 / rate], mono at 16 kHz; None without distillation
     names: list[str]
     unread: list[str]
 
     def pin_memory(self) -> Batch:
-        return replace(
-            self, audio=self.audio.pin_memory(), heard=None if self.heard is None else self.heard.pin_memory()
-        )
+        teacher_audio = None if self.teacher_audio is None else self.teacher_audio.pin_memory()
+        return replace(self, audio=self.audio.pin_memory(), teacher_audio=teacher_audio)
 
     def to(self, device: torch.device) -> Batch:
-        heard = None if self.heard is None else self.heard.to(device, non_blocking=True)
-        return replace(self, audio=self.audio.to(device, non_blocking=True), heard=heard)
+        teacher_audio = None if self.teacher_audio is None else self.teacher_audio.to(device, non_blocking=True)
+        return replace(self, audio=self.audio.to(device, non_blocking=True), teacher_audio=teacher_audio)
 
 
 class Source(Protocol):
-    """Recordings by number."""
+    """A collection of recordings, indexed by number."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str: ...
 
-    def read(self, index: int, draw: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
-        """So many seconds or a sample more from a random place, float32 [samples, channels], and their rate."""
+    def read(self, index: int, rng: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
+        """Read `seconds` and one more sample from a random position: float32 [samples, channels], and the sample rate.
+
+        A recording that is shorter is returned whole.
+        """
 
 
-class Folder:
-    """Audio files of a folder and those below it."""
+class AudioFolder:
+    """The audio files of a directory, scanned recursively."""
 
     def __init__(self, path: str | Path):
         root = Path(path)
@@ -76,12 +80,12 @@ class Folder:
     def name(self, index: int) -> str:
         return str(self.files[index])
 
-    def read(self, index: int, draw: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
-        return _piece(self.files[index], draw, seconds)
+    def read(self, index: int, rng: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
+        return _read_random_window(self.files[index], rng, seconds)
 
 
-class Table:
-    """A column of audio of a data set, as `datasets.load_dataset` finds it."""
+class DatasetColumn:
+    """The audio column of a data set that `datasets.load_dataset` loads."""
 
     def __init__(self, name: str, configuration: str | None, split: str, column: str):
         try:
@@ -90,7 +94,7 @@ class Table:
         except ModuleNotFoundError as error:
             if error.name != "datasets":
                 raise
-            raise InputError("data.dataset needs a package: pip install datasets") from None
+            raise InputError("data.dataset needs the package datasets: pip install datasets") from None
         try:
             rows = load_dataset(name, configuration, split=split)
         except (DatasetsError, ValueError, OSError) as error:
@@ -105,67 +109,68 @@ class Table:
     def name(self, index: int) -> str:
         return f"{self.source}[{index}]"
 
-    def read(self, index: int, draw: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
+    def read(self, index: int, rng: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
         stored = self.rows[index][self.column]
-        return _piece(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"], draw, seconds)
+        return _read_random_window(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"], rng, seconds)
 
 
-def _piece(where: Any, draw: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
-    with soundfile.SoundFile(where) as file:
+def _read_random_window(source: Any, rng: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
+    """`Source.read` of one file, given as a path or as bytes in memory."""
+    with soundfile.SoundFile(source) as file:
         wanted = int(np.ceil(seconds * file.samplerate)) + 1
-        if file.frames < UNKNOWN:
-            start = int(draw.integers(max(0, file.frames - wanted) + 1))
-            lead = min(start, LEAD * file.samplerate) if file.format == "MP3" else 0
+        if file.frames < UNKNOWN_FRAMES:
+            start = int(rng.integers(max(0, file.frames - wanted) + 1))
+            lead = min(start, MP3_LEAD * file.samplerate) if file.format == "MP3" else 0
             file.seek(start - lead)
             return file.read(lead + wanted, dtype="float32", always_2d=True)[lead:], file.samplerate
-    if isinstance(where, io.BytesIO):
-        where.seek(0)
-    with Forward(where) as file:  # as what was written to a pipe: how long it is shows at its end
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    with Forward(source) as file:  # a file that was written to a pipe: its header does not say how long it is
         blocks = []
         while len(block := file.read(1 << 20, dtype="float32", always_2d=True)):
             blocks.append(block)
         audio = np.concatenate(blocks)
-        start = int(draw.integers(max(0, len(audio) - wanted) + 1))
+        start = int(rng.integers(max(0, len(audio) - wanted) + 1))
         return audio[start : start + wanted], file.samplerate
 
 
 class Windows(Dataset[Any]):
-    """Window i of a run: (audio [C, N], what the teacher hears [M] or None, its name, what could not be read)."""
+    """Window i of a run: (audio [C, N], teacher audio [M] or None, name of its file, names of unreadable files)."""
 
-    def __init__(self, source: Source, seconds: float, rate: int, channels: int, seed: int, heard: bool):
+    def __init__(self, source: Source, seconds: float, rate: int, channels: int, seed: int, with_teacher: bool):
         self.source, self.seconds, self.rate, self.channels = source, seconds, rate, channels
-        self.seed, self.heard = seed, heard
+        self.seed, self.with_teacher = seed, with_teacher
         self.samples = round(seconds * rate)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray | None, str, list[str]]:
-        draw, unread = np.random.default_rng([self.seed, number]), []
-        for _ in range(TRIES):
-            index = int(draw.integers(len(self.source)))
+        rng, unread = np.random.default_rng([self.seed, number]), []
+        for _ in range(MAX_UNREADABLE):
+            index = int(rng.integers(len(self.source)))
             name = self.source.name(index)
             try:
-                audio, rate = self.source.read(index, draw, self.seconds)
+                audio, rate = self.source.read(index, rng, self.seconds)
                 if not len(audio) or not np.isfinite(audio).all():
-                    raise ValueError("no samples, or not finite ones")
+                    raise ValueError("no samples, or NaN or infinite samples")
             except (soundfile.LibsndfileError, OSError, ValueError, TypeError):
                 unread.append(name)
                 continue
-            audio = self._fitted(audio, rate)
-            heard = soxr.resample(audio.mean(axis=0), self.rate, HEARD) if self.heard else None
-            if np.isfinite(audio).all() and (heard is None or np.isfinite(heard).all()):
-                return audio, heard, name, unread
+            audio = self._to_codec_format(audio, rate)
+            teacher_audio = soxr.resample(audio.mean(axis=0), self.rate, TEACHER_RATE) if self.with_teacher else None
+            if np.isfinite(audio).all() and (teacher_audio is None or np.isfinite(teacher_audio).all()):
+                return audio, teacher_audio, name, unread
             unread.append(name)  # samples so large that resampling overflows
-        raise InputError(f"{TRIES} files in a row could not be read, the last one {unread[-1]}")
+        raise InputError(f"{MAX_UNREADABLE} files in a row could not be read, the last one {unread[-1]}")
 
-    def _fitted(self, audio: np.ndarray, rate: int) -> np.ndarray:
-        """[samples, channels] at some rate -> [C, N]: mixed down, resampled, filled with zeros."""
+    def _to_codec_format(self, audio: np.ndarray, rate: int) -> np.ndarray:
+        """[samples, channels] at any rate -> [C, N]: mix to the codec's channels, resample, cut or zero-pad to N."""
         if audio.shape[1] != self.channels:
             audio = np.repeat(audio.mean(axis=1, keepdims=True), self.channels, axis=1)
         audio = soxr.resample(audio, rate, self.rate).T[:, : self.samples]
         return np.pad(audio, ((0, 0), (0, self.samples - audio.shape[1])))
 
 
-class Numbers(Sampler[int]):
-    """Numbers of the windows of one process, step after step: `share` of every `size`."""
+class WindowSampler(Sampler[int]):
+    """The numbers of the windows that one process reads: in each step of `size` windows, its own `share` of them."""
 
     def __init__(self, steps: range, size: int, rank: int, share: int):
         self.steps, self.size, self.rank, self.share = steps, size, rank, share
@@ -179,36 +184,40 @@ class Numbers(Sampler[int]):
             yield from range(begin, begin + self.share)
 
 
-def _together(items: list[Any]) -> Batch:
-    audio, heard, names, unread = zip(*items, strict=True)
-    ears = None if heard[0] is None else torch.from_numpy(np.stack(heard))
-    return Batch(torch.from_numpy(np.stack(audio)), ears, list(names), [name for some in unread for name in some])
+def _collate(items: list[Any]) -> Batch:
+    """Windows of `Windows` as one batch."""
+    audio, teacher_audio, names, unread = zip(*items, strict=True)
+    stacked = None if teacher_audio[0] is None else torch.from_numpy(np.stack(teacher_audio))
+    return Batch(torch.from_numpy(np.stack(audio)), stacked, list(names), [name for some in unread for name in some])
 
 
-def _outlive_sigterm(_: int) -> None:
-    """In a process that reads: SIGTERM to a whole group is for the run to answer, which goes on for a step.
+def _ignore_first_sigterm(_: int) -> None:
+    """In a data loader process: ignore the first SIGTERM, and end at the second.
 
-    The second one is meant: processes that are left when Python exits would be waited for.
+    Job schedulers send SIGTERM to the whole process group. The training process answers it by finishing its step and
+    saving a checkpoint, for which it still needs its data loader processes. At exit, Python sends SIGTERM to those that
+    are left and waits for them: the second one must end them.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def source_of(config: DataConfig) -> Source:
+def open_source(config: DataConfig) -> Source:
+    """The folder or data set that the configuration names; raises InputError if it cannot be opened."""
     if config.folder is not None:
-        return Folder(config.folder)
+        return AudioFolder(config.folder)
     assert config.dataset is not None
-    return Table(config.dataset, config.name, config.split, config.column)
+    return DatasetColumn(config.dataset, config.name, config.split, config.column)
 
 
-def batches(windows: Windows, config: DataConfig, first: int, steps: int, place: tuple[int, int]) -> DataLoader[Any]:
-    """Batches of the steps from `first` on, of this process: its number, and how many there are."""
-    rank, processes = place
+def batches(windows: Windows, config: DataConfig, first: int, steps: int, process: tuple[int, int]) -> DataLoader[Any]:
+    """The batches of steps `first` to `steps` for one process, given as (rank, number of processes)."""
+    rank, processes = process
     share = config.batch_size // processes
     if share * processes != config.batch_size:
         raise InputError(f"data.batch_size must be a multiple of the {processes} processes, got {config.batch_size}")
 
-    numbers = Numbers(range(first, steps), config.batch_size, rank, share)
+    sampler = WindowSampler(range(first, steps), config.batch_size, rank, share)
     return DataLoader(
-        windows, share, sampler=numbers, collate_fn=_together, num_workers=config.workers,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=_outlive_sigterm,
+        windows, share, sampler=sampler, collate_fn=_collate, num_workers=config.workers,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=_ignore_first_sigterm,
     )  # fmt: skip

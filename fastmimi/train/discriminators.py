@@ -1,7 +1,8 @@
-"""Multi-scale STFT discriminators (EnCodec, arXiv 2210.13438, section 3.4), with Mimi's sizes.
+"""The multi-scale STFT discriminator of EnCodec (arXiv 2210.13438, section 3.4), with the sizes used for Mimi.
 
-Each looks at one resolution: real and imaginary parts of the STFT are the channels of an image [frames, bins], which
-convolutions under weight norm widen in time and halve in frequency. What they compute on the way are the features.
+Each scale sees one STFT resolution. The real and imaginary parts of the STFT are the channels of an image [frames,
+bins], which goes through weight-normalized 2-D convolutions: dilated in time, with stride 2 in frequency. The
+activations of the hidden layers are the features of the feature-matching loss.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from .config import DiscriminatorConfig
-from .initial import keep_the_power
+from .initialization import variance_preserving_init_
 
-SLOPE = 0.2  # of LeakyReLU below 0
+LEAKY_SLOPE = 0.2  # of LeakyReLU for negative inputs
 
 
-class StftDiscriminator(nn.Module):
-    """Audio [B, C, N] -> logits [B, 1, frames, bins] and the features before them."""
+class STFTDiscriminator(nn.Module):
+    """One scale: audio [B, C, N] -> logits [B, 1, frames, bins], and the features of each hidden layer."""
 
     window: Tensor
 
@@ -27,9 +28,9 @@ class StftDiscriminator(nn.Module):
         self.n_fft = n_fft
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
-        def conv(into: int, kernel: tuple[int, int], dilation: int = 1, stride: int = 1) -> nn.Module:
+        def conv(in_channels: int, kernel: tuple[int, int], dilation: int = 1, stride: int = 1) -> nn.Module:
             pad = (kernel[0] // 2 * dilation, kernel[1] // 2)
-            layer = nn.Conv2d(into, filters, kernel, (1, stride), padding=pad, dilation=(dilation, 1))
+            layer = nn.Conv2d(in_channels, filters, kernel, (1, stride), padding=pad, dilation=(dilation, 1))
             return weight_norm(layer)
 
         self.layers = nn.ModuleList(
@@ -50,20 +51,21 @@ class StftDiscriminator(nn.Module):
         x = torch.view_as_real(spectrum).permute(0, 3, 2, 1).reshape(batch, 2 * channels, *spectrum.mT.shape[1:])
         features = []
         for layer in self.layers:
-            x = F.leaky_relu(layer(x), SLOPE)
+            x = F.leaky_relu(layer(x), LEAKY_SLOPE)
             features.append(x)
         return self.last(x), features
 
 
-class Discriminators(nn.Module):
-    """Audio [B, C, N] -> logits of each scale, and the features of each."""
+class MultiScaleSTFTDiscriminator(nn.Module):
+    """All scales: audio [B, C, N] -> the logits of each scale, and the features of each scale and layer."""
 
     def __init__(self, config: DiscriminatorConfig, channels: int = 1):
         super().__init__()
-        self.scales = nn.ModuleList(StftDiscriminator(n_fft, config.filters, channels) for n_fft in config.n_ffts)
-        # PyTorch's biases are larger than what comes of a spectrum: each LeakyReLU stays on one side of 0, the whole is
-        # linear, and what is linear does not tell sounds of any phase apart
-        keep_the_power(self, gain=(2 / (1 + SLOPE**2)) ** 0.5)
+        self.scales = nn.ModuleList(STFTDiscriminator(n_fft, config.filters, channels) for n_fft in config.n_ffts)
+        # PyTorch's default biases are larger than the activations that a spectrum causes. Every LeakyReLU would see
+        # inputs of one sign, so that the network would be linear, and a linear function of the STFT cannot tell signals
+        # apart independently of their phase.
+        variance_preserving_init_(self, gain=(2 / (1 + LEAKY_SLOPE**2)) ** 0.5)
 
     def forward(self, audio: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         logits, features = zip(*(scale(audio) for scale in self.scales), strict=True)

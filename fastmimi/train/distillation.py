@@ -1,8 +1,8 @@
-"""Semantic distillation (section 3.3.3): the first codebook learns what a model of speech knows.
+"""Semantic distillation (Mimi paper, section 3.3.3) of a self-supervised speech model into the semantic codebook.
 
-The teacher, WavLM (arXiv 2110.13900), hears the audio at 16 kHz and sees the future; its embeddings at 50 Hz are
-averaged to the codec's 12.5 Hz by a window of 8, centred on each frame. The student is a linear projection of what the
-semantic levels decode to; the loss is one minus the cosine of the two.
+The teacher is WavLM (arXiv 2110.13900), which is not causal and takes audio at 16 kHz. Its embeddings at 50 Hz are
+averaged to the codec's 12.5 Hz by pooling windows of 8, centred on each frame. The student is a linear projection of
+the latents that the semantic levels decode to. The loss is one minus the cosine similarity of student and teacher.
 """
 
 from __future__ import annotations
@@ -18,42 +18,49 @@ from transformers.utils import logging
 from ..errors import InputError
 from .config import DistillationConfig
 
-REACH = 80  # samples that the teacher's convolutions look beyond their hop, divided over both ends: 50 Hz exactly
-POOL, STRIDE = 8, 4
+# samples by which the receptive field of the teacher's convolutions exceeds their hop; with this padding, half of it on
+# each side, the teacher gives exactly 50 embeddings per second
+TEACHER_PADDING = 80
+POOL_WINDOW, POOL_STRIDE = 8, 4  # embeddings at 50 Hz
 
 
 class Distillation(nn.Module):
-    """The teacher, frozen, and the student's projection."""
+    """The frozen teacher, and the student's projection, which is trained."""
 
     def __init__(self, config: DistillationConfig, hidden: int):
         super().__init__()
         assert config.teacher is not None
         self.normalize = config.normalize
-        self.__dict__["teacher"] = teacher(config.teacher)  # no part of what is trained and kept
+        self.__dict__["teacher"] = load_teacher(config.teacher)  # not a submodule: not trained, not in checkpoints
         self.project = nn.Linear(hidden, self.teacher.config.hidden_size)
 
     teacher: WavLMModel
 
     @torch.no_grad()
-    def targets(self, heard: Tensor) -> Tensor:
-        """Audio [B, N] at 16 kHz -> embeddings [B, T, width] at 12.5 Hz."""
-        if self.teacher.device != heard.device:
-            self.teacher.to(heard.device)
+    def targets(self, audio: Tensor) -> Tensor:
+        """The teacher's embeddings: audio [B, N] at 16 kHz -> [B, T, width] at 12.5 Hz."""
+        if self.teacher.device != audio.device:
+            self.teacher.to(audio.device)
         if self.normalize:
-            heard = (heard - heard.mean(dim=1, keepdim=True)) / (heard.var(dim=1, keepdim=True) + 1e-7).sqrt()
-        frames = self.teacher(F.pad(heard, (REACH // 2, REACH // 2))).last_hidden_state.mT  # [B, width, 4 T]
-        around = (POOL - STRIDE) // 2
-        return F.avg_pool1d(frames, POOL, STRIDE, padding=around, count_include_pad=False).mT
+            audio = (audio - audio.mean(dim=1, keepdim=True)) / (audio.var(dim=1, keepdim=True) + 1e-7).sqrt()
+        padded = F.pad(audio, (TEACHER_PADDING // 2, TEACHER_PADDING // 2))
+        embeddings = self.teacher(padded).last_hidden_state.mT  # [B, width, 4 T]
+        padding = (POOL_WINDOW - POOL_STRIDE) // 2
+        return F.avg_pool1d(embeddings, POOL_WINDOW, POOL_STRIDE, padding=padding, count_include_pad=False).mT
 
     def forward(self, semantic: Tensor, targets: Tensor) -> Tensor:
-        """What the semantic levels decode to [B, hidden, T], and targets [B, T', width] -> 1 - their cosine."""
+        """The loss: 1 - the mean cosine similarity of student and targets.
+
+        `semantic` [B, hidden, T] are the latents that the semantic levels decode to, `targets` [B, T', width] the
+        teacher's embeddings; the longer of the two is cut to the length of the other.
+        """
         frames = min(semantic.shape[-1], targets.shape[1])
         student = self.project(semantic[..., :frames].mT)
         return 1 - F.cosine_similarity(student.float(), targets[:, :frames].float(), dim=-1).mean()
 
 
-def teacher(source: str) -> WavLMModel:
-    """WavLM of a hub id or a directory; of a config.json, with random weights. In eval mode, frozen."""
+def load_teacher(source: str) -> WavLMModel:
+    """WavLM in eval mode, without gradients: of a hub id or a directory, or of a config.json, with random weights."""
     path = Path(source)
     if path.suffix == ".json":
         if not path.is_file():
@@ -63,7 +70,7 @@ def teacher(source: str) -> WavLMModel:
             model = WavLMModel(WavLMConfig.from_json_file(path))
     else:
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # of a head that is not loaded
+        logging.set_verbosity_error()  # no warning about the weights of a head, which are not used
         try:
             model = WavLMModel.from_pretrained(source)
         except OSError as error:

@@ -1,12 +1,12 @@
-"""A training run: batches, steps, what is written down, checkpoints, and how it stops and goes on.
+"""The training loop: batches, steps, logging, checkpoints, stopping and resuming.
 
-    out/config.yaml               the run's configuration, whole
-    out/machine.json              where it runs, and with what
-    out/checkpoints/step_N/       everything that going on needs; complete, or not there under that name
-    out/model/                    the averaged codec, as `fastmimi.load` takes it
-    out/log/                      TensorBoard: losses, rates, audio
+    out/config.yaml               the run's configuration, defaults included
+    out/machine.json              device, number of processes and versions of packages
+    out/checkpoints/step_N/       the complete training state; under this name only once it is fully written
+    out/model/                    the codec with averaged (EMA) weights, a checkpoint for `fastmimi.load`
+    out/log/                      TensorBoard: losses, learning rate, audio
 
-A run that finds a checkpoint in `out` goes on from it, and then equals the one that was never stopped.
+If `out` contains a checkpoint, the run is resumed from it and gives the results of a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -42,47 +42,47 @@ from ..errors import InputError
 from ..models.codec import Codec
 from . import data
 from .config import TrainConfig
-from .data import Batch, Windows, source_of
-from .step import Steps
+from .data import Batch, Windows, open_source
+from .step import TrainingStep
 
-KEPT = 2  # checkpoints, the newest ones
-MOST_SKIPPED = 100  # steps in a row whose gradient fp16 could not hold
+CHECKPOINTS_KEPT = 2  # older ones are deleted
+MAX_SKIPPED_STEPS = 100  # consecutive steps that are skipped because a gradient overflows in fp16
 
-
-# what reading a file raises that was cut, is missing or was changed
-DAMAGED = (OSError, EOFError, RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError)
+# what loading raises for a checkpoint whose files are truncated, missing or altered
+DAMAGED_CHECKPOINT_ERRORS = (OSError, EOFError, RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError)
 
 
 class Stopped(SystemExit):
-    """SIGTERM was answered with a checkpoint."""
+    """The run ended after SIGTERM; a checkpoint was saved."""
 
 
 def train(config: TrainConfig) -> Path:
-    """Run, or go on, to the end; the folder of the averaged codec.
+    """Run or resume a training run to its end, and return the folder of the averaged codec.
 
-    Raises InputError for a configuration that does not fit its data or its checkpoint, and where a loss is no longer a
-    number: with the step, the files of the batch, and the last good checkpoint.
+    Raises InputError for a configuration that does not fit its data or its checkpoint, and for a NaN or infinite loss
+    or gradient: the message names the step, the files of the batch and the last checkpoint. Raises Stopped after
+    SIGTERM.
     """
     run = _Run(config)
     try:
-        run.go_on()
-        watched = _on_sigterm(run.accelerator.set_trigger)
-        with run.progress as progress, watched, closing(run.remaining()) as batches:  # closed: its processes end
-            task = progress.add_task("Training", total=config.steps, completed=run.done, losses="")
+        run.resume()
+        on_sigterm = _on_sigterm(run.accelerator.set_trigger)
+        with run.progress as progress, on_sigterm, closing(run.remaining_batches()) as batches:
+            task = progress.add_task("Training", total=config.steps, completed=run.completed_steps, losses="")
             for batch in batches:
                 losses = run.step(batch)
                 stop = run.accelerator.check_trigger()
-                save = stop or run.done % config.save_every == 0 or run.done == config.steps
-                progress.update(task, completed=run.done)
-                if run.done % config.listen_every == 0:
-                    run.listen()
-                if save or run.done % config.log_every == 0:
-                    told = _told(run.write(losses))
-                    progress.update(task, losses=told)
+                save = stop or run.completed_steps % config.save_every == 0 or run.completed_steps == config.steps
+                progress.update(task, completed=run.completed_steps)
+                if run.completed_steps % config.listen_every == 0:
+                    run.log_audio()
+                if save or run.completed_steps % config.log_every == 0:
+                    logged = _format_losses(run.log_scalars(losses))
+                    progress.update(task, losses=logged)
                 if save:
                     run.save()
-                    if progress.disable and run.accelerator.is_main_process:  # where no bar moves
-                        typer.echo(f"step {run.done} of {config.steps}: {told}", err=True)
+                    if progress.disable and run.accelerator.is_main_process:  # no progress bar is shown
+                        typer.echo(f"step {run.completed_steps} of {config.steps}: {logged}", err=True)
                 if stop:
                     raise Stopped(128 + signal.SIGTERM)
     finally:
@@ -91,11 +91,11 @@ def train(config: TrainConfig) -> Path:
 
 
 @dataclass
-class _Counts:
-    """What a run that goes on must not begin anew."""
+class _Counters:
+    """Counters that are saved with a checkpoint, so that a resumed run continues them."""
 
-    unread: int = 0  # files
-    skipped: int = 0  # steps, the last ones in a row
+    unread: int = 0  # files that could not be read, over all processes
+    skipped: int = 0  # consecutive steps up to now that were skipped because a gradient overflows in fp16
 
     def state_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -105,35 +105,39 @@ class _Counts:
 
 
 class _Run:
+    """The state of one run: models, optimizers, schedules, data and log."""
+
     def __init__(self, config: TrainConfig):
         self.config, self.out = config, Path(config.out)
         if checkpoints(self.out):
             config.check_same_run(TrainConfig.read(self.out / "config.yaml"))
-        # the codebooks, which are buffers, move by the same numbers everywhere
-        alike = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[alike])
+        # codebooks are buffers that every process updates identically: nothing has to be broadcast
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[ddp])
         set_seed(config.seed)
-        self.learns = Steps(config, self.accelerator)
-        codec, optimizer = self.learns.codec, config.optimizer
+        self.training_step = TrainingStep(config, self.accelerator)
+        codec, optimizer = self.training_step.codec, config.optimizer
         self.windows = Windows(
-            source_of(config.data), config.data.seconds, codec.sample_rate, codec.config.audio_channels, config.seed,
-            heard=config.distillation.teacher is not None,
+            open_source(config.data), config.data.seconds, codec.sample_rate, codec.config.audio_channels, config.seed,
+            with_teacher=config.distillation.teacher is not None,
         )  # fmt: skip
-        self.average = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(optimizer.ema))
-        self.counts = _Counts()
-        self.rates = [
-            get_scheduler(optimizer.schedule, each.optimizer, optimizer.warmup_steps, config.steps)
-            for each in (self.learns.optimizer, self.learns.critic)
-            if each is not None
+        self.ema = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(optimizer.ema))
+        self.counters = _Counters()
+        self.schedulers = [
+            get_scheduler(optimizer.schedule, wrapped.optimizer, optimizer.warmup_steps, config.steps)
+            for wrapped in (self.training_step.optimizer, self.training_step.discriminator_optimizer)
+            if wrapped is not None
         ]
-        self.accelerator.register_for_checkpointing(self.learns.balancer, self.average, self.counts, *self.rates)
-        self.done = 0
+        stateful = (self.training_step.balancer, self.ema, self.counters, *self.schedulers)
+        self.accelerator.register_for_checkpointing(*stateful)
+        self.completed_steps = 0
         self.writer: SummaryWriter | None = None
         self.batch: Batch | None = None
 
     @property
-    def averaged(self) -> Codec:
-        codec: Any = self.average.module
+    def ema_codec(self) -> Codec:
+        """The codec with averaged weights."""
+        codec: Any = self.ema.module
         return codec
 
     @property
@@ -143,23 +147,23 @@ class _Run:
         hidden = not (self.accelerator.is_main_process and console.is_terminal)
         return Progress(*columns, TextColumn("{task.fields[losses]}"), console=console, disable=hidden)
 
-    def go_on(self) -> None:
-        """From the newest checkpoint that can be read, if there is one."""
+    def resume(self) -> None:
+        """Load the newest readable checkpoint, if there is one, and open the data and the log."""
         found = checkpoints(self.out)
-        read = next((checkpoint for checkpoint in reversed(found) if self._load(checkpoint)), None)
-        if read is not None:
-            self.done = _step_of(read)
+        loaded = next((checkpoint for checkpoint in reversed(found) if self._load(checkpoint)), None)
+        if loaded is not None:
+            self.completed_steps = _step_of(loaded)
         elif found:
             raise InputError(f"{self.out} holds no checkpoint that can be read: choose another `out`")
-        place = self.accelerator.process_index, self.accelerator.num_processes
-        self.batches = data.batches(self.windows, self.config.data, self.done, self.config.steps, place)
+        process = self.accelerator.process_index, self.accelerator.num_processes
+        self.batches = data.batches(self.windows, self.config.data, self.completed_steps, self.config.steps, process)
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             self.config.write(self.out / "config.yaml")
             (self.out / "machine.json").write_text(json.dumps(self._machine(), indent=1) + "\n")
-            for left in (self.out / "checkpoints").glob(".step_*.part"):  # of a run that was killed
-                shutil.rmtree(left)
-            self.writer = SummaryWriter(str(self.out / "log"), purge_step=self.done + 1)
+            for partial in (self.out / "checkpoints").glob(".step_*.part"):  # left by a run that was killed
+                shutil.rmtree(partial)
+            self.writer = SummaryWriter(str(self.out / "log"), purge_step=self.completed_steps + 1)
 
     def _machine(self) -> dict[str, Any]:
         device = self.accelerator.device
@@ -171,88 +175,97 @@ class _Run:
         }
 
     def _load(self, checkpoint: Path) -> bool:
+        """Whether the checkpoint could be loaded."""
         try:
             self.accelerator.load_state(str(checkpoint))
-        except DAMAGED as error:
+        except DAMAGED_CHECKPOINT_ERRORS as error:
             typer.echo(f"{checkpoint} cannot be read: {type(error).__name__} {error}".splitlines()[0], err=True)
             return False
         return True
 
-    def remaining(self) -> Generator[Batch]:
+    def remaining_batches(self) -> Generator[Batch]:
+        """The batches of the remaining steps, on the run's device; closing it ends the data loader processes."""
         try:
             for batch in self.batches:
                 yield batch.to(self.accelerator.device)
             return
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # a cycle, which holds on to the processes that read: they end
+            # the traceback keeps the data loader alive through a reference cycle; without it, its processes end
+            traceback.clear_frames(error.__traceback__)
             if not isinstance(error, InputError):
                 raise
-            # it comes with the whole traceback of such a process
+            # PyTorch passes on the whole traceback of the data loader process as the message
             sentence = str(error).strip().splitlines()[-1].removeprefix(f"{_full_name(InputError)}: ")
         raise InputError(sentence)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        # what a step draws depends on its number alone, so that it is the same after a stop
+        """Train on a batch, and return the losses by name. Raises InputError if one is NaN or infinite."""
+        # the random numbers of a step depend only on its number, so that a resumed run draws the same
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        set_seed(self.config.seed + self.done * processes + rank)
-        losses = self.learns(batch, self.done)
+        set_seed(self.config.seed + self.completed_steps * processes + rank)
+        losses = self.training_step(batch, self.completed_steps)
         finite = torch.stack([loss.isfinite() for loss in losses.values()]).all()
-        # of all processes: which are well, and how many files they could not read
-        both = torch.stack([finite.float(), torch.tensor(float(len(batch.unread)), device=finite.device)])
-        well, unread = self.accelerator.reduce(both, "sum").tolist()
-        if well != processes:
+        # one reduction over all processes: how many have finite losses, and how many files could not be read
+        counts = torch.stack([finite.float(), torch.tensor(float(len(batch.unread)), device=finite.device)])
+        finite_processes, unread = self.accelerator.reduce(counts, "sum").tolist()
+        if finite_processes != processes:
             wrong = ", ".join(f"{name} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite())
-            last = checkpoints(self.out)
+            saved = checkpoints(self.out)
             raise InputError(
-                f"training stopped at step {self.done + 1}: {wrong or 'a loss of another process is not finite'}; "
-                f"the batch was {', '.join(batch.names)}; the last good checkpoint is {last[-1] if last else 'none'}"
+                f"training stopped at step {self.completed_steps + 1}: "
+                f"{wrong or 'a loss of another process is NaN or infinite'}; "
+                f"the batch was {', '.join(batch.names)}; the last good checkpoint is {saved[-1] if saved else 'none'}"
             )
-        self.counts.skipped = 0 if "gradient" in losses else self.counts.skipped + 1
-        if self.counts.skipped == MOST_SKIPPED:
-            raise InputError(f"training stopped at step {self.done + 1}: fp16 held none of {MOST_SKIPPED} gradients")
-        for rate in self.rates:
-            rate.step()
-        self._average()
-        self.counts.unread += int(unread)
-        self.done += 1
+        self.counters.skipped = 0 if "gradient" in losses else self.counters.skipped + 1
+        if self.counters.skipped == MAX_SKIPPED_STEPS:
+            raise InputError(
+                f"training stopped at step {self.completed_steps + 1}: "
+                f"the gradients of {MAX_SKIPPED_STEPS} consecutive steps overflowed in fp16"
+            )
+        for scheduler in self.schedulers:
+            scheduler.step()
+        self._update_ema()
+        self.counters.unread += int(unread)
+        self.completed_steps += 1
         self.batch = batch
         return losses
 
     @torch.no_grad()
-    def _average(self) -> None:
-        self.average.update_parameters(self.learns.codec)
-        # entries are running means already, and those that were dead must not come back slowly
-        pairs = zip(self.averaged.parameters(), self.learns.codec.parameters(), strict=True)
-        for mean, parameter in pairs:
+    def _update_ema(self) -> None:
+        """Update the exponential moving average of the codec's weights; copy what has no gradient."""
+        self.ema.update_parameters(self.training_step.codec)
+        # codebook entries are moving averages already, and a replaced entry must take effect at once
+        pairs = zip(self.ema_codec.parameters(), self.training_step.codec.parameters(), strict=True)
+        for averaged, parameter in pairs:
             if not parameter.requires_grad:
-                mean.copy_(parameter)
+                averaged.copy_(parameter)
 
-    def write(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """Into the log; what was written."""
-        of_all = self.accelerator.reduce(torch.stack([loss.float() for loss in losses.values()]), "mean")
-        told = dict(zip(losses, of_all.tolist(), strict=True))
-        told |= {"rate": self.rates[0].get_last_lr()[0], "unread files": float(self.counts.unread)}
+    def log_scalars(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """Log the losses, averaged over all processes, the learning rate and the unread files; return them."""
+        means = self.accelerator.reduce(torch.stack([loss.float() for loss in losses.values()]), "mean")
+        logged = dict(zip(losses, means.tolist(), strict=True))
+        logged |= {"rate": self.schedulers[0].get_last_lr()[0], "unread files": float(self.counters.unread)}
         if self.writer is not None:
-            for name, value in told.items():
-                self.writer.add_scalar(name, value, self.done)
-        return told
+            for name, value in logged.items():
+                self.writer.add_scalar(name, value, self.completed_steps)
+        return logged
 
     @torch.no_grad()
-    def listen(self) -> None:
-        """To a window of the last batch, before and after, in the log."""
+    def log_audio(self) -> None:
+        """Log the first window of the last batch, and what the averaged codec decodes its codes to."""
         if self.writer is None or self.batch is None:
             return
-        audio, codec = self.batch.audio[:1], self.averaged.eval()
+        audio, codec = self.batch.audio[:1], self.ema_codec.eval()
         decoded = codec.decode(codec.encode(audio))
         for name, sound in (("original", audio), ("decoded", decoded)):
-            self.writer.add_audio(name, sound[0].mean(dim=0).clamp(-1, 1), self.done, codec.sample_rate)
+            self.writer.add_audio(name, sound[0].mean(dim=0).clamp(-1, 1), self.completed_steps, codec.sample_rate)
 
     def save(self) -> None:
-        """A checkpoint, and the averaged codec; older checkpoints go."""
-        target = self.out / "checkpoints" / f"step_{self.done:08d}"
+        """Save a checkpoint and the averaged codec, and delete old checkpoints."""
+        target = self.out / "checkpoints" / f"step_{self.completed_steps:08d}"
         part = target.with_name(f".{target.name}.part")
         if self.writer is not None:
-            self.writer.flush()  # a run that goes on from here does not write these steps again
+            self.writer.flush()  # a run that resumes from here does not log these steps again
         if self.accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -260,10 +273,10 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             (self.out / "model").mkdir(exist_ok=True)
-            save_pretrained(self.averaged, self.out / "model")
+            save_pretrained(self.ema_codec, self.out / "model")
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
-            for old in checkpoints(self.out)[:-KEPT]:
+            for old in checkpoints(self.out)[:-CHECKPOINTS_KEPT]:
                 shutil.rmtree(old)
 
     def close(self) -> None:
@@ -273,7 +286,7 @@ class _Run:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The complete ones of a run's folder, the newest last."""
+    """The complete checkpoints in a run's folder, oldest first."""
     found = (path for path in (out / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name))
     return sorted(found, key=_step_of)
 
@@ -286,15 +299,17 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _told(values: dict[str, Any]) -> str:
+def _format_losses(values: dict[str, Any]) -> str:
+    """The most telling losses on one line, for the progress bar."""
     names = ("mel", "features", "adversarial", "discriminator", "cosine", "explained")
     return "  ".join(f"{name} {values[name]:.3f}" for name in names if name in values)
 
 
 @contextmanager
-def _on_sigterm(act: Any) -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, lambda *_: act())
+def _on_sigterm(action: Any) -> Iterator[None]:
+    """Call `action` at SIGTERM within the context."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: action())
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

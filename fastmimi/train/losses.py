@@ -1,4 +1,4 @@
-"""The losses on audio, and the balancer that weighs their gradients (EnCodec, arXiv 2210.13438, section 3.4)."""
+"""The losses on the audio, and the balancer of their gradients (EnCodec, arXiv 2210.13438, section 3.4)."""
 
 from __future__ import annotations
 
@@ -9,76 +9,83 @@ import torch
 from torch import Tensor, nn
 from transformers.audio_utils import mel_filter_bank
 
-from .processes import place, sum_of_all
+from .distributed import all_reduce_sum, rank_and_world_size
 
-MEL_SCALES = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}  # window: bands (arXiv 2306.06546, 3.5)
-FLOOR = 1e-5  # of a band, before the logarithm
-SILENT = 1e-3  # features of less are of silence: some hundredths are those of speech
+# STFT window length: number of mel bands (arXiv 2306.06546, section 3.5)
+MEL_SCALES = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}
+MIN_BAND = 1e-5  # mel bands are clamped to this magnitude before the logarithm
+SILENCE = 1e-3  # mean magnitude below which features are those of silence; speech gives some hundredths
 
-Features = list[list[Tensor]]  # of each scale, of each layer
+Features = list[list[Tensor]]  # by scale, then by layer
 
 
-def discriminator_hinge(real: list[Tensor], fake: list[Tensor]) -> Tensor:
-    """Logits of real audio above 1, of decoded audio below -1; the mean over the scales."""
+def discriminator_hinge_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
+    """Hinge loss of the discriminators: real logits should exceed 1, fake ones lie below -1; mean over the scales."""
     terms = [(1 - r).relu().mean() + (1 + f).relu().mean() for r, f in zip(real, fake, strict=True)]
     return torch.stack(terms).mean()
 
 
-def adversarial(fake: list[Tensor]) -> Tensor:
-    """Hinge of the codec: logits of decoded audio above 1."""
+def generator_hinge_loss(fake: list[Tensor]) -> Tensor:
+    """Hinge loss of the codec: the logits of decoded audio should exceed 1; mean over the scales."""
     return torch.stack([(1 - f).relu().mean() for f in fake]).mean()
 
 
-def feature_matching(real: Features, fake: Features) -> Tensor:
-    """L1 between features, as a share of what the real ones are in all processes; the mean over layers and scales."""
-    pairs = [(r.detach(), f) for scales in zip(real, fake, strict=True) for r, f in zip(*scales, strict=True)]
-    sizes = sum_of_all(torch.stack([r.abs().mean() for r, _ in pairs])) / place()[1]
+def feature_matching_loss(real: Features, fake: Features) -> Tensor:
+    """L1 distance of features divided by the mean magnitude of the real ones; mean over layers and scales.
+
+    The mean magnitude is taken over all processes.
+    """
+    pairs = [(r.detach(), f) for scale in zip(real, fake, strict=True) for r, f in zip(*scale, strict=True)]
+    magnitudes = all_reduce_sum(torch.stack([r.abs().mean() for r, _ in pairs])) / rank_and_world_size()[1]
     distances = torch.stack([(r - f).abs().mean() for r, f in pairs])
-    return (distances / sizes.clamp(min=SILENT)).mean()
+    return (distances / magnitudes.clamp(min=SILENCE)).mean()
 
 
 @cache
-def _bands(window: int, rate: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Hann window and mel filters [bins, bands]."""
+def _window_and_filters(window: int, rate: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The Hann window [window] and the mel filters [bins, bands]."""
     bins = window // 2 + 1
     filters = mel_filter_bank(bins, MEL_SCALES[window], 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
-    with torch.inference_mode(False):  # they are kept, and training may ask for them next
+    with torch.inference_mode(False):  # they are cached: a later call may need them for autograd
         return torch.hann_window(window, device=device), torch.tensor(filters, dtype=torch.float32, device=device)
 
 
 def log_mel(audio: Tensor, window: int, rate: int) -> Tensor:
-    """Audio [B, C, N] -> decimal logarithms of mel bands [B * C, bands, frames]."""
-    shape, filters = _bands(window, rate, audio.device)
+    """Audio [B, C, N] -> log10 of its mel bands [B * C, bands, frames]."""
+    hann, filters = _window_and_filters(window, rate, audio.device)
     flat = audio.flatten(0, 1).float()
     with torch.autocast(audio.device.type, enabled=False):
-        spectrum = torch.stft(flat, window, window // 4, window=shape, normalized=True, return_complex=True)
+        spectrum = torch.stft(flat, window, window // 4, window=hann, normalized=True, return_complex=True)
         power = torch.view_as_real(spectrum).square().sum(dim=-1)
-        return (filters.T @ (power + 1e-12).sqrt()).clamp(min=FLOOR).log10()
+        return (filters.T @ (power + 1e-12).sqrt()).clamp(min=MIN_BAND).log10()
 
 
 def mel_distance(real: Tensor, fake: Tensor, rate: int) -> Tensor:
-    """Mean absolute difference of the log-mel spectra [B, C, N], the mean over `MEL_SCALES`."""
+    """Multi-scale mel loss: mean absolute difference of the log-mel spectra of audio [B, C, N], over `MEL_SCALES`."""
     scales = [(log_mel(real, window, rate) - log_mel(fake, window, rate)).abs().mean() for window in MEL_SCALES]
     return torch.stack(scales).mean()
 
 
 class Balancer(nn.Module):
-    """Adds gradients in the audio so that each one's share of the norm is its weight's share of all weights.
+    """The loss balancer of EnCodec: sums the losses' gradients with respect to the audio, rescaled by their norms.
 
-    Norms are running means over the items of a batch; the result has the norm `norm` for each item.
+    Each gradient is divided by an exponential moving average of its norm (the mean over the items of a batch and over
+    all processes), and multiplied by its loss's share of the sum of all weights and by `norm`. How much a loss
+    contributes thus depends on its weight and not on its scale.
     """
 
     def __init__(self, weights: dict[str, float], norm: float, decay: float):
         super().__init__()
         self.weights, self.norm, self.decay = weights, norm, decay
         for name in weights:
-            self.register_buffer(name, torch.zeros(2))  # running sum of the norm, and of the weight of that sum
+            # moving averages of the norm and of 1, both from 0: their ratio has no bias towards 0
+            self.register_buffer(name, torch.zeros(2))
 
     def forward(self, losses: dict[str, Tensor], audio: Tensor) -> Tensor:
-        """Losses of audio [B, C, N], which requires gradients -> one gradient [B, C, N]."""
+        """Losses that are functions of `audio` [B, C, N], a leaf that requires gradients -> one gradient [B, C, N]."""
         gradients = [torch.autograd.grad(loss, audio, retain_graph=True)[0] for loss in losses.values()]
         norms = torch.stack([gradient.flatten(1).norm(dim=1).mean() for gradient in gradients])
-        norms = sum_of_all(norms) / place()[1]
+        norms = all_reduce_sum(norms) / rank_and_world_size()[1]
         total = sum(self.weights[name] for name in losses)
         combined = torch.zeros_like(audio)
         for name, gradient, norm in zip(losses, gradients, norms, strict=True):

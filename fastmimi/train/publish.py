@@ -1,9 +1,9 @@
-"""Finished runs, one after another, as files to hand on: half-precision weights of the last, and what made them.
+"""Publish a model that was trained in one or more consecutive runs: fp16 weights and a record of the training.
 
     python -m fastmimi.train.publish out/demo out/demo_finish fastmimi/assets/demo
 
-config.json and model.safetensors (fp16; `fastmimi.load` computes with them in fp32), training.json (the runs'
-configurations and what became of them) and training.png (their curves).
+writes config.json, model.safetensors (fp16; `fastmimi.load` converts to fp32 by default), training.json (configuration,
+final losses and machine of each run) and training.png (training curves). The weights are those of the last run.
 """
 
 from __future__ import annotations
@@ -27,36 +27,39 @@ from ..models.config import CodecConfig
 from .config import TrainConfig
 
 CURVES = ("mel", "l1", "features", "adversarial", "discriminator", "cosine", "commitment", "explained", "used")
-SMOOTHED = 50  # points that a drawn curve has
+SMOOTHED_POINTS = 50  # of a smoothed curve in the picture
 
 
 def publish(runs: Sequence[Path], target: Path) -> None:
-    """Write the averaged codec of the last of some runs, and what is known of all, to a folder."""
+    """Write the averaged codec of the last run, and the record of all runs, to the folder `target`."""
     plot.check(target / "training.png")
     for run in runs:
         if not (run / "model").is_dir():
-            raise InputError(f"{run} is no training run that has come to a checkpoint: it has no folder `model`")
+            raise InputError(f"{run} is not a training run with a checkpoint: it has no folder `model`")
     codec, configs = load(runs[-1] / "model"), [TrainConfig.read(run / "config.yaml") for run in runs]
     if not isinstance(codec.config, CodecConfig):
-        raise InputError(f"only a Mimi is published in half precision, and {runs[-1]} trained a {type(codec).__name__}")
+        raise InputError(
+            f"only a Mimi can be published in half precision, and {runs[-1]} trained a {type(codec).__name__}"
+        )
     target.mkdir(parents=True, exist_ok=True)
     with replacing(target / "config.json") as part:
         part.write_text(json.dumps(codec.config.to_dict(), indent=2) + "\n")
     with replacing(target / "model.safetensors") as part:
-        save_file(in_half_precision(codec), part, {"format": "pt"})
-    curves = [curves_of(run) for run in runs]
+        save_file(half_precision_state(codec), part, {"format": "pt"})
+    curves = [read_curves(run) for run in runs]
     with replacing(target / "training.json") as part:
         machines = [json.loads((run / "machine.json").read_text()) for run in runs]
-        told = [summary(*of_run) for of_run in zip(configs, curves, machines, strict=True)]
-        part.write_text(json.dumps(told, indent=1) + "\n")
+        summaries = [summary(*run) for run in zip(configs, curves, machines, strict=True)]
+        part.write_text(json.dumps(summaries, indent=1) + "\n")
     with replacing(target / "training.png") as part:
-        draw(part, one_after_another(curves))
+        draw(part, concatenate_curves(curves))
 
 
-def in_half_precision(codec: Codec) -> dict[str, torch.Tensor]:
-    """The state in fp16; of codebooks the entries, each as the sum of one latent."""
+def half_precision_state(codec: Codec) -> dict[str, torch.Tensor]:
+    """The state dict in fp16. Each codebook entry is stored as `embed_sum`, with a `cluster_usage` of 1."""
     state = dict(codec.state_dict())
-    for part, prefix in ((part, _name_of(codec, part)) for part, _ in codec.quantizer.parts(codec.total_codebooks)):
+    for part, _ in codec.quantizer.parts(codec.total_codebooks):
+        prefix = _name_of(codec, part)
         for level, entries in enumerate(part.codebooks()):
             state[f"{prefix}.layers.{level}.codebook.embed_sum"] = entries
             state[f"{prefix}.layers.{level}.codebook.cluster_usage"] = torch.ones(len(entries))
@@ -70,8 +73,8 @@ def _name_of(codec: Codec, module: torch.nn.Module) -> str:
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray]  # steps, values, seconds since 1970
 
 
-def curves_of(run: Path) -> dict[str, Curve]:
-    """What the run logged, by name."""
+def read_curves(run: Path) -> dict[str, Curve]:
+    """All scalars that a run logged, by name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(run / "log"), size_guidance={"scalars": 0})
@@ -84,26 +87,27 @@ def curves_of(run: Path) -> dict[str, Curve]:
     return curves
 
 
-def one_after_another(runs: Sequence[dict[str, Curve]]) -> dict[str, Curve]:
-    """The curves of several runs as if they had been one."""
+def concatenate_curves(runs: Sequence[dict[str, Curve]]) -> dict[str, Curve]:
+    """The curves of several runs, one after another, as if they were one run."""
     joined: dict[str, Curve] = {}
-    before = 0
+    offset = 0
     for curves in runs:
         for name, (steps, *rest) in curves.items():
-            pieces = zip(joined.get(name, (np.zeros(0),) * 3), (steps + before, *rest), strict=True)
+            pieces = zip(joined.get(name, (np.zeros(0),) * 3), (steps + offset, *rest), strict=True)
             joined[name] = tuple(np.concatenate(pair) for pair in pieces)  # type: ignore[assignment]
-        before += max(int(steps[-1]) for steps, _, _ in curves.values())
+        offset += max(int(steps[-1]) for steps, _, _ in curves.values())
     return joined
 
 
 def summary(config: TrainConfig, curves: dict[str, Curve], machine: dict[str, Any]) -> dict[str, Any]:
-    """The configuration, how much was heard, the means of the last tenth of each curve, and what it ran on."""
+    """A run's configuration, steps, hours of audio and training, mean of the last tenth of each curve, and machine."""
     from omegaconf import OmegaConf
 
     steps, _, times = next(iter(curves.values()))
     last = {name: float(values[-max(1, len(values) // 10) :].mean()) for name, (_, values, _) in curves.items()}
-    pauses = np.diff(times)
-    working = float(np.minimum(pauses, 10 * np.median(pauses)).sum()) if len(pauses) else 0.0  # without stops
+    intervals = np.diff(times)
+    # an interruption of the run counts as ten intervals at most
+    working = float(np.minimum(intervals, 10 * np.median(intervals)).sum()) if len(intervals) else 0.0
     return {
         "configuration": OmegaConf.to_container(OmegaConf.structured(config)),
         "steps": int(steps[-1]),
@@ -115,7 +119,7 @@ def summary(config: TrainConfig, curves: dict[str, Curve], machine: dict[str, An
 
 
 def draw(path: Path, curves: dict[str, Curve]) -> None:
-    """Write a PNG of the curves, each smoothed."""
+    """Draw the curves, each with a smoothed one, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -129,7 +133,7 @@ def draw(path: Path, curves: dict[str, Curve]) -> None:
     for axes, name in zip(grid, shown, strict=False):
         steps, values, _ = curves[name]
         axes.plot(steps, values, color="#2b6cb0", alpha=0.2, linewidth=0.6)
-        pieces = np.array_split(np.arange(len(steps)), min(SMOOTHED, len(steps)))
+        pieces = np.array_split(np.arange(len(steps)), min(SMOOTHED_POINTS, len(steps)))
         axes.plot([steps[p].mean() for p in pieces], [values[p].mean() for p in pieces], color="#c05621")
         axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
@@ -139,8 +143,8 @@ def draw(path: Path, curves: dict[str, Curve]) -> None:
 
 
 def _main(
-    runs: Annotated[list[Path], typer.Argument(help="The folders of training runs, in order.")],
-    target: Annotated[Path, typer.Argument(help="Where the files go.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs, in order.")],
+    target: Annotated[Path, typer.Argument(help="Output folder.")],
 ) -> None:
     publish(runs, target)
 

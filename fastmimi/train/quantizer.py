@@ -1,7 +1,8 @@
-"""How codebooks learn: running means of the latents that fall to each entry, beside the gradients of the rest.
+"""Training of the codebooks: each entry is an exponential moving average of the latents assigned to it.
 
-The search is the codec's own op. Counts and sums of all levels go through one all-reduce for each step, and with them
-the latents that take the place of entries which nothing falls to (SoundStream, arXiv 2107.03312, section 3.3).
+All other parameters are trained by gradients, which pass the quantizer straight-through. The nearest entries are found
+by the codec's own op `rvq_encode`. One all-reduce per step sums the counts and sums of all levels over the processes,
+together with the candidates that replace unused entries (SoundStream, arXiv 2107.03312, section 3.3).
 """
 
 from __future__ import annotations
@@ -18,34 +19,34 @@ from ..models.codec import Codec
 from ..models.quantizer import ResidualQuantizer
 from ..runtime.ops import ForwardContext
 from .config import QuantizerConfig
-from .processes import of_first, place, rows_of_all, sum_of_all
+from .distributed import all_gather_rows, all_reduce_sum, broadcast_from_rank_0, rank_and_world_size
 
 
 class Quantized(NamedTuple):
-    """What the quantizer made of latents [B, hidden, T]."""
+    """The result of quantizing latents [B, hidden, T]."""
 
-    latents: Tensor  # [B, hidden, T], for the decoder: decoded, or raw
-    semantic: Tensor  # [B, hidden, T], of the first levels, decoded
-    commitment: Tensor  # mean square of what each level leaves, in its space
-    explained: Tensor  # share of the latents' variance that all levels of the acoustic part give back
+    latents: Tensor  # [B, hidden, T], input of the decoder: quantized, or for some sequences not
+    semantic: Tensor  # [B, hidden, T], decoded from the semantic levels alone
+    commitment: Tensor  # commitment loss: mean squared residual after each level, in the codebooks' space
+    explained: Tensor  # fraction of the variance of the latents that the acoustic levels explain
     codes: Tensor  # [B, K, T]
 
 
 class _Statistics(NamedTuple):
-    """Of a batch, for the levels of one residual quantizer."""
+    """Statistics of one batch for the L levels of one residual quantizer with codebooks of S entries of size D."""
 
-    counts: Tensor  # [L, S]
-    sums: Tensor  # [L, S, D]
-    candidates: Tensor  # [L, S, D] latents that may become entries
+    counts: Tensor  # [L, S], how many latents are assigned to each entry
+    sums: Tensor  # [L, S, D], the sums of these latents
+    candidates: Tensor  # [L, S, D], random latents that may replace unused entries
 
 
-class RunningMeans(nn.Module):
-    """The running counts and sums of one residual quantizer's entries, which it writes into that."""
+class CodebookEMA(nn.Module):
+    """Exponential moving averages of counts and sums of latents for one residual quantizer; sum / count is an entry."""
 
-    usage: Tensor  # [L, S]
-    sums: Tensor  # [L, S, D]
-    gathered: Tensor  # [N, D] latents, until there are entries; None where there were to begin with
-    count: Tensor
+    usage: Tensor  # [L, S], averaged counts
+    sums: Tensor  # [L, S, D], averaged sums
+    gathered: Tensor  # [N, D], latents for k-means; None if the entries came from a checkpoint
+    count: Tensor  # of the latents in `gathered`
 
     def __init__(self, part: ResidualQuantizer, config: QuantizerConfig, frozen: bool):
         super().__init__()
@@ -53,21 +54,21 @@ class RunningMeans(nn.Module):
         entries, usage = part.codebooks().clone(), part.usage()
         self.register_buffer("usage", usage)
         self.register_buffer("sums", entries * usage[..., None])
-        if frozen and not self.begun:
+        if frozen and not self.initialized:
             raise InputError("model.freeze names a quantizer that has no entries yet")
-        empty = None if self.begun else entries.new_zeros(config.kmeans_latents, entries.shape[-1])
+        empty = None if self.initialized else entries.new_zeros(config.kmeans_latents, entries.shape[-1])
         self.register_buffer("gathered", empty)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @property
-    def begun(self) -> bool:
-        """Whether there are entries."""
-        self._begun = getattr(self, "_begun", False) or bool(self.sums.any())
-        return self._begun
+    def initialized(self) -> bool:
+        """Whether the codebooks have entries, from a checkpoint or from k-means."""
+        self._initialized = getattr(self, "_initialized", False) or bool(self.sums.any())
+        return self._initialized
 
     @torch.no_grad()
-    def gather(self, rows: Tensor) -> None:
-        """Keep latents [N, D] until there are enough for k-means, level after level."""
+    def collect_for_kmeans(self, rows: Tensor) -> None:
+        """Store latents [N, D]; once there are enough, initialize the codebooks by k-means, level after level."""
         done = int(self.count)
         rows = rows[: len(self.gathered) - done].float()
         self.gathered[done : done + len(rows)] = rows
@@ -76,109 +77,119 @@ class RunningMeans(nn.Module):
             return
         rows = self.gathered
         for level in range(len(self.usage)):
-            entries = of_first(kmeans(rows, self.usage.shape[1], self.config.kmeans_iterations))
+            entries = broadcast_from_rank_0(kmeans(rows, self.usage.shape[1], self.config.kmeans_iterations))
             self.usage[level], self.sums[level] = 1, entries
             rows = rows - entries[_nearest(rows, entries)]
 
     @torch.no_grad()
-    def update(self, seen: _Statistics, replace: bool) -> None:
-        """Move towards what a batch of all processes showed."""
+    def update(self, batch: _Statistics, replace: bool) -> None:
+        """Update the moving averages with a batch's statistics, summed over all processes; `replace` unused entries."""
         decay = self.config.decay
-        if self._counts_nothing():
-            scale = seen.counts.mean()
+        if self._has_unit_counts():
+            scale = batch.counts.mean()
             self.usage.mul_(scale)
             self.sums.mul_(scale)
-        self.usage.lerp_(seen.counts, 1 - decay)
-        self.sums.lerp_(seen.sums, 1 - decay)
+        self.usage.lerp_(batch.counts, 1 - decay)
+        self.sums.lerp_(batch.sums, 1 - decay)
         if replace:
-            least = self.config.replace_below * self.usage.mean(dim=1, keepdim=True)
-            dead = self.usage < least  # [L, S]
-            self.usage.copy_(torch.where(dead, self.usage.mean(dim=1, keepdim=True), self.usage))
-            self.sums.copy_(torch.where(dead[..., None], seen.candidates * self.usage[..., None], self.sums))
+            threshold = self.config.replace_below * self.usage.mean(dim=1, keepdim=True)
+            unused = self.usage < threshold  # [L, S]
+            self.usage.copy_(torch.where(unused, self.usage.mean(dim=1, keepdim=True), self.usage))
+            self.sums.copy_(torch.where(unused[..., None], batch.candidates * self.usage[..., None], self.sums))
 
-    def _counts_nothing(self) -> bool:
-        """Whether each entry still stands for one latent, as k-means and checkpoints without counts leave it."""
-        self._counts = getattr(self, "_counts", False) or not bool((self.usage == 1).all())
-        return not self._counts
+    def _has_unit_counts(self) -> bool:
+        """Whether every entry has a count of 1, as after k-means or in a checkpoint without counts.
+
+        The first update then scales counts and sums to the mean count of a batch; otherwise one batch would outweigh
+        the initial entries.
+        """
+        self._scaled = getattr(self, "_scaled", False) or not bool((self.usage == 1).all())
+        return not self._scaled
 
     @torch.no_grad()
     def write(self, part: ResidualQuantizer) -> None:
+        """Set the quantizer's entries to the averages."""
         part.learned(self.sums, self.usage)
 
 
 class TrainedQuantizer(nn.Module):
-    """A codec's split quantizer in training: straight-through, levels dropped, some sequences raw."""
+    """A codec's split quantizer in training: straight-through gradients, quantizer dropout, and a random bypass."""
 
     def __init__(self, codec: Codec, config: QuantizerConfig, frozen: Collection[nn.Module] = ()):
         super().__init__()
         self.config = config
         self.levels = codec.config.num_quantizers
         self.means: Any = nn.ModuleList(
-            RunningMeans(part, config, part in frozen) for part, _ in codec.quantizer.parts(self.levels)
+            CodebookEMA(part, config, part in frozen) for part, _ in codec.quantizer.parts(self.levels)
         )
-        self._seen: list[_Statistics] = []
+        self._pending: list[_Statistics] = []
 
     def forward(self, codec: Codec, latents: Tensor, context: ForwardContext, step: int) -> Quantized:
-        """Latents [B, hidden, T] before the quantizer; `update` follows once for each of these."""
+        """Quantize latents [B, hidden, T]; after each forward pass, call `update` once."""
         batch, unprojected = len(latents), 0
-        kept = self._levels(batch, latents.device)  # [B]
-        total, commitments, codes, decoded, left, self._seen = None, [], [], [], [], []
+        kept = self._draw_kept_levels(batch, latents.device)  # [B]
+        total, commitments, codes, decoded, unexplained, self._pending = None, [], [], [], [], []
         first = 0
         for (part, count), means in zip(codec.quantizer.parts(self.levels), self.means, strict=True):
             projected = part.project(latents, context)
             unprojected += part.output_proj is None
             rows = projected.transpose(1, 2).flatten(0, 1).float()  # [B * T, D]
-            with torch.autocast(latents.device.type, enabled=False):  # the search is fp32, and what it leaves
-                if not means.begun and step >= self.config.begin:
-                    means.gather(rows_of_all(rows.detach()))
+            with torch.autocast(latents.device.type, enabled=False):  # search and residuals are fp32
+                if not means.initialized and step >= self.config.begin:
+                    means.collect_for_kmeans(all_gather_rows(rows.detach()))
                     means.write(part)
                 books = part.codebooks()
-                found = context.ops.rvq_encode(rows.detach(), books)  # [L, B * T]
-                chosen, seen, residual, commitment = torch.zeros_like(rows), [], rows, rows.new_zeros(())
+                assigned = context.ops.rvq_encode(rows.detach(), books)  # [L, B * T]
+                statistics, residual, commitment = [], rows, rows.new_zeros(())
+                summed = torch.zeros_like(rows)  # of the entries of the levels that are kept
                 for level in range(count):
-                    entry = books[level][found[level]]
+                    entry = books[level][assigned[level]]
                     commitment = commitment + F.mse_loss(residual, entry)
-                    seen.append(_statistics(residual.detach(), found[level], len(books[level])))
+                    statistics.append(_statistics(residual.detach(), assigned[level], len(books[level])))
                     residual = residual - entry
-                    alive = (first + level < kept).repeat_interleave(latents.shape[-1])[:, None]
-                    chosen = chosen + torch.where(alive, entry, 0)
-            self._seen.append(_Statistics(*map(torch.stack, zip(*seen, strict=True))))
-            straight = projected  # until there are entries: of zeros, distillation's gradient would never fade
-            if means.begun:
-                straight = projected + (chosen.unflatten(0, (batch, -1)).transpose(1, 2) - projected).detach()
-            quantized = part.unproject(straight, context)
-            # a quantizer all of whose levels are dropped adds nothing
+                    keep = (first + level < kept).repeat_interleave(latents.shape[-1])[:, None]
+                    summed = summed + torch.where(keep, entry, 0)
+            self._pending.append(_Statistics(*map(torch.stack, zip(*statistics, strict=True))))
+            # Without entries, pass the latents on: the semantic levels would decode to a constant that the latents do
+            # not change, and the straight-through gradient of the distillation would make the latents grow for ever.
+            straight_through = projected
+            if means.initialized:
+                straight_through = projected + (summed.unflatten(0, (batch, -1)).transpose(1, 2) - projected).detach()
+            quantized = part.unproject(straight_through, context)
+            # a residual quantizer of which all levels are dropped contributes nothing
             total = quantized if total is None else total + torch.where((kept > first)[:, None, None], quantized, 0)
             commitments.append(commitment / count)
             centred = rows.detach() - rows.detach().mean(dim=0)
-            left.append(residual.detach().square().sum() / centred.square().sum().clamp(min=1e-12))
-            codes.append(found.unflatten(1, (batch, -1)).transpose(0, 1))
+            unexplained.append(residual.detach().square().sum() / centred.square().sum().clamp(min=1e-12))
+            codes.append(assigned.unflatten(1, (batch, -1)).transpose(0, 1))
             decoded.append(quantized)
             first += count
         assert total is not None
-        begun = all(means.begun for means in self.means)
-        raw = torch.rand(batch, device=latents.device) < (self.config.raw if begun else 1.0)
-        # where nothing is projected, each part gives the latents back, and the decoder knows them as their sum
-        total = torch.where(raw[:, None, None], latents * max(unprojected, 1), total)
-        committed = torch.stack(commitments).mean() * begun
-        return Quantized(total, decoded[0], committed, 1 - left[-1], torch.cat(codes, dim=1))
+        initialized = all(means.initialized for means in self.means)
+        bypass = torch.rand(batch, device=latents.device) < (self.config.raw if initialized else 1.0)
+        # Residual quantizers without projections each reconstruct the latents themselves, and the decoder's input is
+        # the sum: unquantized latents are scaled to the same magnitude.
+        total = torch.where(bypass[:, None, None], latents * max(unprojected, 1), total)
+        commitment_loss = torch.stack(commitments).mean() * initialized
+        return Quantized(total, decoded[0], commitment_loss, 1 - unexplained[-1], torch.cat(codes, dim=1))
 
-    def _levels(self, batch: int, device: torch.device) -> Tensor:
-        """How many levels each sequence keeps [B]: the semantic ones at least."""
+    def _draw_kept_levels(self, batch: int, device: torch.device) -> Tensor:
+        """Quantizer dropout: a random number of levels for each sequence [B], at least the semantic ones."""
         if not self.config.dropout:
             return torch.full((batch,), self.levels, device=device)
-        least = len(self.means[0].usage)
-        return torch.randint(least, self.levels + 1, (batch,), device=device)
+        semantic = len(self.means[0].usage)
+        return torch.randint(semantic, self.levels + 1, (batch,), device=device)
 
     @torch.no_grad()
     def update(self, codec: Codec, step: int) -> None:
-        """Move the entries by what the last batch showed, of all processes; the same in each."""
-        seen, self._seen = self._seen, []
-        if all(means.frozen for means in self.means) or not all(means.begun for means in self.means):
+        """Update the codebooks with the last batch's statistics of all processes; the result is the same in each."""
+        pending, self._pending = self._pending, []
+        if all(means.frozen for means in self.means) or not all(means.initialized for means in self.means):
             return
-        together = torch.cat([t.flatten() for statistics in seen for t in statistics])
-        parts = iter(sum_of_all(together).split([t.numel() for statistics in seen for t in statistics]))
-        for (part, _), means, local in zip(codec.quantizer.parts(self.levels), self.means, seen, strict=True):
+        tensors = [t for statistics in pending for t in statistics]
+        reduced = all_reduce_sum(torch.cat([t.flatten() for t in tensors])).split([t.numel() for t in tensors])
+        parts = iter(reduced)
+        for (part, _), means, local in zip(codec.quantizer.parts(self.levels), self.means, pending, strict=True):
             statistics = _Statistics(*(next(parts).view_as(t) for t in local))
             if not means.frozen:
                 means.update(statistics, replace=step % self.config.replace_every == 0)
@@ -186,23 +197,24 @@ class TrainedQuantizer(nn.Module):
 
 
 def _statistics(rows: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of latents [N, D] and the entries that they fell to [N]."""
+    """Counts [S], sums [S, D] and candidates [S, D] of latents [N, D] and the codes of their nearest entries [N]."""
     rows = rows.float()
     counts = torch.bincount(codes, minlength=size).to(rows.dtype)
     sums = rows.new_zeros(size, rows.shape[1]).index_add_(0, codes, rows)
-    # each process offers its share of the candidates, and zeros for the others'
+    # process r supplies the candidates for entries r, r + processes, ... and zeros for the others: the sum over all
+    # processes then holds one candidate for each entry
     candidates = rows[torch.randint(len(rows), (size,), device=rows.device)]
-    rank, processes = place()
+    rank, processes = rank_and_world_size()
     mine = torch.arange(size, device=rows.device) % processes == rank
     return counts, sums, torch.where(mine[:, None], candidates, 0)
 
 
 def kmeans(rows: Tensor, size: int, iterations: int) -> Tensor:
-    """Centres [size, D] of rows [N, D], which may be fewer; the same for the same rows."""
+    """k-means: `size` centres [size, D] of rows [N, D]; deterministic. N may be smaller than `size`."""
     rows = rows.float()
-    draw = torch.Generator().manual_seed(len(rows))
-    picked = torch.randperm(len(rows), generator=draw)[:size]
-    picked = torch.cat([picked, torch.randint(len(rows), (size - len(picked),), generator=draw)])
+    generator = torch.Generator().manual_seed(len(rows))
+    picked = torch.randperm(len(rows), generator=generator)[:size]
+    picked = torch.cat([picked, torch.randint(len(rows), (size - len(picked),), generator=generator)])
     centres = rows[picked.to(rows.device)]
     for _ in range(iterations):
         codes = _nearest(rows, centres)
@@ -213,4 +225,5 @@ def kmeans(rows: Tensor, size: int, iterations: int) -> Tensor:
 
 
 def _nearest(rows: Tensor, centres: Tensor) -> Tensor:
+    """Index of the nearest centre for each row [N]."""
     return torch.addmm(centres.square().sum(dim=1), rows.float(), centres.t(), alpha=-2).argmin(dim=1)

@@ -1,4 +1,4 @@
-"""One training step: the generator, what it is charged with, and the two updates. No files, no loop."""
+"""One training step: the generator, its losses, and the updates of generator and discriminators."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from torch.optim import AdamW
 from ..checkpoints.weights import load
 from ..errors import InputError
 from ..models.codec import Codec
-from ..models.config import AnyConfig, CodecConfig, JodioConfig
-from ..models.jodio import JodioModel
-from ..models.mimi import Mimi
+from ..models.config import AnyConfig
+from ..models.registry import ARCHITECTURES, build
 from . import losses
 from .config import ModelConfig, OptimizerConfig, TrainConfig
 from .data import Batch
-from .discriminators import Discriminators
+from .discriminators import MultiScaleSTFTDiscriminator
 from .distillation import Distillation
-from .initial import keep_the_power
-from .processes import place
+from .distributed import rank_and_world_size
+from .initialization import variance_preserving_init_
 from .quantizer import Quantized, TrainedQuantizer
 
 
-class Generated(NamedTuple):
-    audio: Tensor  # [B, C, N]
+class GeneratorOutput(NamedTuple):
+    """The result of the generator's forward pass."""
+
+    audio: Tensor  # [B, C, N], decoded
     quantized: Quantized
-    distillation: Tensor | None
+    distillation: Tensor | None  # the distillation loss
 
 
 class Generator(nn.Module):
-    """What the first optimizer trains: the codec, its codebooks' running means, the distillation's projection."""
+    """Codec, quantizer in training and projection of the distillation: what the generator's optimizer trains."""
 
     def __init__(self, config: TrainConfig):
         super().__init__()
-        self.codec = codec_of(config.model)
+        self.codec = build_codec(config.model)
         frozen = {part for name in config.model.freeze for part in _modules(self.codec)[name].modules()}
         self.frozen = frozen
         self.quantizer = TrainedQuantizer(self.codec, config.quantizer, frozen)
@@ -50,13 +51,14 @@ class Generator(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> Generator:
-        """What is frozen stays as it is used: without dropout."""
+        """As nn.Module.train, but frozen modules stay in eval mode, without dropout."""
         super().train(mode)
         for module in self.frozen:
             module.training = False
         return self
 
-    def forward(self, audio: Tensor, step: int, targets: Tensor | None = None) -> Generated:
+    def forward(self, audio: Tensor, step: int, targets: Tensor | None = None) -> GeneratorOutput:
+        """Encode, quantize and decode audio [B, C, N]; `targets` are the teacher's embeddings, for the distillation."""
         codec = self.codec
         latents = codec.encode_to_latent(audio)
         quantized = self.quantizer(codec, latents, codec.forward_context(len(latents)), step)
@@ -64,46 +66,45 @@ class Generator(nn.Module):
         distilled = None
         if self.distillation is not None and targets is not None:
             distilled = self.distillation(quantized.semantic, targets)
-        return Generated(decoded, quantized, distilled)
+        return GeneratorOutput(decoded, quantized, distilled)
 
 
-def codec_of(config: ModelConfig) -> Codec:
-    """The codec to train: loaded, or new, with what is frozen not requiring gradients."""
+def build_codec(config: ModelConfig) -> Codec:
+    """The codec to train, loaded or new; codebooks and frozen modules do not require gradients."""
     if config.load is not None:
         codec = load(config.load, impl=config.impl).requires_grad_(True)
-    elif config.architecture == "mimi":
-        codec = Mimi(_config_of(CodecConfig, config.changes), impl=config.impl)
-        keep_the_power(codec)
     else:
-        codec = JodioModel(_config_of(JodioConfig, config.changes), impl=config.impl)
-        keep_the_power(codec)
+        architecture = ARCHITECTURES[config.architecture]
+        codec = build(_build_codec_config(architecture.config, config.changes), impl=config.impl)
+        variance_preserving_init_(codec)
         for part, _ in codec.quantizer.parts(codec.total_codebooks):
-            part.learned(torch.zeros_like(part.codebooks()), part.usage())  # nothing yet: k-means begins
+            part.learned(torch.zeros_like(part.codebooks()), part.usage())  # zeros: k-means will initialize them
     for part, _ in codec.quantizer.parts(codec.total_codebooks):
         for entries in part._stored():
-            entries.requires_grad_(False)  # running means, not gradients, move them
+            entries.requires_grad_(False)  # updated by moving averages, not by gradients
     modules = _modules(codec)
     for name in config.freeze:
         if name not in modules:
-            there = ", ".join(name for name, _ in codec.named_children())
-            raise InputError(f"model.freeze must name modules of the codec ({there}...), got {name!r}")
+            known = ", ".join(name for name, _ in codec.named_children())
+            raise InputError(f"model.freeze must name modules of the codec ({known}...), got {name!r}")
         modules[name].requires_grad_(False)
-        _check_whole(codec, name, modules[name])
+        _check_quantizers_are_frozen_whole(codec, name, modules[name])
     if not any(p.requires_grad for p in codec.parameters()):
         raise InputError(f"model.freeze leaves nothing to train, got {', '.join(config.freeze)}")
     return codec
 
 
-def _check_whole(codec: Codec, name: str, frozen: nn.Module) -> None:
-    """Entries of a quantizer stay or move together."""
+def _check_quantizers_are_frozen_whole(codec: Codec, name: str, frozen: nn.Module) -> None:
+    """Raise InputError if a part of a residual quantizer is frozen: its entries are frozen or trained together."""
     tensors = {id(tensor) for tensor in (*frozen.parameters(), *frozen.buffers())}
     for part, _ in codec.quantizer.parts(codec.total_codebooks):
         if part not in frozen.modules() and any(id(entries) in tensors for entries in part._stored()):
             whole = next(key for key, module in codec.named_modules() if module is part)
-            raise InputError(f"model.freeze takes a quantizer whole: {whole}, got {name!r}")
+            raise InputError(f"model.freeze must name a whole residual quantizer, such as {whole}, got {name!r}")
 
 
-def _config_of(kind: type[AnyConfig], changes: dict[str, Any]) -> Any:
+def _build_codec_config(kind: type[AnyConfig], changes: dict[str, Any]) -> Any:
+    """The configuration of a new codec; raises InputError for a field that it does not have."""
     _check_fields(kind, changes)
     config = kind.from_dict(changes)
     for name, inner in changes.items():
@@ -121,24 +122,25 @@ def _check_fields(kind: Any, names: Iterable[str]) -> None:
 
 
 def _modules(codec: Codec) -> dict[str, nn.Module]:
-    """By name; a JODIO's quantizers together too, which are no module of it."""
+    """The codec's modules by name, and "quantizer": in a JODIO that is not a submodule, and groups two that are."""
     return {"quantizer": codec.quantizer, **dict(codec.named_modules())}
 
 
 def parameter_groups(generator: Generator, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Weight decay is for the transformers' parameters only."""
+    """Parameter groups for AdamW: weight decay applies to the transformers' parameters only."""
     trained = [(name, p) for name, p in generator.named_parameters() if p.requires_grad]
     decayed = [p for name, p in trained if "transformer." in name]
     rest = [p for name, p in trained if "transformer." not in name]
     return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def optimizer_of(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
+    """AdamW for parameter groups, with the learning rate and betas of the configuration."""
     return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
 
 
-class Steps:
-    """The parts of a run that learn, and what they do with a batch."""
+class TrainingStep:
+    """Generator, discriminators and their optimizers; calling it trains them on one batch."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
@@ -149,83 +151,89 @@ class Steps:
             {name: weight for name, weight in weights.items() if weight}, config.losses.norm,
             config.losses.balancer_decay,
         ).to(accelerator.device)  # fmt: skip
-        optimizer = optimizer_of(parameter_groups(generator, config.optimizer), config.optimizer)
+        optimizer = build_optimizer(parameter_groups(generator, config.optimizer), config.optimizer)
         self.generator, self.optimizer = accelerator.prepare(generator, optimizer)
-        self.discriminators = self.critic = None
+        self.discriminators = self.discriminator_optimizer = None
         if weights["adversarial"] or weights["features"]:
-            discriminators = Discriminators(config.discriminator, self.codec.config.audio_channels)
-            critic = optimizer_of([{"params": list(discriminators.parameters())}], config.optimizer)
-            critic.param_groups[0]["weight_decay"] = 0.0
-            self.discriminators, self.critic = accelerator.prepare(discriminators, critic)
+            discriminators = MultiScaleSTFTDiscriminator(config.discriminator, self.codec.config.audio_channels)
+            groups = [{"params": list(discriminators.parameters()), "weight_decay": 0.0}]
+            optimizer = build_optimizer(groups, config.optimizer)
+            self.discriminators, self.discriminator_optimizer = accelerator.prepare(discriminators, optimizer)
 
     @property
-    def trained(self) -> Generator:
-        """The generator, out of what accelerate wraps it in."""
+    def unwrapped_generator(self) -> Generator:
+        """The generator without the wrappers of accelerate."""
         return self.accelerator.unwrap_model(self.generator)
 
     @property
     def codec(self) -> Codec:
-        return self.trained.codec
+        """The codec in training."""
+        return self.unwrapped_generator.codec
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Train on a batch; every loss by name, detached."""
-        seen: dict[str, Tensor] = {}
-        distillation = self.trained.distillation
+        """Train on a batch; return the losses and statistics by name, detached.
+
+        "gradient", the norm of the generator's gradient, is missing if the step was skipped because the gradient
+        overflowed in fp16.
+        """
+        logged: dict[str, Tensor] = {}
+        distillation = self.unwrapped_generator.distillation
         targets = None
-        if distillation is not None and batch.heard is not None:
+        if distillation is not None and batch.teacher_audio is not None:
             with self.accelerator.autocast():
-                targets = distillation.targets(batch.heard)
-        made: Generated = self.generator(batch.audio, step, targets)
+                targets = distillation.targets(batch.teacher_audio)
+        output: GeneratorOutput = self.generator(batch.audio, step, targets)
         if self.discriminators is not None:
-            seen["discriminator"] = self._criticise(batch.audio, made.audio.detach())
-        audio = made.audio.detach().requires_grad_()  # the losses' gradients are balanced here, and go on as one
-        # fp16 would round the gradients of means over a batch to nothing, before any loss is scaled
-        half = self.accelerator.mixed_precision == "bf16"
-        with torch.autocast(audio.device.type, torch.bfloat16, enabled=half):
-            charged = self._charged(batch.audio, audio)
-        gradient = self.balancer(charged, audio) * place()[1]  # whose mean over the processes is taken
-        total = (made.audio * gradient).sum() + self.config.quantizer.commitment * made.quantized.commitment
-        seen |= {name: loss.detach() for name, loss in charged.items()}
-        seen["commitment"] = made.quantized.commitment.detach()
-        if made.distillation is not None:
-            total = total + self.config.distillation.weight * made.distillation
-            seen["cosine"] = 1 - made.distillation.detach()
+            logged["discriminator"] = self._discriminator_step(batch.audio, output.audio.detach())
+        audio = output.audio.detach().requires_grad_()  # the losses' gradients are balanced with respect to this leaf
+        # No fp16 here: the gradient scaler does not scale these losses, and gradients of means over a batch underflow.
+        bf16 = self.accelerator.mixed_precision == "bf16"
+        with torch.autocast(audio.device.type, torch.bfloat16, enabled=bf16):
+            audio_losses = self._audio_losses(batch.audio, audio)
+        gradient = self.balancer(audio_losses, audio) * rank_and_world_size()[1]  # DDP averages over the processes
+        total = (output.audio * gradient).sum() + self.config.quantizer.commitment * output.quantized.commitment
+        logged |= {name: loss.detach() for name, loss in audio_losses.items()}
+        logged["commitment"] = output.quantized.commitment.detach()
+        if output.distillation is not None:
+            total = total + self.config.distillation.weight * output.distillation
+            logged["cosine"] = 1 - output.distillation.detach()
         self.accelerator.backward(total)
         norm = self.accelerator.clip_grad_norm_(self.generator.parameters(), self.config.optimizer.clip)
         self.optimizer.step()
-        if not self.accelerator.optimizer_step_was_skipped:  # as fp16 does with what it cannot hold
-            seen["gradient"] = torch.as_tensor(norm)
+        if not self.accelerator.optimizer_step_was_skipped:  # it is skipped when the gradient overflows in fp16
+            logged["gradient"] = torch.as_tensor(norm)
         self.optimizer.zero_grad()
-        self.trained.quantizer.update(self.codec, step)
-        seen["explained"] = made.quantized.explained
-        seen["used"] = used(made.quantized.codes, self.codec.config.codebook_size).mean()
-        return seen
+        self.unwrapped_generator.quantizer.update(self.codec, step)
+        logged["explained"] = output.quantized.explained
+        logged["used"] = codebook_usage(output.quantized.codes, self.codec.config.codebook_size).mean()
+        return logged
 
-    def _criticise(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The discriminators' own step, which does not reach the generator."""
-        assert self.discriminators is not None and self.critic is not None
+    def _discriminator_step(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Update the discriminators on real and (detached) decoded audio [B, C, N]; return their loss."""
+        assert self.discriminators is not None and self.discriminator_optimizer is not None
         with self.accelerator.autocast():
-            both, _ = self.discriminators(torch.cat([real, fake]))
-            pairs = [logits.chunk(2) for logits in both]
-            loss = losses.discriminator_hinge([real for real, _ in pairs], [fake for _, fake in pairs])
+            logits, _ = self.discriminators(torch.cat([real, fake]))
+            pairs = [scale.chunk(2) for scale in logits]
+            loss = losses.discriminator_hinge_loss([real for real, _ in pairs], [fake for _, fake in pairs])
         self.accelerator.backward(loss)
-        self.critic.step()
-        self.critic.zero_grad()
+        self.discriminator_optimizer.step()
+        self.discriminator_optimizer.zero_grad()
         return loss.detach()
 
-    def _charged(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """The losses of decoded audio [B, C, N], those whose weight is not 0."""
+    def _audio_losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """The losses on decoded audio [B, C, N] whose weight is not 0, by name."""
         weights, found = self.balancer.weights, {}
         if self.discriminators is not None:
-            # past DDP, as nobody waits for their gradients here, and past accelerate's own autocast, which may be fp16
-            critics = self.accelerator.unwrap_model(self.discriminators)
-            logits, features = convert_to_fp32(Discriminators.forward(critics, fake))
+            # Unwrapped, and through the class's forward: DDP must not wait for gradients of the discriminators, which
+            # get none here, and accelerate's autocast, which wraps the instance's forward, may be fp16.
+            unwrapped = self.accelerator.unwrap_model(self.discriminators)
+            logits, features = convert_to_fp32(MultiScaleSTFTDiscriminator.forward(unwrapped, fake))
             if "adversarial" in weights:
-                found["adversarial"] = losses.adversarial(logits)
+                found["adversarial"] = losses.generator_hinge_loss(logits)
             if "features" in weights:
                 with torch.no_grad():
-                    _, wanted = convert_to_fp32(Discriminators.forward(critics, real))
-                found["features"] = losses.feature_matching(wanted, features)
+                    _, real_features = convert_to_fp32(MultiScaleSTFTDiscriminator.forward(unwrapped, real))
+                found["features"] = losses.feature_matching_loss(real_features, features)
         if "l1" in weights:
             found["l1"] = F.l1_loss(fake, real)
         if "mel" in weights:
@@ -233,8 +241,8 @@ class Steps:
         return found
 
 
-def used(codes: Tensor, size: int) -> Tensor:
-    """Codes [B, K, T] -> the share of each level's entries that occur [K]."""
+def codebook_usage(codes: Tensor, size: int) -> Tensor:
+    """The fraction of each level's entries that occur in codes [B, K, T]: [K]."""
     per_level = codes.transpose(0, 1).flatten(1)  # [K, B * T]
-    there = torch.zeros(len(per_level), size, device=codes.device).scatter_(1, per_level, 1.0)
-    return there.mean(dim=1)
+    occurs = torch.zeros(len(per_level), size, device=codes.device).scatter_(1, per_level, 1.0)
+    return occurs.mean(dim=1)

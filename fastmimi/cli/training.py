@@ -1,4 +1,4 @@
-"""What `train` and `evaluate` do: checks before any work, and what they print."""
+"""The commands `train` and `evaluate`: checks before any work, and what they print."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from ..models.codec import Codec
     from ..train.evaluate import Evaluation, Result
 
-NEEDED = ("accelerate", "omegaconf", "pesq", "pystoi", "scipy", "tensorboard")
+REQUIRED_PACKAGES = ("accelerate", "omegaconf", "pesq", "pystoi", "scipy", "tensorboard")
 
 
 def _check_installed() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in NEEDED if find_spec(name) is None]
+    missing = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
     if missing:
         raise InputError(f"training and evaluation need {', '.join(missing)}: pip install 'fastmimi[train]'")
 
