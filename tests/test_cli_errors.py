@@ -93,6 +93,7 @@ def test_other_weights_are_refused_unless_forced(here: Path, models: dict[str, s
     assert "48000 Hz" in sentence
 
 
+@pytest.mark.slow
 def test_what_a_model_does_not_support_is_refused(here: Path, models: dict[str, str]) -> None:
     sentence = refused("roundtrip", "in.wav", "out/a.wav", "--stream", "--model", models["not_causal"])
     assert "this configuration cannot stream" in sentence

@@ -274,6 +274,7 @@ def test_discriminators_have_several_scales():
     assert [layers[0].shape for layers in features[:2]] == [(2, 32, 10, 1025), (2, 32, 19, 513)]
 
 
+@pytest.mark.slow
 def test_new_discriminators_respond_to_quiet_audio():
     """Without biases the logits scale with the audio, and features have about the same magnitude as the audio."""
     torch.manual_seed(0)
@@ -287,6 +288,7 @@ def test_new_discriminators_respond_to_quiet_audio():
         assert 0.2 < scale[-1].norm() / scale[-1].numel() ** 0.5 / audio.std() < 5
 
 
+@pytest.mark.slow
 def test_discriminators_learn_to_separate_real_from_fake(make_training_step):
     """Their hinge loss is 2 if they cannot separate them, and 0 if they always can."""
     training_step = make_training_step(lr=2e-3)

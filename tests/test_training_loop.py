@@ -21,6 +21,8 @@ from fastmimi.train.data import TEACHER_RATE, AudioFolder, Batch
 from fastmimi.train.loop import checkpoints, train
 from fastmimi.train.step import TrainingStep, codebook_usage
 
+pytestmark = pytest.mark.slow
+
 SPEECH = Path(__file__).parent / "data" / "synthetic.ogg"  # from a speech synthesizer
 
 
@@ -90,7 +92,6 @@ def wait_for(what, process, seconds=240):
     raise AssertionError("timed out")
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_results(tiny_training, speech, tmp_path):
     config = tiny_training(folder=str(speech), steps=7, save_every=2)
     train(config)
