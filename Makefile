@@ -33,6 +33,9 @@ demo: $(VENV)/stamp-demo  ## install, then encode and decode a bundled speech cl
 	mkdir -p out
 	$(VENV)/bin/fastmimi roundtrip $(CLIP) out/demo.wav --model demo --tokens out/demo.safetensors --plot out/demo.png
 
+check: lint types $(VENV)/stamp-test  ## lint, types and the fast tests (not marked slow): before every commit
+	$(PY) -m pytest tests/ -m "not slow" -n 2 -x -q
+
 test: $(VENV)/stamp-test  ## install the test extras and the peers, run the tests and the kernels' parity tests
 	$(PY) -m pytest tests/ --kernels -n auto
 

@@ -105,6 +105,7 @@ def test_several_channels_are_downmixed_to_their_mean(tmp_path: Path) -> None:
         read(path, channels=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "frames"), [(10, 9_000), (50, 60_000), (2**31 - 1, 9_000_000)])
 def test_an_absurd_sample_rate_needs_little_memory(tmp_path: Path, rate: int, frames: int) -> None:
     path = tmp_path / "a.wav"

@@ -22,6 +22,7 @@ def bench_packing(benchmark):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weight, warm, fails",
     [("weight", 1, False), ("weight", 0, True), ("weight + 1", 1, True)],

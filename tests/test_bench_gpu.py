@@ -10,11 +10,12 @@ import pytest
 from fastmimi.runtime import dispatch
 from fastmimi.runtime.ops import OPS
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu.py"
 
 
 @pytest.mark.kernels
-@pytest.mark.slow
 def test_a_dry_run_of_each_op(tmp_path):
     """One small case of every op that Triton has a kernel for; `transformer_layer` has none and is left out."""
     environment = {**os.environ, "PATH": str(tmp_path)}

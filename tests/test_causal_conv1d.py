@@ -90,6 +90,7 @@ def test_not_contiguous_input(op):
                        op(x, weight, bias, pad=(left, 0), **options))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c_in, c_out, kernel, stride, dilation, post", [
     (64, 32, 3, 1, 1, "none"), (64, 128, 8, 4, 1, "none"), (512, 1024, 7, 1, 1, "none"), (64, 1, 3, 1, 1, "none"),
     (896, 896, 3, 1, 4, "silu"), (896, 896, 3, 8, 1, "none"),

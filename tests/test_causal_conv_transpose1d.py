@@ -62,6 +62,7 @@ def test_chunks_equal_the_whole_and_masked_rows_stay(op, shape):
     assert (overlap[2] == 7.0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c_in, c_out, stride, groups", [
     (128, 64, 4, 1), (256, 128, 5, 1), (512, 256, 6, 1), (512, 512, 2, 512), (896, 896, 8, 1),
 ])  # fmt: skip

@@ -74,6 +74,7 @@ def codes_of(path: str) -> np.ndarray:
 # Equal results
 
 
+@pytest.mark.slow
 def test_every_way_gives_the_same_codes_and_audio(here: Path, models: dict[str, str]) -> None:
     common = "--model", models["small"]
     run("roundtrip", "in.wav", "out/whole.wav", "--tokens", "out/whole.st", *common)
@@ -110,6 +111,7 @@ def test_results_equal_those_of_the_model(here: Path, models: dict[str, str]) ->
     np.testing.assert_allclose(soundfile.read("out/a.mat5")[0], audio, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_real_speech_in_one_call_and_as_a_stream(here: Path) -> None:
     common = CLIP, "--model", "random:0", "--codebooks", 8
     whole = run("roundtrip", common[0], "out/whole.wav", "--tokens", "out/whole.st", "--packed", *common[1:])
@@ -173,6 +175,7 @@ def test_jodio_works_as_mimi_does(here: Path, models: dict[str, str]) -> None:
         assert part in printed
 
 
+@pytest.mark.slow
 def test_info_shows_the_cost_of_the_architectures(here: Path) -> None:
     printed = run("info", "jodio").stdout
     assert printed == printed.replace("\x1b", "") and "mimi: both directions" in printed
@@ -218,12 +221,14 @@ def test_explain_a_model(here: Path, models: dict[str, str]) -> None:
     assert "window_attention in it: reference" in printed
 
 
+@pytest.mark.slow
 def test_info_takes_what_the_model_option_takes(here: Path) -> None:
     printed = run("info", "demo").stdout
     assert "demo" in printed and fastmimi.checkpoints.weights.fingerprint(fastmimi.load("demo")) in printed
     assert "random:7" in run("info", "random:7").stdout
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(here: Path, models: dict[str, str]) -> None:
     common = "--model", models["small"]
     printed = run("roundtrip", "in.wav", "out/a.wav", "--tokens", "out/a.st", "--plot", "out/r.png", *common).stdout

@@ -90,7 +90,9 @@ def make_pair(loaders, tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name == "mimi" else ()) for name in CONFIGS]
+)
 def pair(request, make_pair):
     return make_pair(request.param)
 
@@ -108,6 +110,7 @@ def in_chunks(function, x, size):
 # ---- offline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(5))
 def test_codes_and_audio(pair, index):
     peer, mine = pair
@@ -161,6 +164,7 @@ def test_constants_and_the_default_configuration(loaders):
 # ---- streaming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "frames"), [("small", 1), ("small", 2), ("small", 5), ("mimi", 1)])
 def test_streams_equal_the_peers_up_to_10_s(make_pair, name, frames):
     peer, mine = make_pair(name)
@@ -174,6 +178,7 @@ def test_streams_equal_the_peers_up_to_10_s(make_pair, name, frames):
     assert torch.equal(ours, peer.encode(audio))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [1, 5])
 def test_beyond_10_s_streams_equal_the_peer_offline(make_pair, frames):
     """The peer's own streams do not: its ring buffer overwrites keys before a call's first queries have read them."""
@@ -190,6 +195,7 @@ def test_beyond_10_s_streams_equal_the_peer_offline(make_pair, frames):
     assert relative_error(theirs, whole) > 1e-4, "the peer's streams attend to 250 now: update compat/moshi.py"
 
 
+@pytest.mark.slow
 def test_masks_and_resets_equal_the_peers(make_pair):
     peer, mine = make_pair("small")
     generator = torch.Generator().manual_seed(3)
@@ -314,6 +320,7 @@ def test_forward_of_any_length_and_its_gradients(model):
     assert model.core.encoder.layers["0"].conv.weight.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_it_runs_without_moshi():
     code = (
         "import sys; sys.modules['moshi'] = None\n"

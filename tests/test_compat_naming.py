@@ -112,6 +112,7 @@ assert again.decoder_memory.get_seq_length() == 8
 """
 
 
+@pytest.mark.slow
 def test_names_are_read_off_the_peer():
     """A version of transformers with other names for its caches works without changes to the drop-in."""
     done = subprocess.run([sys.executable, "-c", OTHER_NAMES], capture_output=True, text=True)

@@ -16,10 +16,10 @@ import torch
 from fastmimi.checkpoints import weights
 from fastmimi.compat import rustymimi as drop_in
 from fastmimi.devtools import testing
-from fastmimi.devtools.testing import noise, relative_error
 from fastmimi.models.config import CodecConfig
 from fastmimi.models.mimi import Mimi
 
+pytestmark = pytest.mark.slow  # a model of 300 MB
 FRAME = 1920
 
 
@@ -64,7 +64,7 @@ def mine(tokenizer):
 
 
 def samples(count, seed=0, batch=1):
-    return noise(batch, 1, count, seed=seed).numpy()
+    return testing.noise(batch, 1, count, seed=seed).numpy()
 
 
 def some_codes(frames, seed=0, batch=1):
@@ -84,7 +84,7 @@ def assert_same_codes(mine, theirs, core, audio):
 
 def assert_same_audio(mine, theirs):
     assert mine.dtype == theirs.dtype == np.float32
-    assert relative_error(torch.from_numpy(mine), torch.from_numpy(theirs)) < 1e-5
+    assert testing.relative_error(torch.from_numpy(mine), torch.from_numpy(theirs)) < 1e-5
 
 
 # ---- whole clips
@@ -323,7 +323,7 @@ def test_half_precision(file, mine, dtype):
     assert half.encode(audio).dtype == np.uint32
     out = half.decode(codes)
     assert out.dtype == np.float32
-    assert relative_error(torch.from_numpy(out), torch.from_numpy(mine.decode(codes))) < 0.05
+    assert testing.relative_error(torch.from_numpy(out), torch.from_numpy(mine.decode(codes))) < 0.05
 
 
 def test_arrays_in_any_memory_order(mine):

@@ -68,6 +68,7 @@ def check_same(mine, theirs):
         assert isinstance(theirs, peer_module.MimiConv1dPaddingCache | None) and isinstance(mine, type(theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_fields(name):

@@ -6,6 +6,8 @@ import torch
 import fastmimi
 from fastmimi.devtools.testing import SMALL, noise, relative_error, small_model
 
+pytestmark = pytest.mark.slow
+
 IMPLS = ["reference", "cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)]
 
 

@@ -44,6 +44,7 @@ def test_the_lower_bound_is_that_of_the_binding_rate():
     assert costs.Stage("", flops=5e9, bytes=1e9).seconds(ceilings) == 0.1
 
 
+@pytest.mark.slow
 def test_peak_rates_are_measured():
     found = costs.ceilings()
     assert found.keys() == {"fp32 GFLOP/s", "bf16 GFLOP/s", "copy GB/s", "read GB/s"}

@@ -56,6 +56,7 @@ def test_undefined_metrics_of_silence_and_short_audio_are_none():
     assert short["mel"] is None and short["stoi"] is None
 
 
+@pytest.mark.slow
 def test_speech_of_many_phrases_has_a_pesq():
     """The library has buffers for 50 utterances, and crashes with more."""
     draw = np.random.default_rng(0)
@@ -94,6 +95,7 @@ def run(*arguments):
     return result.exit_code, result.output
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, clip):
     fastmimi.save_pretrained(small_model(), tmp_path / "model")
     for name in ("audio/a.flac", "audio/deep/a.flac"):

@@ -32,6 +32,8 @@ from fastmimi.io import audio
 from fastmimi.io.tokens import Tokens
 from fastmimi.models.config import JodioTransformerConfig
 
+pytestmark = pytest.mark.slow
+
 FAST = {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
 MODEL = small_model(**FAST, num_hidden_layers=1)
 LARGE = 64 << 20  # bytes: nothing here needs as many

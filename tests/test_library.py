@@ -70,6 +70,7 @@ def cases():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name, tensors, options, state", cases(), ids=lambda v: v if isinstance(v, str) else "")
 def test_opcheck(kind, name, tensors, options, state):

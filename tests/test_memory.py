@@ -107,6 +107,7 @@ WAYS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["auto", "onednn"])
 @pytest.mark.parametrize("make", WAYS)
 def test_models_made_or_moved_in_inference_mode_pack_once(make, impl, tmp_path):
@@ -155,6 +156,7 @@ def test_any_of_several_tensors_counts():
     assert torch.equal(packing.packed((first, noise(3, seed=2)), "sum", torch.add), first + noise(3, seed=2))
 
 
+@pytest.mark.slow
 def test_a_form_dies_with_its_first_tensor():
     gc.collect()
     before = len(packing._forms)

@@ -67,6 +67,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded():
     """A minute and a half adds about 0.2 GB, the audio that comes out and a tile; in one pass it is 2.5 GB."""
     out = subprocess.run([sys.executable, "-c", LONG, "90"], capture_output=True, text=True, check=True)

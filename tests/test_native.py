@@ -29,6 +29,7 @@ def small_workloads():
     return [(w, rows) for w in workloads.distinct() for rows in ROWS.get(w.op, [3, 61])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workload, rows", small_workloads(), ids=str)
 @torch.inference_mode()
@@ -56,6 +57,7 @@ def test_variants_compute_functions_to_rounding(variant, function):
         assert ((mine - truth).abs() <= 1.3e-7 * truth.abs())[near].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("on_grid", [False, True])
 def test_the_number_of_threads_changes_nothing(variant, threads, on_grid, monkeypatch):

@@ -40,6 +40,7 @@ def pair(request):
     return peer_and_core(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(5))
 def test_codes_and_audio(pair, index):
     peer, core = pair

@@ -21,6 +21,7 @@ def speech(tmp_path):
     return str(tmp_path / "speech")
 
 
+@pytest.mark.slow
 def test_half_precision_weights_behave_as_the_trained_ones(tiny_training, speech, tmp_path):
     config = tiny_training(folder=speech, steps=3)
     model = train(config)

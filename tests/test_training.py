@@ -81,6 +81,7 @@ def test_generator_and_discriminators_are_updated_separately(make_training_step,
     assert reached == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture, frozen, stays, moves",
     [
@@ -146,6 +147,7 @@ def test_frozen_modules_must_exist(tiny_training):
         Generator(tiny_training(freeze=["encodr"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cpu", "onednn", "triton"])
 def test_fused_ops_give_the_reference_gradients(make_training_step, kind, request, monkeypatch):
     from fastmimi.runtime import dispatch
@@ -174,6 +176,7 @@ def test_fused_ops_give_the_reference_gradients(make_training_step, kind, reques
         assert (gradients[1][name] - gradient).abs().max() < 1e-3 * gradient.abs().max() + 1e-6 * largest, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference", "auto"])
 @pytest.mark.parametrize("architecture", ["mimi", "jodio"])
 def test_mixed_precision(tiny_training, impl, architecture, monkeypatch):
@@ -271,6 +274,7 @@ def test_discriminators_have_several_scales():
     assert [layers[0].shape for layers in features[:2]] == [(2, 32, 10, 1025), (2, 32, 19, 513)]
 
 
+@pytest.mark.slow
 def test_new_discriminators_respond_to_quiet_audio():
     """Without biases the logits scale with the audio, and features have about the same magnitude as the audio."""
     torch.manual_seed(0)
@@ -284,6 +288,7 @@ def test_new_discriminators_respond_to_quiet_audio():
         assert 0.2 < scale[-1].norm() / scale[-1].numel() ** 0.5 / audio.std() < 5
 
 
+@pytest.mark.slow
 def test_discriminators_learn_to_separate_real_from_fake(make_training_step):
     """Their hinge loss is 2 if they cannot separate them, and 0 if they always can."""
     training_step = make_training_step(lr=2e-3)

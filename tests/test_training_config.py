@@ -80,7 +80,13 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("content, sentence", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        pytest.param(*HOSTILE[name], marks=pytest.mark.slow if name == "deep nesting" else (), id=name)
+        for name in HOSTILE
+    ],
+)
 def test_hostile_files_are_refused_in_one_sentence(tmp_path, content, sentence):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)

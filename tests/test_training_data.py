@@ -127,6 +127,7 @@ def test_folders_without_audio_are_refused(tmp_path):
         AudioFolder(tmp_path / "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_processes_divide_the_windows_of_a_step(folder, workers):
     config = DataConfig(batch_size=4, workers=workers)
@@ -142,6 +143,7 @@ def test_processes_divide_the_windows_of_a_step(folder, workers):
         batches(source, config, 0, 3, (0, 3))
 
 
+@pytest.mark.slow
 def test_data_sets(folder, tmp_path, monkeypatch):
     import datasets
 

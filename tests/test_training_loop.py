@@ -21,6 +21,8 @@ from fastmimi.train.data import TEACHER_RATE, AudioFolder, Batch
 from fastmimi.train.loop import checkpoints, train
 from fastmimi.train.step import TrainingStep, codebook_usage
 
+pytestmark = pytest.mark.slow
+
 SPEECH = Path(__file__).parent / "data" / "synthetic.ogg"  # from a speech synthesizer
 
 
@@ -46,7 +48,6 @@ def scalars(out, name):
 # Learning
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "without straight-through"])
 def test_it_overfits_a_sentence(tiny_training, monkeypatch, whole):
     """Without straight-through gradients, most entries of the codebooks fall out of use."""
@@ -91,7 +92,6 @@ def wait_for(what, process, seconds=240):
     raise AssertionError("timed out")
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_results(tiny_training, speech, tmp_path):
     config = tiny_training(folder=str(speech), steps=7, save_every=2)
     train(config)
@@ -114,7 +114,6 @@ def test_a_killed_run_resumes_with_the_same_results(tiny_training, speech, tmp_p
     assert all(torch.allclose(broken[name], whole[name], rtol=1e-3, atol=1e-5) for name in whole)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_sigterm_saves_a_checkpoint(tiny_training, speech):
     """SIGTERM goes to the whole process group, as job schedulers send it: to the data loader processes, too."""
@@ -325,7 +324,6 @@ def test_the_trained_model_has_averaged_weights(tiny_training, speech, monkeypat
 # Several processes
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="two processes on a CPU, through gloo")
 def test_two_processes_give_the_results_of_one(tiny_training, speech, tmp_path):
     """The same windows, divided. Only replacements of unused entries are random, and none is replaced in four steps."""

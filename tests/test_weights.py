@@ -54,6 +54,7 @@ def test_kyutai_file(name, tmp_path):
     same(fastmimi.load(tmp_path), model)
 
 
+@pytest.mark.slow
 def test_the_configuration_is_inferred_from_shapes(tmp_path):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     config = fastmimi.CodecConfig(num_filters=8, hidden_size=128, upsample_groups=128, num_quantizers=9, **heads)
@@ -171,6 +172,7 @@ def test_half_precision_files_and_models(model, directory):
     assert fastmimi.load(directory).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 7])
 def test_random_models_repeat(seed):
     a, b = (fastmimi.load(f"random:{seed}", num_codebooks=8) for _ in range(2))
@@ -277,6 +279,7 @@ def test_tensors_of_a_wrong_dtype_or_rank(directory, change, sentence):
         fastmimi.load(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["flat", "kyutai"])
 def test_shapes_from_which_no_configuration_can_be_inferred(model, tmp_path, layout):
     """Without a config.json, a tensor that is missing, empty or of a wrong rank raises InputError."""
