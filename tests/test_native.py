@@ -230,6 +230,8 @@ def test_what_does_not_fit_is_refused():
             ops[conv](x, noise(4, 4, 3), noise(1))
     with pytest.raises(ValueError, match="x must have the 5 channels of the weight, got 4"):
         ops["resblock"](x, noise(2, 5, 3), noise(2), noise(4, 2, 1), noise(4), pad=(2, 0))
+    with pytest.raises(ValueError, match=r"weight2 must be \[4, 2, 1\], got \(4, 1, 1\)"):
+        ops["resblock"](x, noise(2, 4, 3), noise(2), noise(4, 1, 1), noise(4), pad=(2, 0))
     with pytest.raises(ValueError, match="overlap must be"):
         ops["causal_conv_transpose1d"](x, noise(4, 3, 4), stride=2, overlap=noise(2, 3, 1), active=active["active"])
     with pytest.raises(TypeError, match="x must be float32 or bfloat16 and codebooks float32"):

@@ -28,7 +28,7 @@ NOT_WRITTEN = {"RAW", "HTK", "SD2", "SDS", "WVE", "XI"}  # headerless, limited t
 SUFFIXES = {f".{name.lower()}" for name in (soundfile.available_formats().keys() | ALIASES.keys()) - NOT_WRITTEN}
 UNCLIPPED_SUBTYPES = {"FLOAT", "DOUBLE", "VORBIS", "OPUS"}  # can represent samples outside [-1, 1]
 
-UNKNOWN = 2**63 - 1  # the number of frames that libsndfile reports if the header has none
+UNKNOWN_FRAMES = 2**63 - 1  # the number of frames that libsndfile reports if the header has none
 UNTIL_END = 0x7FFF0000  # chunk sizes from here on mean "until the end of the file": the writer could not seek back
 SIZE_TOLERANCE = 64  # bytes that a chunk may be short before the file counts as truncated
 
@@ -190,7 +190,7 @@ def _header_has_length(path: Path, file: Forward) -> bool:
     An MP3 gives it only if its first frame holds a Xing, Info or VBRI header.
     """
     if file.format != "MP3":
-        return file.frames < UNKNOWN
+        return file.frames < UNKNOWN_FRAMES
     with open(path, "rb") as stream:
         head = stream.read(1 << 20)  # enough to skip an ID3 tag with a picture
     return any(mark in head for mark in (b"Xing", b"Info", b"VBRI"))

@@ -37,6 +37,8 @@ def resblock(
         check_state("history", history, (*x.shape[:2], pad[0]))
     check_channels(x, weight1.shape[1], len(weight1), bias1)
     check_channels(x, len(weight2), len(weight2), bias2)
+    if weight2.shape[1:] != (len(weight1), 1):
+        raise ValueError(f"weight2 must be [{x.shape[1]}, {len(weight1)}, 1], got {tuple(weight2.shape)}")
     x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
     y = layout.empty_channels_last(x, x.shape[1], x.shape[2] + sum(pad) - (weight1.shape[2] - 1) * dilation)
