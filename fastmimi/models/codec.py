@@ -359,7 +359,7 @@ class Codec(Packable):
 
     def _decode(
         self, run: Pass, x: Tensor, state: StreamState | None = None, padding_mask: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The result of a pass over codes [B, K, T] or latents [B, hidden, T]: audio [B, C, T * frame_size]."""
         checks.has_part(self.decoder, "decoder", "decode")
         if state is not None:

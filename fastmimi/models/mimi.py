@@ -66,9 +66,7 @@ class Mimi(Codec):
             return [self.encoder, self.encoder_transformer, self.downsample]
         return [self.upsample, self.decoder_transformer, self.decoder]
 
-    def audio_to_latents(
-        self, audio: Tensor, context: ForwardContext, transformer: Transform | None = None
-    ) -> Tensor:  # fmt: skip
+    def audio_to_latents(self, audio: Tensor, context: ForwardContext, transformer: Transform | None = None) -> Tensor:
         """Audio [B, C, N] -> latents [B, hidden, ceil(N / frame_size)]; a drop-in may bring its own transformer."""
         assert self.encoder is not None and self.encoder_transformer is not None
         x = (transformer or self.encoder_transformer)(self.encoder(audio, context), context)
@@ -80,7 +78,7 @@ class Mimi(Codec):
 
     def latents_to_audio(
         self, latents: Tensor, context: ForwardContext, transformer: Transform | None = None
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Latents [B, hidden, T] -> audio [B, C, T * frame_size]; a drop-in may bring its own transformer."""
         assert self.decoder is not None and self.decoder_transformer is not None
         x = latents if self.upsample is None else self.upsample(latents, context)

@@ -56,9 +56,7 @@ class Pass:
             return _joined(self.step(x, self.codec.forward_context(len(x), None, lengths)))
         return self.in_tiles(x, self.codec.new_direction(self.direction, len(x)), lengths, fill)
 
-    def in_tiles(
-        self, x: Tensor, state: DirectionState, lengths: Tensor | None = None, fill: bool = True
-    ) -> Tensor:  # fmt: skip
+    def in_tiles(self, x: Tensor, state: DirectionState, lengths: Tensor | None = None, fill: bool = True) -> Tensor:
         """The result for x [B, C, N] that continues the streams of `state`, which advances. Memory is bounded."""
         frames = self._frames(x)
         tile = self.codec.tiling.frames_per_tile(len(x), x.device.type)
@@ -77,7 +75,7 @@ class Pass:
 
     def ragged(
         self, x: Tensor, rows: Ragged, results: Ragged, lengths: Tensor | None = None, fill: bool = True
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The result for a ragged batch of left-aligned rows x [B, C, N], each identical to running the row alone.
 
         rows, results: where the rows belong in the input and in the result, whose other elements are arbitrary.
@@ -99,9 +97,7 @@ class Pass:
     def warm_up(self, examples: list[Tensor], state: DirectionState, threads: int) -> None:
         """Pack weights, and on a CPU record the pass for chunks of the shape of the examples."""
         codec = self.codec
-        codec.graphs[self.direction].record(
-            codec, codec.ops, self._with_state, examples, state, threads, self.key
-        )  # fmt: skip
+        codec.graphs[self.direction].record(codec, codec.ops, self._with_state, examples, state, threads, self.key)
 
     def _tile(self, x: Tensor, state: DirectionState, lengths: Tensor | None, fill: bool) -> list[Tensor]:
         x = self._filled(x) if fill else x
