@@ -16,7 +16,7 @@ from fastmimi.devtools.testing import assert_same_codes, chunks, noise, relative
 from fastmimi.models.config import JodioTransformerConfig
 
 FRAME = 1920
-ROOMS = ["reference", "cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)]
+BACKENDS = ["reference", "cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)]
 REPAIRED = {  # path of the tree: its row as printed, and as it is
     "": (("JODIO", ""), ("JodioModel", "")),
     "post_vq_proj": (
@@ -121,10 +121,10 @@ def transformed(transformer, x, window):
     return norm(transformer.norm, x)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_encoder_and_decoder_are_the_tree_written_out(room):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_encoder_and_decoder_are_the_tree_written_out(backend):
     model = small()
-    model.impl = room
+    model.impl = backend
     audio = noise(2, 1, 9 * FRAME)
     latents, wide = plainly(model, audio)
     assert relative_error(model.encode_to_latent(audio), latents) < 1e-5
@@ -177,14 +177,14 @@ def test_both_quantizers_see_the_same_latents():
 # Streams
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_any_chunking_equals_the_whole(room):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_chunking_equals_the_whole(backend):
     model = small()
     audio = noise(3, 1, 11 * FRAME + 100)
     model.impl = "reference"
     codes = model.encode(audio)
     sound = model.decode(codes)
-    model.impl = room
+    model.impl = backend
     state = model.new_state(3)
     parts = [model.encode(part, state=state) for part in audio.split(chunks(audio.shape[-1], 1, 5000), dim=-1)]
     assert torch.equal(torch.cat([*parts, model.flush(state)], dim=-1), codes)
@@ -253,8 +253,8 @@ def test_as_printed_padding_is_pytorchs_own():
         x = run(block.downsample, x)
     x = wide.pre_vq_proj(run(wide.encoder.final_conv, x).transpose(1, 2))
     truth = transformed(wide.encoder_transformer, x, model.config.sliding_window).transpose(1, 2)
-    for room in ("reference", "cpu", "onednn"):
-        model.impl = room
+    for backend in ("reference", "cpu", "onednn"):
+        model.impl = backend
         assert relative_error(model.encode_to_latent(noise(1, 1, 3 * FRAME)), truth) < 1e-5
     codes = model.encode(noise(1, 1, 3 * FRAME))
     x = wide.quantizer_out_proj(model.dequantize(codes).double().transpose(1, 2))
@@ -265,8 +265,8 @@ def test_as_printed_padding_is_pytorchs_own():
         for layer in block.layers:
             x = F.silu(run(layer[0], x))
     truth = run(wide.decoder.final_proj, x)
-    for room in ("reference", "cpu", "onednn"):
-        model.impl = room
+    for backend in ("reference", "cpu", "onednn"):
+        model.impl = backend
         assert relative_error(model.decode(codes), truth) < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Whole models through the kernels of a room, against the reference: offline, ragged, streaming, half precision."""
+"""Whole models through the kernels of a backend, against the reference: offline, ragged, streaming, half precision."""
 
 import pytest
 import torch
@@ -29,12 +29,12 @@ def pair(request):
         models[0].impl, models[1].impl = request.param, "reference"
         return models
 
-    make.room = request.param
+    make.backend = request.param
     return make
 
 
-def device_of(room):
-    return "cuda" if room == "triton" and torch.cuda.is_available() else "cpu"
+def device_of(backend):
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("name", [
@@ -94,7 +94,7 @@ def test_tiles_of_long_audio(pair, monkeypatch):
 @torch.no_grad()
 def test_half_precision(pair, dtype):
     """In each precision as exact as `assert_as_exact` asks: against the reference in fp64, on the same weights."""
-    if pair.room == "onednn" and (why := dispatch.why_not("onednn", "causal_conv1d", dispatch.Target("cpu", dtype))):
+    if pair.backend == "onednn" and (why := dispatch.why_not("onednn", "causal_conv1d", dispatch.Target("cpu", dtype))):
         pytest.skip(why)
     # With fewer filters, oneDNN's strided bf16 convolutions of 4 to 16 channels are wrong on processors with AMX.
     mine, theirs = pair(dtype=dtype, **SHORT, num_filters=32)

@@ -1,4 +1,4 @@
-"""Which files there are: every op's partners by name, docstring-only rooms, links, lengths.
+"""Which files there are: every op's partners by name, docstring-only backends, links, lengths.
 
 Written as tests/test_imports.py is, which holds who may import whom: rules over {path: source}, each run on
 the repository and on a small tree made to break it.
@@ -18,7 +18,7 @@ Tree = dict[str, str]
 Rule = Callable[[Tree], list[str]]
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOM_INITS = (
+BACKEND_INITS = (
     "kernels/__init__.py",
     "kernels/triton/__init__.py",
     "kernels/cpu/__init__.py",
@@ -29,9 +29,9 @@ LONGEST = 400
 MAY_BE_LONGER: set[str] = set()
 
 
-def op_files(tree: Tree, room: str) -> dict[str, str]:
-    """{path: op} of the files in a room; one that starts with an underscore is a helper of several."""
-    paths = [path for path in map(PurePosixPath, tree) if path.match(f"{room}/*.py") and path.stem[0] != "_"]
+def op_files(tree: Tree, backend: str) -> dict[str, str]:
+    """{path: op} of the files in a backend; one that starts with an underscore is a helper of several."""
+    paths = [path for path in map(PurePosixPath, tree) if path.match(f"{backend}/*.py") and path.stem[0] != "_"]
     return {str(path): path.stem for path in paths}
 
 
@@ -53,7 +53,7 @@ def ops_have_reference_and_test(tree: Tree) -> list[str]:
     return [f"{path} is missing" for path in wanted if path not in tree] if ops else ["OPS names no op"]
 
 
-def files_in_rooms_are_ops(tree: Tree) -> list[str]:
+def files_in_backends_are_ops(tree: Tree) -> list[str]:
     files = op_files(tree, "reference") | op_files(tree, "kernels/*")
     return [f"{path} is no op of fastmimi/runtime/ops.py" for path, op in files.items() if op not in ops_of(tree)]
 
@@ -71,10 +71,10 @@ def functions_have_the_files_name(tree: Tree) -> list[str]:
     return wrong
 
 
-def room_inits_are_docstrings(tree: Tree) -> list[str]:
+def backend_inits_are_docstrings(tree: Tree) -> list[str]:
     """With the repository on sys.path, others probe for a package named `kernels` and run these files."""
     wrong = []
-    for path in ROOM_INITS:
+    for path in BACKEND_INITS:
         match ast.parse(tree.get(path, "")).body:
             case [ast.Expr(ast.Constant(str()))]:
                 pass
@@ -99,9 +99,9 @@ def files_are_short(tree: Tree) -> list[str]:
 
 RULES: list[Rule] = [
     ops_have_reference_and_test,
-    files_in_rooms_are_ops,
+    files_in_backends_are_ops,
     functions_have_the_files_name,
-    room_inits_are_docstrings,
+    backend_inits_are_docstrings,
     tests_are_no_package,
     files_are_short,
 ]
@@ -113,7 +113,7 @@ SOUND: Tree = {
     "reference/rvq.py": "def rvq(): ...",
     "tests/test_rvq.py": "",
     "bench/bench_ops.py": "\n" * LONGEST,
-    **dict.fromkeys(ROOM_INITS, DOC),
+    **dict.fromkeys(BACKEND_INITS, DOC),
 }
 # The rule, the file that breaks it, its source; None takes the file away.
 BROKEN: list[tuple[Rule, str, str | None]] = [
@@ -122,14 +122,14 @@ BROKEN: list[tuple[Rule, str, str | None]] = [
     (ops_have_reference_and_test, "fastmimi/runtime/ops.py", "OPS: dict[str, Op] = {'rvq': Op(), 'norm': Op()}"),
     (ops_have_reference_and_test, "reference/rvq.py", None),
     (ops_have_reference_and_test, "tests/test_rvq.py", None),
-    (files_in_rooms_are_ops, "reference/norm.py", "def norm(): ..."),
-    (files_in_rooms_are_ops, "kernels/triton/norm.py", ""),
+    (files_in_backends_are_ops, "reference/norm.py", "def norm(): ..."),
+    (files_in_backends_are_ops, "kernels/triton/norm.py", ""),
     (functions_have_the_files_name, "reference/rvq.py", "def search(): ..."),
     (functions_have_the_files_name, "kernels/cpu/rvq.py", "def rvq(): ..."),
     (functions_have_the_files_name, "kernels/cpu/rvq.py", "def search(): ...\ndef unsupported(target): ..."),
-    (room_inits_are_docstrings, "kernels/__init__.py", DOC + "import torch"),
-    (room_inits_are_docstrings, "reference/__init__.py", "VERSION = 1"),
-    (room_inits_are_docstrings, "kernels/triton/__init__.py", None),
+    (backend_inits_are_docstrings, "kernels/__init__.py", DOC + "import torch"),
+    (backend_inits_are_docstrings, "reference/__init__.py", "VERSION = 1"),
+    (backend_inits_are_docstrings, "kernels/triton/__init__.py", None),
     (tests_are_no_package, "conftest.py", ""),
     (tests_are_no_package, "tests/__init__.py", ""),
     (tests_are_no_package, "tests/data/__init__.py", ""),
@@ -165,11 +165,11 @@ def test_ops_are_read_as_python_reads_them(repository: Tree) -> None:
     assert ops_of(repository) == list(OPS)
 
 
-@pytest.mark.parametrize("room", ["kernels", "reference"])
-def test_rooms_are_links_to_the_top(room: str) -> None:
-    link = ROOT / "fastmimi" / room
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+def test_rooms_are_links_to_the_top(backend: str) -> None:
+    link = ROOT / "fastmimi" / backend
     assert link.is_symlink()
-    assert os.readlink(link) == f"../{room}"
+    assert os.readlink(link) == f"../{backend}"
 
 
 def test_every_required_dependency_is_imported(repository: Tree) -> None:

@@ -1,5 +1,6 @@
 """The native library: every variant that this processor runs, threads, streams in threads, odd addresses, absence."""
 
+import ctypes
 import threading
 
 import pytest
@@ -208,6 +209,24 @@ def test_what_is_not_supported(device, dtype, sentence):
 
 def test_every_op_has_a_cpu_kernel():
     assert {row.chosen for row in fastmimi.explain("cpu", torch.float32)} == {"cpu"}
+
+
+def test_the_library_declares_what_python_declares(variant):
+    assert _native._abi_differences(_native._load()[0], variant) == []
+
+
+@pytest.mark.parametrize("name, value, difference", [
+    ("ENUMERATIONS", ({"elu": 2},), "ELU"),
+    ("MAX_ARGUMENTS", 12, "MAX_ARGUMENTS"),
+    ("ENTRIES", {"advance": (), "conv": ()}, "entry ADVANCE"),
+    ("Weights", type("Weights", (ctypes.Structure,), {"_fields_": [("packed", ctypes.c_long)]}), "Weights"),
+])  # fmt: skip
+def test_a_library_of_other_sources_is_refused(monkeypatch, name, value, difference):
+    monkeypatch.setattr(_native, name, value)
+    library, why = _native._load.__wrapped__()
+    assert library is None
+    assert "was built from other sources" in why
+    assert difference in _native._abi_differences(ctypes.CDLL(str(_native.library_path())), "portable")
 
 
 def test_mixed_dtypes_are_refused():

@@ -120,7 +120,7 @@ def _check_target(device: str, dtype: torch.dtype) -> None:
 def implementation(op: str, candidate: str) -> Callable[..., Any]:
     """A backend's function for an op; kernels are registered as PyTorch ops (torch_ops.py)."""
     reference, chosen = (
-        getattr(importlib.import_module(f"{CANDIDATES[room]}.{op}"), op) for room in ("reference", candidate)
+        getattr(importlib.import_module(f"{CANDIDATES[backend]}.{op}"), op) for backend in ("reference", candidate)
     )
     if candidate == "reference":
         return reference

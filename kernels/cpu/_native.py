@@ -27,7 +27,8 @@ KINDS = {"full": 0, "half": 1, "int8": 2, "pairs": 3, "digits": 4}  # of product
 pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 
 
-# The structures have the fields of their namesakes in native/*.h, in the same order. A step is a stride in elements.
+# The structures have the fields of their namesakes in native/*.h, in the same order, which `_abi_differences` checks. A
+# step is a stride in elements.
 
 
 class Input(ctypes.Structure):
@@ -95,7 +96,41 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "rvq_encode": (pointer, integer, *[long] * 5, pointer, pointer, pointer, pointer, integer),
     "rvq_decode": (pointer, long, long, pointer, *[long] * 4, pointer, integer, integer),
 }  # fmt: skip
-MAX_ARGUMENTS = 13  # of an entry point: the size of Call::a in native/variant.cpp
+MAX_ARGUMENTS = 13  # of an entry point
+ENUMERATIONS = ({"f32": 0, "bf16": 1}, PAD_MODES, ACTIVATIONS, KINDS)
+
+
+class AbiRow(ctypes.Structure):
+    """A row of the table in native/abi.h."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("value", long))
+
+
+def _declared_abi() -> dict[str, int]:
+    """The table of native/abi.h as this module declares it: sizes, offsets, enumerators and entry numbers."""
+    table = {}
+    for structure in (Input, Weights, Output, Attention, Linear, Layer):
+        table[structure.__name__] = ctypes.sizeof(structure)
+        for name, *_ in structure._fields_:
+            table[f"{structure.__name__}.{name}"] = getattr(structure, name).offset
+    for enumeration in ENUMERATIONS:
+        table |= {name.upper(): value for name, value in enumeration.items()}
+    table["MAX_ARGUMENTS"] = MAX_ARGUMENTS
+    return table | {f"entry {name.upper()}": number for number, name in enumerate(ENTRIES)}
+
+
+def _abi_differences(library: ctypes.CDLL, name: str) -> list[str]:
+    """What a variant of the library declares otherwise than this module, such as "Input.step"; empty if they agree."""
+    function = getattr(library, f"abi_{name}", None)
+    if function is None:
+        return ["abi"]
+    function.argtypes, function.restype = (long, STRUCT(STRUCT(AbiRow))), None
+    row = STRUCT(AbiRow)()
+    found: dict[str, int] = {}
+    while function(len(found), ctypes.byref(row)) or row:
+        found[row.contents.name.decode()] = row.contents.value
+    declared = _declared_abi()
+    return sorted({key for key, _ in found.items() ^ declared.items()})
 
 
 class Variant:
@@ -157,9 +192,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             "without it PyTorch's own operations run, about 1.4 times slower on a whole clip and 3 times on a stream"
         )
     try:
-        return ctypes.CDLL(str(library_path())), ""
+        library = ctypes.CDLL(str(library_path()))
     except OSError as error:
         return None, f"its native library does not load ({error})"
+    if different := _abi_differences(library, "portable"):
+        return None, (
+            f"its native library was built from other sources ({different[0]} differs): install fastmimi again, "
+            "pip install -e . in a checkout"
+        )
+    return library, ""
 
 
 @cache

@@ -1,16 +1,12 @@
 // The entry points. This file is compiled once for each instruction set, and VARIANT is the suffix of the entry points'
-// names. The structures that they take are declared again in _native.py and must agree with it field by field.
-#include "rvq.h"
-#include "transformer.h"
+// names. The structures that they take are declared again in _native.py; abi.h lists what must agree.
+#include "abi.h"
 
 #define JOIN_(name, variant) name##_##variant
 #define JOIN(name, variant) JOIN_(name, variant)
 #define ENTRY(name) extern "C" __attribute__((visibility("default"))) void JOIN(name, VARIANT)
 
 namespace {
-
-// The kinds of gemm.h, numbered as KINDS in _native.py
-enum Kind { FULL = 0, HALF, INT8, PAIRS, DIGITS };
 
 template <class Function>
 void with_kind(int kind, Function function) {
@@ -32,6 +28,9 @@ void with_kind(int kind, Function function) {
 }
 
 }  // namespace
+
+// Row i of the table of abi.h, or null beyond its end
+ENTRY(abi)(long i, const AbiRow** row) { *row = i < (long)(sizeof(ABI) / sizeof(ABI[0])) ? &ABI[i] : nullptr; }
 
 ENTRY(outputs_per_panel)(long* count) { *count = P; }
 
@@ -114,46 +113,46 @@ ENTRY(rvq_decode)(const int64_t* codes, long level_step, long row_step, const fl
     decode_rows(codes, level_step, row_step, codebooks, levels, rows, size, dim, (bf16*)y, threads);
 }
 
-// A recorded program is an array of calls: `entry` is the index of an entry point in ENTRIES of _native.py, `a` holds
-// its arguments, each widened to 64 bits
+// A recorded program is an array of calls: `entry` is an `Entry` of abi.h, `a` holds its arguments, each widened to
+// 64 bits
 struct Call {
-  long entry, a[13];
+  long entry, a[MAX_ARGUMENTS];
 };
 
 ENTRY(run)(const Call* calls, long count) {
   for (const Call* c = calls; c < calls + count; c++) {
     const long* a = c->a;
     switch (c->entry) {
-      case 0:
+      case CONV:
         JOIN(conv, VARIANT)(*(const Input*)a[0], *(const Weights*)a[1], *(const Output*)a[2], a[3], a[4], a[5], a[6],
                             a[7], a[8], a[9], a[10]);
         break;
-      case 1:
+      case RESBLOCK:
         JOIN(resblock, VARIANT)(*(const Input*)a[0], *(const Weights*)a[1], *(const Weights*)a[2], *(const Output*)a[3],
                                 a[4], a[5], a[6], a[7], a[8], a[9]);
         break;
-      case 2:
+      case DEPTHWISE:
         JOIN(depthwise, VARIANT)(*(const Input*)a[0], (const float*)a[1], (const float*)a[2], *(const Output*)a[3],
                                  a[4], a[5], a[6], a[7], a[8]);
         break;
-      case 3:
+      case ADVANCE:
         JOIN(advance, VARIANT)(*(const Input*)a[0]);
         break;
-      case 4:
+      case OVERLAP:
         JOIN(overlap, VARIANT)(a[0], (void*)a[1], (float*)a[2], (void*)a[3], (const bool*)a[4], a[5], a[6], a[7], a[8],
                                a[9], a[10], a[11], a[12]);
         break;
-      case 5:
+      case ATTENTION:
         JOIN(attention, VARIANT)(*(const Attention*)a[0], a[1]);
         break;
-      case 6:
+      case LAYER:
         JOIN(layer, VARIANT)(*(const Layer*)a[0], a[1], a[2]);
         break;
-      case 7:
+      case RVQ_ENCODE:
         JOIN(rvq_encode, VARIANT)((const void*)a[0], a[1], a[2], a[3], a[4], a[5], a[6], (const float*)a[7],
                                   (const float*)a[8], (const float*)a[9], (int64_t*)a[10], a[11]);
         break;
-      case 8:
+      case RVQ_DECODE:
         JOIN(rvq_decode, VARIANT)((const int64_t*)a[0], a[1], a[2], (const float*)a[3], a[4], a[5], a[6], a[7],
                                   (void*)a[8], a[9], a[10]);
         break;
