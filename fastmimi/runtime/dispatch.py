@@ -25,6 +25,7 @@ CANDIDATES = {  # the fastest first, at every shape of bench/bench_ops.py
     "onednn": "fastmimi.kernels.onednn",
     "reference": "fastmimi.reference",
 }
+SHARED = {"triton": "_launch", "cpu": "_native", "onednn": "_prepacked"}  # modules of backends, with `unsupported`
 ORDER = ", ".join(CANDIDATES)
 Impl = str | dict[str, str]
 
@@ -178,4 +179,4 @@ def why_not(candidate: str, op: str, target: Target) -> str | None:
         return f"this version of fastmimi has no {candidate} kernel for {op}"
     if candidate == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    return importlib.import_module(f"{CANDIDATES[candidate]}.{op}").unsupported(target)
+    return importlib.import_module(f"{CANDIDATES[candidate]}.{SHARED[candidate]}").unsupported(target)

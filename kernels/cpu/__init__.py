@@ -1,1 +1,1 @@
-"""The `cpu` backend: native CPU kernels (C++ in native/), one file per op, each with `unsupported(target)`."""
+"""The `cpu` backend: native CPU kernels (C++ in native/), one file per op."""

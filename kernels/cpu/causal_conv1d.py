@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import layout
-from ._native import ACTIVATIONS, DTYPES, NO_TAIL, PAD_MODES, Input, Output, native, unsupported  # noqa: F401
+from ._native import ACTIVATIONS, DTYPES, NO_TAIL, PAD_MODES, Input, Output, native
 from ._pack import Panels, address, check_channels, check_dtypes, check_state, panels
 
 

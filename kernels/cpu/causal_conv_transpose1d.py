@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import layout, packing
-from ._native import ACTIVATIONS, DTYPES, Output, native, unsupported  # noqa: F401
+from ._native import ACTIVATIONS, DTYPES, Output, native
 from ._pack import address, check_channels, check_dtypes, check_state, panels
 from .causal_conv1d import input_of, output_of
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import layout
-from ._native import native, unsupported  # noqa: F401
+from ._native import native
 from ._pack import check_channels, check_dtypes, check_state, panels
 from .causal_conv1d import by_taps, causal_conv1d, input_of, output_of
 

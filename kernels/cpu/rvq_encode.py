@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import packing
-from ._native import DTYPES, native, unsupported  # noqa: F401
+from ._native import DTYPES, native
 
 
 def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:

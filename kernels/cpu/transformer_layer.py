@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import packing
-from ._native import ACTIVATIONS, DTYPES, KINDS, Attention, Layer, Linear, native, unsupported  # noqa: F401
+from ._native import ACTIVATIONS, DTYPES, KINDS, Attention, Layer, Linear, native
 from ._pack import address, check_dtypes, check_state, kind_of, packed_weight, per_output
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._native import DTYPES, Attention, native, unsupported  # noqa: F401
+from ._native import DTYPES, Attention, native
 from ._pack import address, check_dtypes, check_state
 
 

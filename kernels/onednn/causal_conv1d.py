@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...runtime import layout
-from ._prepacked import IN_PLACE, conv, padded, unsupported  # noqa: F401
+from ._prepacked import IN_PLACE, conv, padded
 
 
 def causal_conv1d(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import layout, packing
-from ._prepacked import conv, padded, unsupported  # noqa: F401
+from ._prepacked import conv, padded
 
 
 def causal_conv_transpose1d(

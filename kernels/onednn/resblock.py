@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...runtime import layout
-from ._prepacked import IN_PLACE, unsupported  # noqa: F401
+from ._prepacked import IN_PLACE
 from .causal_conv1d import causal_conv1d
 
 

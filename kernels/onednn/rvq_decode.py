@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._prepacked import unsupported  # noqa: F401
-
 
 def rvq_decode(codes: Tensor, codebooks: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """codes [L, N] int64 and codebooks [L, S, D] fp32 -> [N, D] in `dtype`, by default fp32."""

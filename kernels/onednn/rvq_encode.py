@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import packing
-from ._prepacked import linear, prepack, unsupported  # noqa: F401
+from ._prepacked import linear, prepack
 
 ROWS = 8192  # rows per distance matrix: [ROWS, S] fp32 is 64 MiB at S = 2048
 

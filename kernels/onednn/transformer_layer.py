@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import packing
-from ._prepacked import linear, prepack, unsupported  # noqa: F401
+from ._prepacked import linear, prepack
 from .window_attention import window_attention
 
 

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._prepacked import unsupported  # noqa: F401
-
 BLOCK = 256  # queries per block
 
 

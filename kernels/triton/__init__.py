@@ -1,1 +1,1 @@
-"""The `triton` backend: one file per op, each with its kernel, its launcher and `unsupported(target)`."""
+"""The `triton` backend: one file per op, each with its kernel and its launcher."""

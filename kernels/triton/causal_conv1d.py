@@ -33,7 +33,6 @@ from ._conv import (
     rows_of,
     segments,
 )
-from ._launch import unsupported  # noqa: F401
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -26,7 +26,6 @@ from torch import Tensor
 from ...runtime import layout, packing
 from . import _launch
 from ._conv import LENGTHS, activate, blocks, convolve, rows_of, segments
-from ._launch import unsupported  # noqa: F401
 from .causal_conv1d import causal_conv1d
 
 

@@ -47,7 +47,6 @@ from ._conv import (
     rows_of,
     segments,
 )
-from ._launch import unsupported  # noqa: F401
 from .causal_conv1d import causal_conv1d
 
 WIDEST = {torch.float32: 64, torch.float16: 256, torch.bfloat16: 256}  # hidden channels that fit in registers

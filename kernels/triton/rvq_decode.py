@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._launch import unsupported  # noqa: F401
 
 
 @triton.jit(do_not_specialize=["N", "L", "sc_l", "sc_n"])

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ...runtime import packing
 from . import _launch
-from ._launch import unsupported  # noqa: F401
 
 FAR = tl.constexpr(float("inf"))
 BLOCKS = {  # keyed by whether there are more than 16 rows

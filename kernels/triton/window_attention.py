@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._launch import unsupported  # noqa: F401
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HALF_PI = tl.constexpr(1.5707963267948966)
