@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .models.jodio import JodioModel
     from .models.mimi import Mimi
     from .runtime.dispatch import explain
+    from .runtime.packing import packing_report
     from .runtime.state import StreamState
 
 _MODULES = {
@@ -39,6 +40,7 @@ _MODULES = {
     "StreamState": "runtime.state",
     "explain": "runtime.dispatch",
     "load": "checkpoints.weights",
+    "packing_report": "runtime.packing",
     "replace_mimi": "compat.replace",
     "restore_mimi": "compat.replace",
     "save_kyutai": "checkpoints.weights",
@@ -57,6 +59,7 @@ __all__ = [
     "StreamState",
     "explain",
     "load",
+    "packing_report",
     "replace_mimi",
     "restore_mimi",
     "save_kyutai",

@@ -159,13 +159,13 @@ def test_any_of_several_tensors_counts():
 @pytest.mark.slow
 def test_a_form_dies_with_its_first_tensor():
     gc.collect()
-    before = len(packing._forms)
+    before = len(packing._entries)
     weight = noise(3)
     packing.packed(weight, "form", torch.clone)
-    assert len(packing._forms) == before + 1
+    assert len(packing._entries) == before + 1
     del weight
     gc.collect()
-    assert len(packing._forms) == before
+    assert len(packing._entries) == before
 
 
 def test_time_major():
@@ -173,3 +173,25 @@ def test_time_major():
     y = layout.channels_last(x)
     assert torch.equal(x, y) and y.stride() == (15, 1, 3) and layout.channels_last(y) is y
     assert layout.empty_channels_last(x, 4, 7).stride() == (28, 1, 4)
+
+
+def test_the_report_lists_what_is_packed():
+    weight, bias = noise(6, 4), noise(6)
+    before = set(packing.packing_report())
+    packing.packed((weight, bias), "a test's layout", lambda w, b: (w.double(), [b]))
+    [row] = set(packing.packing_report()) - before
+    assert (row.layout, row.shape, row.dtype, row.nbytes) == ("a test's layout", (6, 4), torch.float32, 6 * 4 * 8 + 24)
+    assert 0 < row.seconds < 10
+    del weight
+    assert row not in packing.packing_report()
+
+
+def test_the_log_tells_what_was_loaded_chosen_packed_and_recorded(caplog):
+    with caplog.at_level("DEBUG", "fastmimi"):
+        mimi = fastmimi.load("demo")
+        mimi.warm_up(mimi.new_state())
+    said = "\n".join(f"{record.levelname} {record.getMessage()}" for record in caplog.records)
+    assert "INFO loaded a Mimi from demo: torch.float32 on cpu" in said
+    assert "DEBUG packed PackedWeight(" in said
+    if mimi.explain()[0].chosen == "cpu":
+        assert "DEBUG recorded a step: encode, 16, input (1, 1, 1920)" in said

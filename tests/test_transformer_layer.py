@@ -160,9 +160,9 @@ def test_some_biases_only(op):
     some = [*weights[:13], weights[13], None, weights[15], None]
     options = {"window": 3, "eps": 1e-5}
     assert relative_error(op(x, *some, **options), reference(x, *some, **options)) < 1e-6
-    forms = set(packing._forms.values())
+    forms = set(packing._entries.values())
     op(x, *some, **options)
-    assert set(packing._forms.values()) <= forms, "weights are packed once"
+    assert set(packing._entries.values()) <= forms, "weights are packed once"
 
 
 def test_a_width_that_no_vector_divides(op):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ NESTED = (  # names in state dicts of transformers >= 5.20 -> flat names
     (r"^decoder\.(decoder_transformer|upsample)\.", r"\1."),
 )
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
+_log = logging.getLogger(__name__)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_LISTED = 20  # misfits that an error message lists; it only counts the others
 
@@ -99,7 +101,9 @@ def load(
         for module in model.children():
             if module is not model.quantizer:  # its codebooks stay exact, so that codes keep their meaning
                 quantized.round_weights(module)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    _log.info("loaded a %s from %s: %s on %s", type(model).__name__, source, dtype, device)
+    return model
 
 
 def _without_weights(config: AnyConfig) -> Codec:

@@ -8,6 +8,7 @@ one program serves all streams of a batch size; threads that step at the same ti
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from itertools import chain
 from operator import is_
@@ -19,6 +20,8 @@ from torch import Tensor
 from . import dispatch, packing
 from .ops import Ops
 from .state import DirectionState
+
+_log = logging.getLogger(__name__)
 
 MOST_FRAMES = 4  # that a recorded step may have: in longer ones Python's overhead is small
 
@@ -115,6 +118,7 @@ class CpuGraphs:
             recorded = _record(recorder, step, examples, state)
             if recorded is None:
                 return
+            _log.debug("recorded a step: %s, %s, input %s", self.direction, kind, tuple(examples[0].shape))
             self._idle.setdefault(key, []).append(recorded)
             self._count[key] = self._count.get(key, 0) + 1
 

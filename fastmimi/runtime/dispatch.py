@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -18,6 +19,8 @@ import torch
 from ..errors import InputError, shown
 from . import torch_ops
 from .ops import OPS, Ops
+
+_log = logging.getLogger(__name__)
 
 CANDIDATES = {  # the fastest first, at every shape of bench/bench_ops.py
     "triton": "fastmimi.kernels.triton",
@@ -79,10 +82,12 @@ def _tabled(device: str, dtype: torch.dtype, impl: Impl) -> str:
     """The key of a table in `_tables`, which is made on first use."""
     key = f"{device} {dtype} {sorted(impl.items()) if isinstance(impl, dict) else impl}"
     if key not in _tables:
-        ops = {row.op: implementation(row.op, row.chosen) for row in explain(device, dtype, impl)}
+        chosen = {row.op: row.chosen for row in explain(device, dtype, impl)}
+        ops = {op: implementation(op, backend) for op, backend in chosen.items()}
         if ops["transformer_layer"] is implementation("transformer_layer", "reference"):
             ops["transformer_layer"] = partial(ops["transformer_layer"], attention=ops["window_attention"])
         _tables[key] = Ops(**ops)
+        _log.debug("ops for %s on %s: %s", dtype, device, chosen)
     return key
 
 

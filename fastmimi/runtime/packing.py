@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from copy import copy
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -17,14 +20,30 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 Packed = TypeVar("Packed")
 
 
-class _Form:
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A row of `packing_report`: a weight of shape `shape`, packed as `layout` into `nbytes` bytes in `seconds`."""
+
+    layout: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    seconds: float
+
+
+class _Entry:
     """A packed weight, and the state of the tensors that it was made from."""
 
-    def __init__(self, key: tuple[int, str], tensors: tuple[Tensor, ...], form: Any, stream: Any):
-        self.form, self.stream = form, stream
+    def __init__(self, key: tuple[int, str], tensors: tuple[Tensor, ...], result: Any, stream: Any, seconds: float):
+        self.result, self.stream = result, stream
+        first = tensors[0]
+        self.row = PackedWeight(key[1], tuple(first.shape), first.dtype, _nbytes(result), seconds)
         self.event: Any = None if stream is None else stream.record_event()
         self.tensors = [weakref.ref(t) for t in tensors]
-        self.first = weakref.ref(tensors[0], partial(_forget, _forms, key))
+        self.first = weakref.ref(tensors[0], partial(_forget, _entries, key))
         # the weak references keep the address of a storage from being reused for another one
         self.storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
         self.states = [(t._version, t.storage_offset(), t.dtype, t.stride()) for t in tensors]
@@ -37,18 +56,24 @@ class _Form:
         )  # fmt: skip
 
 
-def _forget(forms: dict[tuple[int, str], _Form], key: tuple[int, str], _: Any) -> None:
-    forms.pop(key, None)
+def _nbytes(result: Any) -> int:
+    if isinstance(result, Tensor):
+        return result.nbytes
+    return sum(map(_nbytes, result)) if isinstance(result, tuple | list) else 0
 
 
-_forms: dict[tuple[int, str], _Form] = {}
+def _forget(entries: dict[tuple[int, str], _Entry], key: tuple[int, str], _: Any) -> None:
+    entries.pop(key, None)
+
+
+_entries: dict[tuple[int, str], _Entry] = {}
 _steps = 0  # of optimizers: fused ones edit weights without incrementing their version
 
 
 def _after_a_step(*_: Any) -> None:
     global _steps
     _steps += 1
-    _forms.clear()
+    _entries.clear()
 
 
 register_optimizer_step_post_hook(_after_a_step)
@@ -57,6 +82,11 @@ register_optimizer_step_post_hook(_after_a_step)
 def generation() -> int:
     """A number that changes when weights may have been edited without incrementing their version."""
     return _steps
+
+
+def packing_report() -> list[PackedWeight]:
+    """What is packed now, in the order in which it was packed. Its bytes are in addition to the weights' own."""
+    return [entry.row for entry in list(_entries.values())]
 
 
 _preparations = 0
@@ -73,10 +103,10 @@ def count_preparation() -> None:
     _preparations += 1
 
 
-def packed(tensors: Tensor | tuple[Tensor, ...], form: str, pack: Callable[..., Packed]) -> Packed:
+def packed(tensors: Tensor | tuple[Tensor, ...], layout: str, pack: Callable[..., Packed]) -> Packed:
     """The result of pack(*tensors), cached until one of the tensors is replaced, moved or edited.
 
-    form: names the layout; a tensor may be packed in several. The cache entry lives as long as the first tensor. Edits
+    layout: its name; a tensor may be packed in several. The cache entry lives as long as the first tensor. Edits
     through `.data` increment no version counter and go unnoticed. Tensors made in inference mode have no version
     counter: they are packed at every call, with one warning. In a CUDA graph, packing is captured and runs at each
     replay.
@@ -89,17 +119,19 @@ def packed(tensors: Tensor | tuple[Tensor, ...], form: str, pack: Callable[..., 
             _warn_of_inference_tensors()
         count_preparation()
         return pack(*(t.detach() for t in tensors))
-    key = id(tensors[0]), form
+    key = id(tensors[0]), layout
     stream = torch.cuda.current_stream(tensors[0].device) if on_gpu else None
-    found = _forms.get(key)
+    found = _entries.get(key)
     if found is None or not found.is_of(tensors):
         count_preparation()
+        start = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             result = pack(*(t.detach() for t in tensors))
-        found = _forms[key] = _Form(key, tensors, result, stream)
+        found = _entries[key] = _Entry(key, tensors, result, stream, time.perf_counter() - start)
+        _log.debug("packed %s", found.row)
     if stream is not None and stream != found.stream:
         stream.wait_event(found.event)
-    return found.form
+    return found.result
 
 
 @cache
