@@ -23,8 +23,8 @@ SHORT := tests/test_compat_*.py tests/test_parity_transformers.py tests/test_rea
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest test-newest test-newest-short peer-tests fuzz bench bench-report \
-	native-sanitize numerics kernels-report docs lint types clean
+.PHONY: help demo check test test-oldest test-newest test-newest-short peer-tests fuzz bench bench-report \
+	native native-sanitize numerics kernels-report docs lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ bench: $(VENV)/stamp-test  ## run the benchmarks: ratios to the reference and to
 
 bench-report: $(VENV)/stamp-test  ## run the end-to-end benchmarks with two allocators: bench/results/cpu.{json,md,png}
 	$(PY) bench/report.py
+
+native: $(VENV)/stamp-test  ## build the native kernels again and run their tests
+	$(PY) setup.py build_ext --inplace
+	$(PY) -m pytest tests/test_native.py -q -n 2
 
 native-sanitize: $(VENV)/stamp-test  ## build the native kernels with sanitizers and run their tests
 	$(PY) tests/native_sanitize.py

@@ -76,7 +76,10 @@ def _after_a_step(*_: Any) -> None:
     _entries.clear()
 
 
-register_optimizer_step_post_hook(_after_a_step)
+@cache
+def _watch_optimizers() -> None:
+    """Hear of every optimizer step in this process, from the first packing on."""
+    register_optimizer_step_post_hook(_after_a_step)
 
 
 def generation() -> int:
@@ -124,6 +127,7 @@ def packed(tensors: Tensor | tuple[Tensor, ...], layout: str, pack: Callable[...
     found = _entries.get(key)
     if found is None or not found.is_of(tensors):
         count_preparation()
+        _watch_optimizers()
         start = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             result = pack(*(t.detach() for t in tensors))
