@@ -235,7 +235,7 @@ def test_assert_same_codes_detects_a_wrong_code(model):
     audio = noise(1, 1, 9600)
     codes, latents = model.encode(audio), model.encode_to_latent(audio, quantize=False)
     other = torch.where(torch.arange(8)[:, None] == 3, 63 - codes, codes)
-    with pytest.raises(AssertionError, match="level 2: no tie"):  # of the acoustic quantizer
+    with pytest.raises(AssertionError, match="level 2: not a tie"):  # of the acoustic quantizer
         assert_same_codes(codes, other, latents, model.core)
 
 

@@ -102,7 +102,7 @@ def test_assert_same_codes_detects_a_wrong_code(mine):
     for level in (0, 3):
         other = codes.copy()
         other[0, level] = (other[0, level] + 1) % 2048
-        with pytest.raises(AssertionError, match="no tie"):
+        with pytest.raises(AssertionError, match="not a tie"):
             assert_same_codes(codes, other, mine._mimi, audio)
 
 
