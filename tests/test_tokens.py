@@ -210,7 +210,7 @@ def test_invalid_fields_are_refused(change: dict, sentence: str) -> None:
         ({"num_frames": "8"}, r"\(8, 8\)"),
         ({"num_frames": "-7", "num_codebooks": "-8"}, "must be positive, got"),
         ({"codebook_size": "3"}, r"codes must lie in \[0, 3\)|must be uint8"),
-        ({"codebook_size": "99999999"}, "must be uint8|bits must be|$"),
+        ({"codebook_size": "99999999"}, "bits must be from 1 to 16, got 27"),
         ({"frame_rate": "NaN"}, "frame_rate must be a finite number, got nan"),
     ],
 )
@@ -219,7 +219,7 @@ def test_invalid_metadata_is_refused(tmp_path: Path, change: dict, sentence: str
     tokens(packed=packed).save(path)
     metadata = {name: value for name, value in {**read_metadata(path), **change}.items() if value is not None}
     save_file(load_file(path), path, metadata)
-    if not packed and "codebook_size" in change and sentence.endswith("$"):
+    if not packed and change == {"codebook_size": "99999999"}:
         assert Tokens.load(path).codebook_size == 99_999_999  # larger than needed, but valid
         return
     with pytest.raises(ValueError, match=sentence) as error:
