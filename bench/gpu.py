@@ -68,13 +68,6 @@ def rotated(make: Callable[[], list[torch.Tensor]]) -> list[list[torch.Tensor]]:
     return [first, *([t.clone() for t in first] for _ in range(min(15, max(1, 3 * l2 // size))))]
 
 
-def as_between_layers(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The inputs with features [B, C, T] in channels-last memory, as one kernel passes them to the next."""
-    from fastmimi.runtime.layout import channels_last
-
-    return [channels_last(tensors[0]) if tensors[0].ndim == 3 else tensors[0], *tensors[1:]]
-
-
 def alternatives(workload: Any, sets: list[list[torch.Tensor]]) -> dict[str, list[Timed]]:
     """Alternative implementations of the workload by name: a list of calls, one for each set of inputs."""
     from fastmimi.runtime import dispatch
@@ -114,12 +107,12 @@ def measure(workload: Any, dtype: torch.dtype, peak: dict[str, float]) -> dict[s
     except Exception as error:  # an op that fails is not timed; the others are
         return row | {"failed": f"{type(error).__name__}: {error}"[:500]}
     sets = rotated(lambda: workload.tensors(dtype))
-    row["ms"] = median_ms([lambda s=s: workload.run("triton", s) for s in map(as_between_layers, sets)])
+    row["ms"] = median_ms([lambda s=s: workload.run("triton", s) for s in sets])
     flops_s = peak["bf16_flops_s"] / (6 if dtype == torch.float32 else 1)  # three TF32 products at half the rate
     bound = max(row["bytes"] / peak["copy_bytes_s"], row["flops"] / flops_s) * 1e3
     row["of_ceiling"] = bound / row["ms"]
     row["binds"] = "bytes" if bound == row["bytes"] / peak["copy_bytes_s"] * 1e3 else "flops"
-    for name, calls in alternatives(workload, sets).items():
+    for name, calls in alternatives(workload, [workload.channels_first(s) for s in sets]).items():
         if time.monotonic() - start > BUDGET_S:
             break
         try:

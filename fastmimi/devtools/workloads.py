@@ -67,6 +67,10 @@ class Workload:
             made[0] = made[0].mul(1e4).long() % made[1].shape[1]
         return made
 
+    def channels_first(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The inputs in PyTorch's own layout, as layers of plain PyTorch hand them to one another."""
+        return [tensors[0].contiguous(), *tensors[1:]] if tensors[0].dim() == 3 else tensors
+
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes at full size if every tensor is read or written once."""
         inputs = self.meta_tensors(dtype)

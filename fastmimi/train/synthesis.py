@@ -107,12 +107,12 @@ def _cut(paragraph: str) -> Iterator[str]:
 
 
 def simulate_recording(rng: np.random.Generator, audio: np.ndarray, rate: int) -> np.ndarray:
-    """Audio [N] as if recorded by a microphone: random room response, spectral tilt, noise and level."""
+    """Audio [N] as if recorded by a microphone: random reverberation, spectral tilt, noise and level."""
     if rng.random() < 0.5:
         decay = np.exp(-np.arange(int(0.4 * rate)) / (rate * rng.uniform(0.01, 0.07)))
-        room = rng.standard_normal(len(decay)) * decay * rng.uniform(0.02, 0.12)
-        room[0] = 1
-        audio = fftconvolve(audio, room)[: len(audio)]
+        impulse_response = rng.standard_normal(len(decay)) * decay * rng.uniform(0.02, 0.12)
+        impulse_response[0] = 1
+        audio = fftconvolve(audio, impulse_response)[: len(audio)]
     if rng.random() < 0.5:
         tilt = rng.uniform(-0.5, 0.5)
         audio = lfilter([1], [1, -tilt], audio) if tilt > 0 else lfilter([1, tilt], [1], audio)
