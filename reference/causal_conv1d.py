@@ -32,6 +32,7 @@ def causal_conv1d(
     pre: str = "none",
     post: str = "none",
     residual: Tensor | None = None,  # [B, C_out, T_out]
+    scales: Tensor | None = None,  # [C_out]: the weight is these times int8 values, which a kernel may use
     history: Tensor | None = None,  # [B, C, pad[0]], mutated
     first: Tensor | None = None,  # [B] bool: rows at the start of their stream
     active: Tensor | None = None,  # [B] bool: rows whose history advances

@@ -27,6 +27,7 @@ def causal_conv_transpose1d(
     groups: int = 1,
     trim: tuple[int, int] = (0, 0),
     pre: str = "none",
+    scales: Tensor | None = None,  # [C_out]: as in `causal_conv1d`
     overlap: Tensor | None = None,  # [B, C_out, max(0, K - stride)], mutated
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride)

@@ -46,6 +46,7 @@ def transformer_layer(
     k_bias: Tensor | None = None,
     v_bias: Tensor | None = None,
     o_bias: Tensor | None = None,
+    scales: Tensor | None = None,  # one per output of q, k, v, o, fc1 and fc2: as in `causal_conv1d`
     *,
     window: int,
     eps: float,

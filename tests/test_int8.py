@@ -1,5 +1,7 @@
 """Weights on a grid: what rounding does, and that the CPU kernels read integers and compute with the same weights."""
 
+import copy
+
 import pytest
 import torch
 
@@ -36,24 +38,39 @@ def test_rounding(shape, channel, scale):
     weight = noise(*shape, scale=scale)
     weight.select(channel, 1).zero_()
     weight.select(channel, 2).neg_().abs_().neg_()  # the largest may be negative
-    near = quantized.round_to_grid(weight, channel)
+    near, scales = quantized.round_to_grid(weight, channel)
     largest = weight.abs().amax([d for d in range(weight.dim()) if d != channel], keepdim=True)
     assert ((near - weight).abs() <= largest / 127 * 0.501).all()
-    assert torch.equal(quantized.round_to_grid(near, channel), near)
-    whole, steps = quantized.integers(near, channel)
+    assert all(map(torch.equal, quantized.round_to_grid(near, channel), (near, scales)))
+    whole = quantized.integers(near, scales, channel)
+    steps = scales.view([-1 if d == channel else 1 for d in range(len(shape))])
     assert whole.dtype == torch.int8 and torch.equal(whole * steps, near)
     others = [d for d in range(weight.dim()) if d != channel]
     assert ((whole.abs().amax(others) == 127) == (weight.abs().amax(others) > 0)).all()
 
 
-def test_weights_off_the_grid_are_told_from_those_on_it():
-    weight = quantized.round_to_grid(noise(8, 20))
-    assert quantized.integers(weight) is not None
-    assert quantized.integers(weight, 1) is None
-    assert quantized.integers(weight.bfloat16()) is None
+def test_scales_that_no_longer_hold_give_no_integers():
+    weight, scales = quantized.round_to_grid(noise(8, 20))
+    assert quantized.integers(weight, scales) is not None
+    assert quantized.integers(weight, None) is None
+    assert quantized.integers(weight.bfloat16(), scales) is None
+    assert quantized.integers(weight, scales.bfloat16()) is None
     weight[5, 7] += 1e-6
-    assert quantized.integers(weight) is None
-    assert quantized.integers(noise(8, 20)) is None
+    assert quantized.integers(weight, scales) is None
+    assert quantized.integers(noise(8, 20), scales) is None
+
+
+def test_only_declared_weights_are_read_as_integers(every_layer, packed):
+    """Values that happen to lie on a grid are packed as what they are; declared ones survive a copy of the model."""
+    model, audio = rounded(), noise(1, 1, 48)
+    copy.deepcopy(model).encode(audio)
+    assert torch.int8 in packed
+    assert "weight_scale" not in "".join(model.state_dict())
+    packed.clear()
+    other = small_model()
+    other.load_state_dict(model.state_dict())
+    other.encode(audio)
+    assert set(packed) == {torch.float32}
 
 
 def test_only_large_layers_are_rounded(monkeypatch):
@@ -70,8 +87,8 @@ def test_what_is_rounded(every_layer):
     layers = torch.nn.ModuleList([torch.nn.Linear(5, 3).double(), torch.nn.ConvTranspose1d(4, 4, 4, groups=2)])
     before = layers[1].weight.detach().clone()
     quantized.round_weights(layers)
-    assert quantized.integers(layers[0].weight.detach()) is not None
-    assert torch.equal(layers[1].weight, before)
+    assert quantized.integers(layers[0].weight.detach(), layers[0].weight_scale) is not None
+    assert torch.equal(layers[1].weight, before) and quantized.scales_of(layers[1]) is None
 
 
 @needs_library
@@ -93,11 +110,12 @@ def test_every_variant_reads_integers(every_layer, packed, variant):
 @pytest.mark.parametrize("variant", _native.variants())
 def test_rows_of_any_size(variant):
     """Each time step has its own scale: small ones beside large ones keep their digits; NaN stays where it is."""
-    conv, weight = dispatch.implementation("causal_conv1d", "cpu"), quantized.round_to_grid(noise(37, 51, 1, scale=1.0))
+    conv = dispatch.implementation("causal_conv1d", "cpu")
+    weight, scales = quantized.round_to_grid(noise(37, 51, 1, scale=1.0))
     sizes = torch.tensor([0.0, 1e-25, 1e-6, 1.0, 3e4, 1e25, torch.nan, 1.0, 2.0])
     x = noise(1, 51, 9, scale=1.0) * sizes
     with _native.using(variant):
-        y = conv(x, weight)[0]
+        y = conv(x, weight, scales=scales)[0]
     truth = (weight[:, :, 0].double() @ x[0].double())[:, sizes.isfinite()]
     assert y[:, sizes.isnan()].isnan().all()
     errors = (y[:, sizes.isfinite()] - truth).abs().amax(0)

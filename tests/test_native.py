@@ -134,14 +134,13 @@ def test_rings_are_read_around_their_end(variant, dim, dtype):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_what_scratch_holds_from_before_is_not_seen(variant, kind):
+def test_what_scratch_holds_from_before_is_not_seen(variant, kind, monkeypatch):
     """After an input of NaN, odd widths: what fills up the last group of channels is 0 times whatever was there."""
     odd = {"hidden_size": 34, "intermediate_size": 51, "num_filters": 6, "upsample_groups": 34}
     model = small_model(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, **odd)
     if kind == "int8":
-        for module in model.modules():
-            if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d)):
-                module.weight = torch.nn.Parameter(quantized.round_to_grid(module.weight), requires_grad=False)
+        monkeypatch.setattr(quantized, "LEAST_WEIGHTS", 1)
+        quantized.round_weights(model)
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     model = model.to(dtype)
     for frames in (1, 7):
@@ -234,35 +233,6 @@ def test_mixed_dtypes_are_refused():
     model.encoder_transformer.bfloat16()
     with pytest.raises(TypeError, match="must all be float32 or all bfloat16"):
         model.encode(noise(1, 1, model.frame_size))
-
-
-def test_what_does_not_fit_is_refused():
-    x, codebooks = noise(2, 4, 6), noise(2, 8, 4)
-    ops = {name: dispatch.implementation(name, "cpu") for name in OPS}
-    active = {"first": torch.tensor([True] * 2), "active": torch.tensor([True] * 2)}
-    with pytest.raises(ValueError, match=r"history must be contiguous and \(2, 4, 2\), got \(2, 4, 1\)"):
-        ops["causal_conv1d"](x, noise(3, 4, 3), pad=(2, 0), history=noise(2, 4, 1), **active)
-    for conv in "causal_conv1d", "causal_conv_transpose1d":
-        with pytest.raises(ValueError, match="x must have the 5 channels of the weight, got 4"):
-            ops[conv](x, noise(5, 5, 3))
-        with pytest.raises(ValueError, match=r"bias must be \(4,\), got \(1,\)"):
-            ops[conv](x, noise(4, 4, 3), noise(1))
-    with pytest.raises(ValueError, match="x must have the 5 channels of the weight, got 4"):
-        ops["resblock"](x, noise(2, 5, 3), noise(2), noise(4, 2, 1), noise(4), pad=(2, 0))
-    with pytest.raises(ValueError, match=r"weight2 must be \[4, 2, 1\], got \(4, 1, 1\)"):
-        ops["resblock"](x, noise(2, 4, 3), noise(2), noise(4, 1, 1), noise(4), pad=(2, 0))
-    with pytest.raises(ValueError, match="overlap must be"):
-        ops["causal_conv_transpose1d"](x, noise(4, 3, 4), stride=2, overlap=noise(2, 3, 1), active=active["active"])
-    with pytest.raises(TypeError, match="x must be float32 or bfloat16 and codebooks float32"):
-        ops["rvq_encode"](noise(3, 4).double(), codebooks.double())
-    with pytest.raises(IndexError, match=r"codes must lie in \[0, 8\), got 0 to 8"):
-        ops["rvq_decode"](torch.tensor([[0], [8]]), codebooks)
-    with pytest.raises(ValueError, match="codes of 3 levels need as many codebooks, got 2"):
-        ops["rvq_decode"](torch.zeros(3, 2, dtype=torch.int64), codebooks)
-    with pytest.raises(ValueError, match=r"x must be \[N, 4\], like the codebook entries, got \(5, 3\)"):
-        ops["rvq_encode"](noise(5, 3), codebooks)
-    with pytest.raises(ValueError, match="the shapes of q, k and v do not match"):
-        ops["window_attention"](noise(1, 6, 3, 8), noise(1, 4, 3, 8), noise(1, 4, 3, 8), noise(4), window=3)
 
 
 def test_a_residual_may_be_shared_by_the_rows():

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from ..errors import InputError
 from ..runtime import dispatch
 from ..runtime.ops import ForwardContext
+from ..runtime.quantized import scales_of
 from ..runtime.ragged import Ragged
 from ..runtime.state import StreamingModule
 from . import checks, transformer
@@ -185,7 +186,9 @@ class TransformerBlock(nn.Module):
         dropout, residual_dropout = (part.dropout.p if self.training else 0.0 for part in (attn, mlp))
         return context.ops.transformer_layer(
             x, norm1.weight, None, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight, attn.out_proj.weight,
-            None, norm2.weight, None, mlp.linear1.weight, mlp.linear2.weight, None, rope[0], window=attn.window,
+            None, norm2.weight, None, mlp.linear1.weight, mlp.linear2.weight, None, rope[0],
+            scales=scales_of(attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj, mlp.linear1, mlp.linear2),
+            window=attn.window,
             eps=norm1.eps, norm="rms", rope_scale=rope[1], dropout=dropout, residual_dropout=residual_dropout,
             **attn.state(context),
         )  # fmt: skip

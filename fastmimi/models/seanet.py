@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..runtime import packing
 from ..runtime.ops import ForwardContext
+from ..runtime.quantized import scales_of
 from ..runtime.state import StreamingModule
 from .config import CodecConfig
 
@@ -50,7 +51,7 @@ class PaddedConv1d(StreamingModule):
             x = fill_tail(x, -(-context.lengths // self.samples), self.pad_mode)
         return context.ops.causal_conv1d(
             x, weight_of(conv), conv.bias, stride=stride, dilation=conv.dilation[0], groups=conv.groups, pre=self.pre,
-            post=self.post, **self.padded(x, context),
+            post=self.post, scales=scales_of(conv), **self.padded(x, context),
         )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ class PaddedConvTranspose1d(StreamingModule):
             state = {"overlap": context.state.buffers[self.name], "active": context.state.active}
         return context.ops.causal_conv_transpose1d(
             x, weight_of(conv), conv.bias, stride=conv.stride[0], groups=conv.groups, trim=self.trim, pre=self.pre,
-            **state,
+            scales=scales_of(conv), **state,
         )  # fmt: skip
 
 
@@ -163,7 +164,8 @@ class ResBlock(nn.Module):
             skip = {"shortcut_weight": self.shortcut.conv.weight, "shortcut_bias": self.shortcut.conv.bias}
         return context.ops.resblock(
             x, first.conv.weight, first.conv.bias, second.conv.weight, second.conv.bias,
-            dilation=first.conv.dilation[0], **skip, **first.padded(x, context),
+            dilation=first.conv.dilation[0], scales=scales_of(first.conv, second.conv), **skip,
+            **first.padded(x, context),
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..runtime.ops import ForwardContext
+from ..runtime.quantized import scales_of
 from ..runtime.state import StreamingModule
 from .config import CodecConfig
 from .validation import ACTIVATIONS
@@ -121,6 +122,7 @@ class TransformerLayer(nn.Module):
             attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight, attn.o_proj.weight,
             self.self_attn_layer_scale.scale, norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc2.weight,
             self.mlp_layer_scale.scale, rope[0], *biases,
+            scales_of(attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.fc1, mlp.fc2),
             window=attn.window, eps=norm1.eps, activation=mlp.activation, rope_scale=rope[1],
             dropout=attn.dropout if self.training else 0.0, **attn.state(context),
         )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .layout import empty_channels_last
+from .lengths import convolved, upsampled
 
 if TYPE_CHECKING:
     from .state import DirectionState
@@ -83,8 +84,7 @@ class Op:
 def _conv(
     x: Tensor, weight: Tensor, *_: Any, stride: int = 1, dilation: int = 1, pad: Any = (0, 0), **__: Any
 ) -> Tensor:
-    length = (x.shape[2] + pad[0] + pad[1] - (weight.shape[2] - 1) * dilation - 1) // stride + 1
-    return empty_channels_last(x, weight.shape[0], length)
+    return empty_channels_last(x, weight.shape[0], convolved(x.shape[2], weight.shape[2], stride, dilation, pad))
 
 
 def _conv_flops(y: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
@@ -98,7 +98,7 @@ def _conv_transpose(
     channels, kernel = weight.shape[1] * groups, weight.shape[2]
     if overlap is not None:
         return empty_channels_last(x, channels, x.shape[2] * stride)
-    return empty_channels_last(x, channels, (x.shape[2] - 1) * stride + kernel - trim[0] - trim[1])
+    return empty_channels_last(x, channels, upsampled(x.shape[2], kernel, stride, trim))
 
 
 def _conv_transpose_flops(y: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
@@ -106,7 +106,7 @@ def _conv_transpose_flops(y: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: A
 
 
 def _resblock(x: Tensor, weight1: Tensor, *_: Any, dilation: int = 1, pad: Any = (0, 0), **__: Any) -> Tensor:
-    return empty_channels_last(x, x.shape[1], x.shape[2] + pad[0] + pad[1] - (weight1.shape[2] - 1) * dilation)
+    return empty_channels_last(x, x.shape[1], convolved(x.shape[2], weight1.shape[2], 1, dilation, pad))
 
 
 def _resblock_flops(
@@ -157,7 +157,7 @@ _HISTORY = "Tensor(a!) history, Tensor first, Tensor active"
 OPS: dict[str, Op] = {
     "causal_conv1d": Op(
         "[activation ->] causal, dilated, strided convolution + bias [-> activation] [+ residual]",
-        "Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None",
+        "Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? scales=None",
         "int stride=1, int dilation=1, int groups=1, SymInt[2] pad=[0, 0], str pad_mode='constant', "
         "str pre='none', str post='none'",
         _HISTORY,
@@ -166,7 +166,7 @@ OPS: dict[str, Op] = {
     ),
     "causal_conv_transpose1d": Op(
         "[activation ->] transposed convolution, overlap-add, bias, trim",
-        "Tensor x, Tensor weight, Tensor? bias=None",
+        "Tensor x, Tensor weight, Tensor? bias=None, Tensor? scales=None",
         "int stride=1, int groups=1, SymInt[2] trim=[0, 0], str pre='none'",
         "Tensor(a!) overlap, Tensor active",
         _conv_transpose,
@@ -175,7 +175,7 @@ OPS: dict[str, Op] = {
     "resblock": Op(
         "a SEANet residual unit: ELU, conv k3, ELU, conv k1, + input",
         "Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
-        "Tensor? shortcut_weight=None, Tensor? shortcut_bias=None",
+        "Tensor? shortcut_weight=None, Tensor? shortcut_bias=None, Tensor? scales=None",
         "int dilation=1, SymInt[2] pad=[0, 0], str pad_mode='constant'",
         _HISTORY,
         _resblock,
@@ -193,7 +193,7 @@ OPS: dict[str, Op] = {
         "norm, window attention, norm, feed-forward, each half scaled and added to its input",
         "Tensor x, Tensor norm1_weight, Tensor? norm1_bias, Tensor q, Tensor k, Tensor v, Tensor o, Tensor? scale1, "
         "Tensor norm2_weight, Tensor? norm2_bias, Tensor fc1, Tensor fc2, Tensor? scale2, Tensor inv_freq, "
-        "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? o_bias=None",
+        "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? o_bias=None, Tensor? scales=None",
         "int window, float eps, str norm='layer', str activation='gelu', float rope_scale=1.0",
         _RINGS,
         _layer,

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Packed = TypeVar("Packed")
-
+_Key = tuple[int, str, tuple[bool, ...]]  # the first tensor's id, the layout, which arguments are there
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class PackedWeight:
 class _Entry:
     """A packed weight, and the state of the tensors that it was made from."""
 
-    def __init__(self, key: tuple[int, str], tensors: tuple[Tensor, ...], result: Any, stream: Any, seconds: float):
+    def __init__(self, key: _Key, tensors: tuple[Tensor, ...], result: Any, stream: Any, seconds: float):
         self.result, self.stream = result, stream
         first = tensors[0]
         self.row = PackedWeight(key[1], tuple(first.shape), first.dtype, _nbytes(result), seconds)
@@ -62,11 +62,11 @@ def _nbytes(result: Any) -> int:
     return sum(map(_nbytes, result)) if isinstance(result, tuple | list) else 0
 
 
-def _forget(entries: dict[tuple[int, str], _Entry], key: tuple[int, str], _: Any) -> None:
+def _forget(entries: dict[_Key, _Entry], key: _Key, _: Any) -> None:
     entries.pop(key, None)
 
 
-_entries: dict[tuple[int, str], _Entry] = {}
+_entries: dict[_Key, _Entry] = {}
 _steps = 0  # of optimizers: fused ones edit weights without incrementing their version
 
 
@@ -106,36 +106,42 @@ def count_preparation() -> None:
     _preparations += 1
 
 
-def packed(tensors: Tensor | tuple[Tensor, ...], layout: str, pack: Callable[..., Packed]) -> Packed:
+def packed(tensors: Tensor | tuple[Tensor | None, ...], layout: str, pack: Callable[..., Packed]) -> Packed:
     """The result of pack(*tensors), cached until one of the tensors is replaced, moved or edited.
 
+    tensors: the first one must be there, others may be None.
     layout: its name; a tensor may be packed in several. The cache entry lives as long as the first tensor. Edits
     through `.data` increment no version counter and go unnoticed. Tensors made in inference mode have no version
     counter: they are packed at every call, with one warning. In a CUDA graph, packing is captured and runs at each
     replay.
     """
-    tensors = (tensors,) if isinstance(tensors, Tensor) else tensors
-    on_gpu = tensors[0].is_cuda
-    uncounted = any(t.is_inference() for t in tensors)
+    arguments = (tensors,) if isinstance(tensors, Tensor) else tensors
+    present = tuple(t for t in arguments if t is not None)
+    on_gpu = present[0].is_cuda
+    uncounted = any(t.is_inference() for t in present)
     if uncounted or (on_gpu and torch.cuda.is_current_stream_capturing()):
         if uncounted:
             _warn_of_inference_tensors()
         count_preparation()
-        return pack(*(t.detach() for t in tensors))
-    key = id(tensors[0]), layout
-    stream = torch.cuda.current_stream(tensors[0].device) if on_gpu else None
+        return pack(*map(_detached, arguments))
+    key = id(present[0]), layout, tuple(t is not None for t in arguments)
+    stream = torch.cuda.current_stream(present[0].device) if on_gpu else None
     found = _entries.get(key)
-    if found is None or not found.is_of(tensors):
+    if found is None or not found.is_of(present):
         count_preparation()
         _watch_optimizers()
         start = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
-            result = pack(*(t.detach() for t in tensors))
-        found = _entries[key] = _Entry(key, tensors, result, stream, time.perf_counter() - start)
+            result = pack(*map(_detached, arguments))
+        found = _entries[key] = _Entry(key, present, result, stream, time.perf_counter() - start)
         _log.debug("packed %s", found.row)
     if stream is not None and stream != found.stream:
         stream.wait_event(found.event)
     return found.result
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 @cache

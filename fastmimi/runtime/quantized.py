@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import packing
+
 MOST = 127  # steps on either side of 0
 LEAST_WEIGHTS = 1 << 17  # of a layer: smaller layers are read in no time
 
@@ -16,40 +18,50 @@ LEAST_WEIGHTS = 1 << 17  # of a layer: smaller layers are read in no time
 def round_weights(model: nn.Module) -> None:
     """Quantize the weights of large layers in place; biases and codebooks stay.
 
-    Weights keep their shape and fp32 dtype. Symmetric: each output channel's largest weight is 127 times its scale.
+    Weights keep their shape and fp32 dtype. Symmetric: each output channel's largest weight is 127 times its scale. A
+    layer gets its scales [C_out] as a buffer `weight_scale`, which is not saved: rounding once more changes nothing.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)) and module.weight.numel() >= LEAST_WEIGHTS:
-            transposed = isinstance(module, nn.ConvTranspose1d)
-            grouped = transposed and getattr(module, "groups", 1) > 1  # output channels are not one dimension
+            channel = 1 if isinstance(module, nn.ConvTranspose1d) else 0
+            grouped = channel == 1 and getattr(module, "groups", 1) > 1  # output channels are not one dimension
             if not grouped:
-                weight = round_to_grid(module.weight.detach().float(), channel=1 if transposed else 0)
+                weight, scale = round_to_grid(module.weight.detach().float(), channel)
                 module.weight = nn.Parameter(weight, module.weight.requires_grad)
+                if not hasattr(module, "parametrizations"):  # weight norm computes other weights
+                    module.register_buffer("weight_scale", scale, persistent=False)
 
 
-def round_to_grid(weight: Tensor, channel: int = 0) -> Tensor:
-    """The nearest multiples of each output channel's scale; `channel` is that dimension."""
-    steps = _steps(weight, channel)
-    return _integers(weight, steps) * steps
-
-
-def integers(weight: Tensor, channel: int = 0) -> tuple[Tensor, Tensor] | None:
-    """int8 values in [-127, 127] and scales, both of the weight's shape; None for a weight that is not quantized."""
-    if weight.dtype != torch.float32:
-        return None
-    few = weight.narrow(channel, 0, 1)  # most weights are not: their first channel shows it
-    if not torch.equal(round_to_grid(few, channel), few):
-        return None
-    steps = _steps(weight, channel)
-    whole = _integers(weight, steps)
-    return (whole.to(torch.int8), steps.expand_as(weight)) if torch.equal(whole * steps, weight) else None
-
-
-def _steps(weight: Tensor, channel: int) -> Tensor:
-    """A scale per channel with 16 significant bits: its multiples up to 127 are exact, so it can be recovered."""
+def round_to_grid(weight: Tensor, channel: int = 0) -> tuple[Tensor, Tensor]:
+    """The nearest multiples of each output channel's scale, and the scales [C_out]; `channel` is that dimension."""
     others = [d for d in range(weight.dim()) if d != channel]
     steps = weight.abs().amax(others, keepdim=True) / MOST
-    return ((steps.view(torch.int32) + 0x80) & ~0xFF).view(torch.float32)
+    steps = ((steps.view(torch.int32) + 0x80) & ~0xFF).view(torch.float32)  # 16 bits: multiples up to 127 are exact
+    return _integers(weight, steps) * steps, steps.flatten()
+
+
+def scales_of(*modules: nn.Module) -> Tensor | None:
+    """The scales of the modules' weights, one after the other; None unless all are quantized."""
+    found = tuple(scale for module in modules if (scale := getattr(module, "weight_scale", None)) is not None)
+    if len(found) < len(modules):
+        return None
+    if len(found) == 1:
+        return found[0]
+    if torch.compiler.is_compiling():  # tracing sees no versions
+        return torch.cat(found)
+    return packing.packed(found, "scales", lambda *scales: torch.cat(scales))
+
+
+def integers(weight: Tensor, scale: Tensor | None, channel: int = 0) -> Tensor | None:
+    """The int8 values whose products with the scales [C_out] are the weight; None if there are none.
+
+    There are none for a weight that is not quantized, or has been edited or cast since.
+    """
+    if scale is None or weight.dtype != torch.float32 or scale.dtype != torch.float32:
+        return None
+    steps = scale.view([-1 if d == channel else 1 for d in range(weight.dim())])
+    whole = _integers(weight, steps)
+    return whole.to(torch.int8) if torch.equal(whole * steps, weight) else None
 
 
 def _integers(weight: Tensor, steps: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Packs weights into the panels that the native library reads (native/gemm.h), and checks what is passed to it.
 
-fp32 weights are packed as fp32, except fake-quantized ones (fastmimi/runtime/quantized.py): these are multiples of a
-step per output channel and are packed as int8, which loses nothing. bf16 weights are packed as bf16, and interleaved in
+fp32 weights are packed as fp32, except quantized ones (fastmimi/runtime/quantized.py): these are multiples of a scale
+per output channel and are packed as int8, which loses nothing. bf16 weights are packed as bf16, and interleaved in
 pairs of channels where the processor has bf16 dot products.
 """
 
@@ -40,20 +40,6 @@ def check_dtypes(*tensors: Tensor | None) -> None:
         raise TypeError(f"tensors must all be float32 or all bfloat16, got {', '.join(sorted(map(str, dtypes)))}")
 
 
-def check_state(name: str, state: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless a tensor of streaming state is contiguous and has the given shape."""
-    if state.shape != shape or not state.is_contiguous():
-        raise ValueError(f"{name} must be contiguous and {shape}, got {tuple(state.shape)}")
-
-
-def check_channels(x: Tensor, channels: int, outputs: int, bias: Tensor | None) -> None:
-    """Raise ValueError unless x [B, C, T] and the bias [C_out] have the `channels` and `outputs` of the weight."""
-    if x.shape[1] != channels:
-        raise ValueError(f"x must have the {channels} channels of the weight, got {x.shape[1]}")
-    if bias is not None and bias.shape != (outputs,):
-        raise ValueError(f"bias must be ({outputs},), got {tuple(bias.shape)}")
-
-
 def kind_of(dtype: torch.dtype) -> str:
     """The kind of product (KINDS) for packed weights of this dtype in the variant in use."""
     dot_products = native().name == "avx512bf16"  # instructions that multiply and add pairs of bf16, and fours of bytes
@@ -65,19 +51,24 @@ def kind_of(dtype: torch.dtype) -> str:
 
 
 def panels(
-    weight: Tensor, bias: Tensor | None, arrangement: str, arrange: Callable[[Tensor], Tensor], *,
-    repeats: int = 1, channel: int = 0, quantize: bool = True, group: int = 0, groups: int = 1,
+    weight: Tensor, bias: Tensor | None, scales: Tensor | None, arrangement: str, arrange: Callable[[Tensor], Tensor],
+    *, repeats: int = 1, channel: int = 0, first_scale: int = 0, group: int = 0, groups: int = 1,
 ) -> Panels:  # fmt: skip
-    """Pack arrange(weight) [outputs, taps, channels] in panels, with the bias repeated `repeats` times.
+    """Pack arrange(weight) [outputs, taps, channels] in panels, with bias and scales repeated `repeats` times.
 
     The result is cached with the weight under the name of the `arrangement`. `channel` is the dimension of the output
-    channels in `weight`; fake-quantized weights are packed as int8 unless `quantize` is False. Of the `groups` of a
-    grouped convolution, which divide the first dimension of weight and bias, only number `group` is packed.
+    channels in `weight`, whose scales begin at `first_scale`. Of the `groups` of a grouped convolution, which divide
+    the first dimension of weight and bias, only number `group` is packed.
     """
 
-    def pack(weight: Tensor, bias: Tensor | None = None) -> Panels:
+    def pack(weight: Tensor, bias: Tensor | None, scales: Tensor | None) -> Panels:
         weight, bias = weight.chunk(groups)[group], None if bias is None else bias.chunk(groups)[group]
-        packed, steps = packed_weight(weight, arrange, channel if quantize else None)
+        if scales is not None:
+            count = weight.shape[channel]
+            scales = scales[first_scale + group * count :][:count]
+        integers = quantized.integers(weight, scales, channel)
+        packed = in_panels(arrange(weight if integers is None else integers))
+        steps = None if integers is None or scales is None else per_output(scales.repeat(repeats))
         packed_bias = None if bias is None else per_output(bias.repeat(repeats))
         outputs, taps, _ = arrange(weight).shape
         structure = Weights(
@@ -85,23 +76,8 @@ def panels(
         )
         return Panels((packed, packed_bias, steps), structure, KINDS[kind_of(packed.dtype)])
 
-    tensors = (weight,) if bias is None else (weight, bias)
-    return packing.packed(tensors, f"{arrangement} {native().name} {quantize} {group}/{groups}", pack)
-
-
-def packed_weight(
-    weight: Tensor, arrange: Callable[[Tensor], Tensor], channel: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """The panels of arrange(weight) and, if they are int8, the quantization step of each output.
-
-    They are int8 if the weight is fake-quantized; `channel` is its dimension of output channels, or None to keep it as
-    it is.
-    """
-    found = None if channel is None else quantized.integers(weight, channel)
-    if found is None:
-        return in_panels(arrange(weight)), None
-    integers, steps = map(arrange, found)
-    return in_panels(integers), per_output(steps.amax((1, 2)))  # the largest: taps that `arrange` adds have step 0
+    layout = f"{arrangement} {native().name} {group}/{groups}"
+    return packing.packed((weight, bias, scales), layout, pack)
 
 
 def in_panels(weight: Tensor) -> Tensor:

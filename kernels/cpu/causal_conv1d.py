@@ -12,34 +12,22 @@ import torch
 from torch import Tensor
 
 from ...runtime import layout
+from .._common import conv_length
 from ._native import ACTIVATIONS, DTYPES, NO_TAIL, PAD_MODES, Input, Output, native
-from ._pack import Panels, address, check_channels, check_dtypes, check_state, panels
+from ._pack import Panels, address, check_dtypes, panels
 
 
 def causal_conv1d(
-    x: Tensor,  # [B, C, T]
-    weight: Tensor,  # [C_out, C / groups, K]
-    bias: Tensor | None = None,  # [C_out]
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    groups: int = 1,
-    pad: tuple[int, int] = (0, 0),
-    pad_mode: str = "constant",
-    pre: str = "none",
-    post: str = "none",
-    residual: Tensor | None = None,  # [B, C_out, T_out]
-    history: Tensor | None = None,  # [B, C, pad[0]], mutated
-    first: Tensor | None = None,  # [B] bool
-    active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C_out, T_out], channels-last
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, dilation: int = 1, groups: int = 1,
+    pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", pre: str = "none", post: str = "none",
+    residual: Tensor | None = None, scales: Tensor | None = None, history: Tensor | None = None,
+    first: Tensor | None = None, active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As in the reference; the result is channels-last."""
     check_dtypes(x, weight, residual, history)
-    if history is not None:
-        check_state("history", history, (*x.shape[:2], pad[0]))
-    out, per_group, kernel = weight.shape
-    check_channels(x, per_group * groups, out, bias)
+    length = conv_length(x, weight, bias, stride, dilation, groups, pad, history)
+    out, per_group, _ = weight.shape
     x = layout.channels_last(x)
-    length = (x.shape[2] + pad[0] + pad[1] - (kernel - 1) * dilation - 1) // stride + 1
     y = layout.empty_channels_last(x, out, length)
     if not y.numel():
         return y
@@ -47,7 +35,7 @@ def causal_conv1d(
     state = (history, first, active)
     for group in range(groups):
         inputs, outputs = (slice(group * n, (group + 1) * n) for n in (per_group, out // groups))
-        packed = panels(weight, bias, "by taps", by_taps, group=group, groups=groups)
+        packed = panels(weight, bias, scales, "by taps", by_taps, group=group, groups=groups)
         target = output_of(y[:, outputs], packed, None if residual is None else residual[:, outputs])
         target.post = ACTIVATIONS[post]
         native().keep(x, packed, residual, y)

@@ -10,38 +10,30 @@ taps - 1 rows after the input: the tail that the next call adds to its first sam
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import layout, packing
+from .._common import as_convolution, conv_transpose_length, taps_of
 from ._native import ACTIVATIONS, DTYPES, Output, native
-from ._pack import address, check_channels, check_dtypes, check_state, panels
-from .causal_conv1d import input_of, output_of
+from ._pack import address, check_dtypes, panels
+from .causal_conv1d import by_taps, input_of, output_of
 
 
 def causal_conv_transpose1d(
-    x: Tensor,  # [B, C, T]
-    weight: Tensor,  # [C, C_out / groups, K]
-    bias: Tensor | None = None,  # [C_out]
-    *,
-    stride: int = 1,
-    groups: int = 1,
-    trim: tuple[int, int] = (0, 0),
-    pre: str = "none",
-    overlap: Tensor | None = None,  # [B, C_out, max(0, K - stride)], mutated
-    active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride), channels-last
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, groups: int = 1,
+    trim: tuple[int, int] = (0, 0), pre: str = "none", scales: Tensor | None = None, overlap: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As in the reference; the result is channels-last."""
     check_dtypes(x, weight, overlap)
-    out, kernel = weight.shape[1] * groups, weight.shape[2]
-    check_channels(x, weight.shape[0], out, bias)
+    total = conv_transpose_length(x, weight, bias, stride, groups, trim, overlap)
+    out, taps = weight.shape[1] * groups, taps_of(weight.shape[2], stride)
     x = layout.channels_last(x)
     batch, _, length = x.shape
-    taps = -(-kernel // stride)
     if overlap is not None:
-        check_state("overlap", overlap, (batch, out, max(0, kernel - stride)))
         y, tail = x.new_empty(batch, length, stride * out), x.new_empty(batch, taps - 1, stride * out).float()
-        _multiply(x, weight, bias, stride, groups, taps, pre, y, tail)
-        samples = y.view(batch, length * stride, out)
+        _multiply(x, weight, bias, scales, stride, groups, taps, pre, y, tail)
+        samples = y.view(batch, total, out)
         if overlap.shape[2] > 0:
             native().overlap(
                 DTYPES[x.dtype], samples.data_ptr(), tail.data_ptr(), overlap.data_ptr(), address(active), batch,
@@ -49,17 +41,16 @@ def causal_conv_transpose1d(
                 overlap.stride(0),
             )  # fmt: skip
         return samples.transpose(1, 2)
-    total = (length - 1) * stride + kernel - sum(trim)
     rows = -(-(total + trim[0]) // stride)
     y = x.new_empty(batch, rows, stride * out)
     if y.numel():
-        _multiply(x, weight, bias, stride, groups, taps, pre, y, None)
+        _multiply(x, weight, bias, scales, stride, groups, taps, pre, y, None)
     return y.view(batch, rows * stride, out)[:, trim[0] : trim[0] + total].contiguous().transpose(1, 2)
 
 
 def _multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, taps: int, pre: str, y: Tensor,
-    tail: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, stride: int, groups: int, taps: int,
+    pre: str, y: Tensor, tail: Tensor | None,
 ) -> None:  # fmt: skip
     """Write the first rows of the convolution to y [B, rows, s * C_out].
 
@@ -70,7 +61,7 @@ def _multiply(
     pad = (taps - 1, max(0, rows + beyond - x.shape[2]))
     threads = torch.get_num_threads()
     if groups == channels and per_group == 1:
-        taps_first = packing.packed(weight, f"depthwise {stride}", lambda w: _by_taps(w, stride, taps).float())
+        taps_first = packing.packed(weight, f"depthwise {stride}", lambda w: _depthwise(w, stride))
         fp32_bias = None if bias is None else packing.packed(bias, "fp32", lambda b: b.float().contiguous())
         native().keep(x, taps_first, fp32_bias, y, tail)
         target = Output(y=y.data_ptr(), rows=rows, tail=address(tail))
@@ -87,7 +78,7 @@ def _multiply(
             group_y = x.new_empty(y.shape[0], rows, stride * per_group)
             group_tail = None if tail is None else tail.new_empty(tail.shape[0], beyond, stride * per_group)
         packed = panels(
-            weight, bias, f"upsampling {stride}", lambda w: _by_outputs(w, stride, taps),
+            weight, bias, scales, f"upsampling {stride}", lambda w: by_taps(as_convolution(w, stride)),
             repeats=stride, channel=1, group=group, groups=groups,
         )  # fmt: skip
         native().keep(x, packed, group_y, group_tail)
@@ -105,12 +96,7 @@ def _multiply(
                     whole.view(shape)[..., outputs] = part.view(*part.shape[:2], stride, per_group)
 
 
-def _by_taps(weight: Tensor, stride: int, taps: int) -> Tensor:
-    """[C, C_out, K] -> [taps, s, C, C_out]: the first tap multiplies the oldest input; zero-padded beyond K."""
-    weight = F.pad(weight, (0, taps * stride - weight.shape[2]))
-    return weight.unflatten(2, (taps, stride)).flip(2).permute(2, 3, 0, 1).contiguous()
-
-
-def _by_outputs(weight: Tensor, stride: int, taps: int) -> Tensor:
-    """[C, C_out, K] -> [s * C_out, taps, C], the weight of the equivalent convolution."""
-    return _by_taps(weight, stride, taps).permute(1, 3, 0, 2).flatten(0, 1)
+def _depthwise(weight: Tensor, stride: int) -> Tensor:
+    """[C, 1, K] -> [taps, s, C] fp32."""
+    outputs = as_convolution(weight, stride, len(weight)).view(len(weight), stride, -1)
+    return outputs.permute(2, 1, 0).float().contiguous()

@@ -11,45 +11,30 @@ import torch
 from torch import Tensor
 
 from ...runtime import layout
+from .._common import check_resblock
 from ._native import native
-from ._pack import check_channels, check_dtypes, check_state, panels
+from ._pack import check_dtypes, panels
 from .causal_conv1d import by_taps, causal_conv1d, input_of, output_of
 
 
 def resblock(
-    x: Tensor,  # [B, C, T]
-    weight1: Tensor,  # [C / compress, C, K]
-    bias1: Tensor,
-    weight2: Tensor,  # [C, C / compress, 1]
-    bias2: Tensor,
-    *,
-    dilation: int = 1,
-    pad: tuple[int, int] = (0, 0),
-    pad_mode: str = "constant",
-    shortcut_weight: Tensor | None = None,  # [C, C, 1]
-    shortcut_bias: Tensor | None = None,
-    history: Tensor | None = None,  # [B, C, pad[0]], mutated
-    first: Tensor | None = None,  # [B] bool
-    active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C, T], channels-last
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, dilation: int = 1,
+    pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", shortcut_weight: Tensor | None = None,
+    shortcut_bias: Tensor | None = None, scales: Tensor | None = None, history: Tensor | None = None,
+    first: Tensor | None = None, active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As in the reference; the result is channels-last."""
     check_dtypes(x, weight1, weight2, history)
-    if history is not None:
-        check_state("history", history, (*x.shape[:2], pad[0]))
-    check_channels(x, weight1.shape[1], len(weight1), bias1)
-    check_channels(x, len(weight2), len(weight2), bias2)
-    if weight2.shape[1:] != (len(weight1), 1):
-        raise ValueError(f"weight2 must be [{x.shape[1]}, {len(weight1)}, 1], got {tuple(weight2.shape)}")
+    check_resblock(x, weight1, bias1, weight2, bias2, dilation, pad, history)
     x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
-    y = layout.empty_channels_last(x, x.shape[1], x.shape[2] + sum(pad) - (weight1.shape[2] - 1) * dilation)
-    if y.shape[2] != x.shape[2]:
-        raise ValueError(f"the padding must keep the length {x.shape[2]}, got {y.shape[2]}")
+    y = layout.empty_channels_last(x, x.shape[1], x.shape[2])
     if not y.numel():
         return y
-    pairs = (weight1, bias1), (weight2, bias2)
-    hidden, outputs = (panels(*pair, "by taps", by_taps) for pair in pairs)
-    if hidden.kind != outputs.kind:  # only one layer is large enough to have been quantized
-        hidden, outputs = (panels(*pair, "by taps", by_taps, quantize=False) for pair in pairs)
+    hidden = panels(weight1, bias1, scales, "by taps", by_taps)
+    outputs = panels(weight2, bias2, scales, "by taps", by_taps, first_scale=len(weight1))
+    if hidden.kind != outputs.kind:  # one of them has been edited since it was quantized
+        hidden, outputs = (panels(w, b, None, "by taps", by_taps) for w, b in ((weight1, bias1), (weight2, bias2)))
     native().keep(x, hidden, outputs, skip, y)
     source = input_of(x, pad, pad_mode, history, first, active)
     native().resblock(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._common import check_codes
 from ._native import DTYPES, native
 
 
@@ -19,12 +20,7 @@ def rvq_decode(codes: Tensor, codebooks: Tensor, *, dtype: torch.dtype | None = 
         raise TypeError(
             f"codebooks must be float32 and the result float32 or bfloat16, got {codebooks.dtype} and {y.dtype}"
         )
-    if codes.dtype != torch.int64:
-        raise TypeError(f"codes must be int64, got {codes.dtype}")
-    if levels > len(codebooks):
-        raise ValueError(f"codes of {levels} levels need as many codebooks, got {len(codebooks)}")
-    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-        raise IndexError(f"codes must lie in [0, {size}), got {int(codes.min())} to {int(codes.max())}")
+    check_codes(codes, codebooks)
     codebooks = codebooks.contiguous()
     native().keep(codes, codebooks, y)
     if y.numel():

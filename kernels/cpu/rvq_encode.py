@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import packing
+from .._common import check_search
 from ._native import DTYPES, native
 
 
@@ -21,8 +22,7 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
         raise TypeError(f"x must be float32 or bfloat16 and codebooks float32, got {x.dtype} and {codebooks.dtype}")
     codebooks = codebooks.contiguous()
     levels, size, dim = codebooks.shape
-    if x.shape[1] != dim:
-        raise ValueError(f"x must be [N, {dim}], like the codebook entries, got {tuple(x.shape)}")
+    check_search(x, codebooks)
     width = native().outputs_per_panel
     x = x if x.stride(1) == 1 else x.contiguous()
     codes = torch.empty(levels, len(x), dtype=torch.int64)

@@ -6,59 +6,38 @@ hidden ones, which is 0.3 ms at 40 GB/s. A dozen separate operations would add a
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...runtime import packing
+from ...runtime import packing, quantized
+from .._common import check_norm, check_state, stacked_bias
 from ._native import ACTIVATIONS, DTYPES, KINDS, Attention, Layer, Linear, native
-from ._pack import address, check_dtypes, check_state, kind_of, packed_weight, per_output
+from ._pack import address, check_dtypes, in_panels, kind_of, per_output
 
 
 def transformer_layer(
-    x: Tensor,  # [B, T, C]
-    norm1_weight: Tensor,  # [C]
-    norm1_bias: Tensor | None,
-    q: Tensor,  # [H * D, C]
-    k: Tensor,  # [H_kv * D, C]
-    v: Tensor,
-    o: Tensor,  # [C, H * D]
-    scale1: Tensor | None,  # [C]
-    norm2_weight: Tensor,
-    norm2_bias: Tensor | None,
-    fc1: Tensor,  # [F, C]
-    fc2: Tensor,  # [C, F]
-    scale2: Tensor | None,  # [C]
-    inv_freq: Tensor,  # [D / 2] fp32
-    q_bias: Tensor | None = None,
-    k_bias: Tensor | None = None,
-    v_bias: Tensor | None = None,
-    o_bias: Tensor | None = None,
-    *,
-    window: int,
-    eps: float,
-    norm: str = "layer",
-    activation: str = "gelu",
-    rope_scale: float = 1.0,
-    offset: Tensor | None = None,  # [B] int64
-    cache_k: Tensor | None = None,  # [B, H_kv, window, D], mutated
-    cache_v: Tensor | None = None,
-    active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, T, C]
+    x: Tensor, norm1_weight: Tensor, norm1_bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
+    scale1: Tensor | None, norm2_weight: Tensor, norm2_bias: Tensor | None, fc1: Tensor, fc2: Tensor,
+    scale2: Tensor | None, inv_freq: Tensor, q_bias: Tensor | None = None, k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None, o_bias: Tensor | None = None, scales: Tensor | None = None, *, window: int,
+    eps: float, norm: str = "layer", activation: str = "gelu", rope_scale: float = 1.0, offset: Tensor | None = None,
+    cache_k: Tensor | None = None, cache_v: Tensor | None = None, active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As in the reference."""
     check_dtypes(x, q, k, v, o, fc1, fc2, cache_k, cache_v)
-    if norm == "rms" and (norm1_bias is not None or norm2_bias is not None):
-        raise ValueError("an RMSNorm has no bias, got one")
+    check_norm(norm, norm1_bias, norm2_bias)
     x = x.contiguous()
     batch, length, _ = x.shape
     y = torch.empty_like(x)
     if not y.numel():
         return y
-    vectors = (norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2, q_bias, k_bias, v_bias, o_bias)
-    present = tuple(vector is not None for vector in vectors)
-    weights = (q, k, v, o, fc1, fc2, *(vector for vector in vectors if vector is not None))
-    packed = packing.packed(weights, f"layer {native().name} {present}", partial(_pack, present))
+    packed = packing.packed(
+        (q, k, v, o, fc1, fc2, scales, q_bias, k_bias, v_bias, o_bias,
+         norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2),
+        f"layer {native().name}", _pack,
+    )  # fmt: skip
     native().keep(x, packed, inv_freq, y)
     dim = 2 * len(inv_freq)
     if cache_k is not None and cache_v is not None:
@@ -77,44 +56,36 @@ def transformer_layer(
 
 
 class _Packed(NamedTuple):
-    tensors: list[Tensor]  # what `structure` points to
+    tensors: list[Tensor | None]  # what `structure` points to
     structure: Layer
     kind: int
 
 
 def _pack(
-    present: tuple[bool, ...], q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, *given: Tensor
-) -> _Packed:
-    """Pack the weights of a layer.
-
-    `present` says which optional vectors there are, in the order of `vectors` above; `given` holds those that are.
-    """
-    remaining = iter(given)
-    vectors = [next(remaining) if is_present else None for is_present in present]
-    norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2 = (
-        vector if vector is None else per_output(vector) for vector in vectors[:6]
-    )
-    biases: list[Tensor] = []
-    if any(present[6:]):
-        pairs = zip(vectors[6:], (q, k, v, o), strict=True)
-        biases = [weight.new_zeros(len(weight)) if bias is None else bias for bias, weight in pairs]
-    qkv_bias = per_output(torch.cat(biases[:3])) if biases else None
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, scales: Tensor | None,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, o_bias: Tensor | None, *others: Tensor | None,
+) -> _Packed:  # fmt: skip
+    qkv_bias, o_bias, norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2 = vectors = [
+        None if vector is None else per_output(vector)
+        for vector in (stacked_bias((q, k, v), (q_bias, k_bias, v_bias)), o_bias, *others)
+    ]
     products = (torch.cat([q, k, v]), o, fc1, fc2)
-    for channel in (0, None):  # all must be of one kind: int8 if all can be, else as they are
-        weights = [packed_weight(weight[:, None], lambda w: w, channel) for weight in products]
-        if len({packed.dtype for packed, _ in weights}) == 1:
-            break
-    kept = [vector for vector in (norm1_weight, norm1_bias, norm2_weight, norm2_bias) if vector is not None]
+    steps = [None] * 4 if scales is None else [*scales.split([len(weight) for weight in products])]
+    integers = map(quantized.integers, products, steps)
+    whole = [weight for weight in integers if weight is not None]
+    if len(whole) < 4:  # all must be of one kind
+        whole, steps = [*products], [None] * 4
+    kept: list[Tensor | None] = [*vectors]
 
-    def linear(i: int, bias: Tensor | None = None, scale: Tensor | None = None) -> Linear:
-        packed, steps = weights[i]
-        kept.extend(t for t in (packed, steps, bias, scale) if t is not None)
-        return Linear(address(packed), address(bias), address(steps), address(scale), len(products[i]))
+    def linear(weight: Tensor, step: Tensor | None, bias: Tensor | None = None, scale: Tensor | None = None) -> Linear:
+        packed, step = in_panels(weight[:, None]), None if step is None else per_output(step)
+        kept.extend((packed, step))
+        return Linear(address(packed), address(bias), address(step), address(scale), len(weight))
 
     structure = Layer(
         dtype=DTYPES[q.dtype], channels=q.shape[1], hidden=len(fc1), norm1_weight=address(norm1_weight),
         norm1_bias=address(norm1_bias), norm2_weight=address(norm2_weight), norm2_bias=address(norm2_bias),
-        qkv=linear(0, qkv_bias), out=linear(1, per_output(biases[3]) if biases else None, scale1), fc1=linear(2),
-        fc2=linear(3, None, scale2),
+        qkv=linear(whole[0], steps[0], qkv_bias), out=linear(whole[1], steps[1], o_bias, scale1),
+        fc1=linear(whole[2], steps[2]), fc2=linear(whole[3], steps[3], None, scale2),
     )  # fmt: skip
-    return _Packed(kept, structure, KINDS[kind_of(weights[0][0].dtype)])
+    return _Packed(kept, structure, KINDS[kind_of(whole[0].dtype)])

@@ -11,35 +11,27 @@ of an AMD EPYC of the Zen 4 generation.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import layout, packing
+from .._common import as_convolution, conv_transpose_length, taps_of
 from ._prepacked import conv, padded
 
 
 def causal_conv_transpose1d(
-    x: Tensor,  # [B, C, T]
-    weight: Tensor,  # [C, C_out / groups, K]
-    bias: Tensor | None = None,  # [C_out]
-    *,
-    stride: int = 1,
-    groups: int = 1,
-    trim: tuple[int, int] = (0, 0),
-    pre: str = "none",
-    overlap: Tensor | None = None,  # [B, C_out, max(0, K - stride)], mutated
-    active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride), channels-last
-    kernel = weight.shape[2]
-    taps = -(-kernel // stride)
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, groups: int = 1,
+    trim: tuple[int, int] = (0, 0), pre: str = "none", scales: Tensor | None = None, overlap: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As in the reference; the result is channels-last."""
+    total = conv_transpose_length(x, weight, bias, stride, groups, trim, overlap)
+    taps = taps_of(weight.shape[2], stride)
     if overlap is None:
-        total = (x.shape[2] - 1) * stride + kernel - sum(trim)
         rows = -(-(total + trim[0]) // stride)
         y = _upsampled(x, weight, bias, stride, groups, pre, (taps - 1, max(0, rows - x.shape[2])))
         y = y[..., trim[0] : trim[0] + total]
         return y if trim[0] == 0 and total % stride == 0 else layout.channels_last(y.contiguous())
     y = _upsampled(x, weight, None, stride, groups, pre, (taps - 1, taps - 1))
-    total = x.shape[2] * stride
     if tail := overlap.shape[2]:
         assert active is not None, "an overlap needs `active`"
         y[..., :tail] += overlap
@@ -57,7 +49,7 @@ def _upsampled(
     """
     batch, out = x.shape[0], weight.shape[1] * groups
     arrangement = f"onednn upsampling {stride} {groups}"
-    as_conv = packing.packed(weight, arrangement, lambda w: _as_convolution(w, stride, groups))
+    as_conv = packing.packed(weight, arrangement, lambda w: as_convolution(w, stride, groups))
     repeated_bias = None
     if bias is not None:
         repeated_bias = packing.packed(
@@ -70,13 +62,3 @@ def _upsampled(
     y = conv(x, as_conv, repeated_bias, groups=groups).transpose(1, 2)  # [B, rows, groups * stride * C_out / groups]
     y = y.unflatten(2, (groups, stride, -1)).transpose(2, 3)
     return y.reshape(batch, rows * stride, out).transpose(1, 2)
-
-
-def _as_convolution(weight: Tensor, stride: int, groups: int) -> Tensor:
-    """[C, C_out / groups, K] -> [stride * C_out, C / groups, taps], the weight of the equivalent convolution.
-
-    The first tap multiplies the oldest input; the weight is zero-padded beyond K.
-    """
-    weight = F.pad(weight, (0, -weight.shape[2] % stride)).unflatten(2, (-1, stride)).flip(2)
-    weight = weight.unflatten(0, (groups, -1))  # [groups, C / groups, C_out / groups, taps, stride]
-    return weight.permute(0, 4, 2, 1, 3).flatten(0, 2).contiguous()

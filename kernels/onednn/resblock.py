@@ -5,26 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...runtime import layout
+from .._common import check_resblock
 from ._prepacked import IN_PLACE
 from .causal_conv1d import causal_conv1d
 
 
 def resblock(
-    x: Tensor,  # [B, C, T]
-    weight1: Tensor,  # [C / compress, C, K]
-    bias1: Tensor,
-    weight2: Tensor,  # [C, C / compress, 1]
-    bias2: Tensor,
-    *,
-    dilation: int = 1,
-    pad: tuple[int, int] = (0, 0),
-    pad_mode: str = "constant",
-    shortcut_weight: Tensor | None = None,  # [C, C, 1]
-    shortcut_bias: Tensor | None = None,
-    history: Tensor | None = None,  # [B, C, pad[0]], mutated
-    first: Tensor | None = None,  # [B] bool
-    active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C, T], channels-last
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, dilation: int = 1,
+    pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", shortcut_weight: Tensor | None = None,
+    shortcut_bias: Tensor | None = None, scales: Tensor | None = None, history: Tensor | None = None,
+    first: Tensor | None = None, active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As in the reference; the result is channels-last."""
+    check_resblock(x, weight1, bias1, weight2, bias2, dilation, pad, history)
     x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
     hidden = causal_conv1d(

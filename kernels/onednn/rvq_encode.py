@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import packing
+from .._common import check_search
 from ._prepacked import linear, prepack
 
 ROWS = 8192  # rows per distance matrix: [ROWS, S] fp32 is 64 MiB at S = 2048
@@ -15,6 +16,7 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     """x [N, D], converted to fp32, and codebooks [L, S, D] fp32 -> codes [L, N] int64."""
     if codebooks.dtype != torch.float32:
         raise TypeError(f"codebooks must be float32, got {codebooks.dtype}")
+    check_search(x, codebooks)
     codes = torch.empty(len(codebooks), len(x), dtype=torch.int64)
     weights, norms = packing.packed(codebooks, "onednn search", _pack)
     for residual, found in zip(x.float().split(ROWS), codes.split(ROWS, dim=1), strict=True):

@@ -6,7 +6,6 @@ bandwidth of reading the weights.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,46 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import packing
+from .._common import check_norm, stacked_bias
 from ._prepacked import linear, prepack
 from .window_attention import window_attention
 
 
 def transformer_layer(
-    x: Tensor,  # [B, T, C]
-    norm1_weight: Tensor,  # [C]
-    norm1_bias: Tensor | None,
-    q: Tensor,  # [H * D, C]
-    k: Tensor,  # [H_kv * D, C]
-    v: Tensor,
-    o: Tensor,  # [C, H * D]
-    scale1: Tensor | None,  # [C]
-    norm2_weight: Tensor,
-    norm2_bias: Tensor | None,
-    fc1: Tensor,  # [F, C]
-    fc2: Tensor,  # [C, F]
-    scale2: Tensor | None,  # [C]
-    inv_freq: Tensor,  # [D / 2] fp32
-    q_bias: Tensor | None = None,
-    k_bias: Tensor | None = None,
-    v_bias: Tensor | None = None,
-    o_bias: Tensor | None = None,
-    *,
-    window: int,
-    eps: float,
-    norm: str = "layer",
-    activation: str = "gelu",
-    rope_scale: float = 1.0,
-    offset: Tensor | None = None,  # [B] int64
-    cache_k: Tensor | None = None,  # [B, H_kv, window, D], mutated
-    cache_v: Tensor | None = None,
-    active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, T, C]
+    x: Tensor, norm1_weight: Tensor, norm1_bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
+    scale1: Tensor | None, norm2_weight: Tensor, norm2_bias: Tensor | None, fc1: Tensor, fc2: Tensor,
+    scale2: Tensor | None, inv_freq: Tensor, q_bias: Tensor | None = None, k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None, o_bias: Tensor | None = None, scales: Tensor | None = None, *, window: int,
+    eps: float, norm: str = "layer", activation: str = "gelu", rope_scale: float = 1.0, offset: Tensor | None = None,
+    cache_k: Tensor | None = None, cache_v: Tensor | None = None, active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As in the reference."""
+    check_norm(norm, norm1_bias, norm2_bias)
     if not x.numel():
         return torch.empty_like(x)
-    vectors = (scale1, scale2, q_bias, k_bias, v_bias, o_bias)
-    present = tuple(vector is not None for vector in vectors)
-    weights = (q, k, v, o, fc1, fc2, *(vector for vector in vectors if vector is not None))
-    packed = packing.packed(weights, f"onednn layer {present}", partial(_pack, present))
+    packed = packing.packed(
+        (q, k, v, o, fc1, fc2, scale1, scale2, q_bias, k_bias, v_bias, o_bias), "onednn layer", _pack
+    )
     dim = 2 * len(inv_freq)
     hidden = _normalized(x, norm1_weight, norm1_bias, eps, norm)
     heads = linear(hidden, packed.qkv, packed.qkv_bias).unflatten(-1, (-1, dim)).transpose(1, 2)  # [B, H, T, D]
@@ -68,11 +47,9 @@ def transformer_layer(
 
 
 def _normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm: str) -> Tensor:
-    if norm != "rms":
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    if bias is not None:
-        raise ValueError("an RMSNorm has no bias, got one")
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if norm == "rms":
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 class _Packed(NamedTuple):
@@ -85,20 +62,13 @@ class _Packed(NamedTuple):
 
 
 def _pack(
-    present: tuple[bool, ...], q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, *given: Tensor
-) -> _Packed:
-    """Prepack the weights of a layer.
-
-    `present` says which optional vectors there are, in the order of `vectors` above; `given` holds those that are.
-    """
-    remaining = iter(given)
-    scale1, scale2 = (next(remaining) if is_present else o.new_ones(1) for is_present in present[:2])
-    biases = []
-    if any(present[2:]):
-        pairs = zip(present[2:], (q, k, v, o), strict=True)
-        biases = [next(remaining) if is_present else weight.new_zeros(len(weight)) for is_present, weight in pairs]
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, scale1: Tensor | None,
+    scale2: Tensor | None, q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, o_bias: Tensor | None,
+) -> _Packed:  # fmt: skip
+    one = o.new_ones(1)
+    scale1, scale2 = one if scale1 is None else scale1, one if scale2 is None else scale2
     return _Packed(
-        prepack(torch.cat([q, k, v])), torch.cat(biases[:3]) if biases else None,
-        prepack(scale1[:, None] * o), scale1 * biases[3] if biases else None,
+        prepack(torch.cat([q, k, v])), stacked_bias((q, k, v), (q_bias, k_bias, v_bias)),
+        prepack(scale1[:, None] * o), None if o_bias is None else scale1 * o_bias,
         prepack(fc1, whole=True), prepack(scale2[:, None] * fc2),
     )  # fmt: skip

@@ -10,30 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._common import check_attention, in_the_rings_dtype
+
 BLOCK = 256  # queries per block
 
 
+@in_the_rings_dtype
 def window_attention(
-    q: Tensor,  # [B, H, T, D]
-    k: Tensor,  # [B, H_kv, T, D], H a multiple of H_kv
-    v: Tensor,  # [B, H_kv, T, D]
-    inv_freq: Tensor,  # [D / 2] fp32
-    *,
-    window: int,
-    rope_scale: float = 1.0,
-    interleaved: bool = False,
-    offset: Tensor | None = None,  # [B] int64
-    cache_k: Tensor | None = None,  # [B, H_kv, window, D], mutated
-    cache_v: Tensor | None = None,
-    active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, H, T, D], in memory [B, T, H, D]
-    if cache_k is not None and cache_v is not None and cache_k.dtype != q.dtype:  # under autocast
-        wide_q, wide_k, wide_v = (t.to(cache_k.dtype) for t in (q, k, v))
-        y = window_attention(
-            wide_q, wide_k, wide_v, inv_freq, window=window, rope_scale=rope_scale, interleaved=interleaved,
-            offset=offset, cache_k=cache_k, cache_v=cache_v, active=active,
-        )  # fmt: skip
-        return y.to(q.dtype)
+    q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, *, window: int, rope_scale: float = 1.0,
+    interleaved: bool = False, offset: Tensor | None = None, cache_k: Tensor | None = None,
+    cache_v: Tensor | None = None, active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As in the reference; the result is [B, T, H, D] in memory."""
+    check_attention(q, k, v, window, cache_k, cache_v)
     batch, heads, length, dim = q.shape
     before = torch.zeros(1, dtype=torch.int64) if offset is None else offset  # [1 or B]
     positions = before[:, None] + torch.arange(length)  # [1 or B, T]

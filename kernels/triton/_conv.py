@@ -130,11 +130,6 @@ def advance_history(
                     tl.store(p_old + o_p[None, :], b_h, mask=m)
 
 
-def output_length(length: int, kernel: int, stride: int, dilation: int, pad: tuple[int, int]) -> int:
-    """T_out of a convolution; 0 if the input is shorter than its receptive field."""
-    return max(0, (length + pad[0] + pad[1] - (kernel - 1) * dilation - 1) // stride + 1)
-
-
 def by_taps(weight: Tensor) -> Tensor:
     """A convolution's weight [C_out, C, K], packed as [C_out, K, C]."""
     return packing.packed(weight, "by_taps", lambda w: w.permute(0, 2, 1).contiguous())

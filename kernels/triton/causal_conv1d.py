@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime import layout
+from .._common import conv_length
 from . import _launch
 from ._conv import (
     LENGTHS,
@@ -29,7 +30,6 @@ from ._conv import (
     by_taps,
     convolve,
     mirrored_length,
-    output_length,
     rows_of,
     segments,
 )
@@ -75,27 +75,16 @@ def causal_conv1d_fwd_kernel(
 
 
 def causal_conv1d(
-    x: Tensor,  # [B, C, T]
-    weight: Tensor,  # [C_out, C / groups, K]
-    bias: Tensor | None = None,  # [C_out]
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    groups: int = 1,
-    pad: tuple[int, int] = (0, 0),
-    pad_mode: str = "constant",
-    pre: str = "none",
-    post: str = "none",
-    residual: Tensor | None = None,  # [B, C_out, T_out]
-    history: Tensor | None = None,  # [B, C, pad[0]], mutated
-    first: Tensor | None = None,  # [B] bool
-    active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C_out, T_out], channels-last
-    (batch, _, length), (out, _, kernel) = x.shape, weight.shape
-    total = output_length(length, kernel, stride, dilation, pad)
-    x, y = layout.channels_last(x), layout.empty_channels_last(x, out, total)
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, dilation: int = 1, groups: int = 1,
+    pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", pre: str = "none", post: str = "none",
+    residual: Tensor | None = None, scales: Tensor | None = None, history: Tensor | None = None,
+    first: Tensor | None = None, active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As in the reference; the result is channels-last."""
+    total = conv_length(x, weight, bias, stride, dilation, groups, pad, history)
+    x, y = layout.channels_last(x), layout.empty_channels_last(x, len(weight), total)
     residual = None if residual is None else layout.channels_last(residual)
-    if not total or not batch:
+    if not len(x):
         return y
     for g in range(groups):
         px, pw, pb, pr, ph, py = (

@@ -17,13 +17,13 @@ Depthwise convolutions (the upsampling to 25 Hz) have no reduction over channels
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...runtime import layout, packing
+from .._common import as_convolution, conv_transpose_length, taps_of
 from . import _launch
 from ._conv import LENGTHS, activate, blocks, convolve, rows_of, segments
 from .causal_conv1d import causal_conv1d
@@ -109,20 +109,14 @@ def causal_conv_transpose1d_depthwise_kernel(
 
 
 def causal_conv_transpose1d(
-    x: Tensor,  # [B, C, T]
-    weight: Tensor,  # [C, C_out / groups, K]
-    bias: Tensor | None = None,  # [C_out]
-    *,
-    stride: int = 1,
-    groups: int = 1,
-    trim: tuple[int, int] = (0, 0),
-    pre: str = "none",
-    overlap: Tensor | None = None,  # [B, C_out, max(0, K - stride)], mutated
-    active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C_out, T_out], channels-last
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, groups: int = 1,
+    trim: tuple[int, int] = (0, 0), pre: str = "none", scales: Tensor | None = None, overlap: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As in the reference; the result is channels-last."""
+    total = conv_transpose_length(x, weight, bias, stride, groups, trim, overlap)
     (batch, channels, length), (_, per_group, kernel) = x.shape, weight.shape
     x = layout.channels_last(x)
-    total = length * stride if overlap is not None else max(0, (length - 1) * stride + kernel - sum(trim))
     if not total or not batch:
         return layout.empty_channels_last(x, per_group * groups, total)
     if groups == channels and per_group == 1:
@@ -140,32 +134,21 @@ def causal_conv_transpose1d(
         return _step(x, weight, bias, stride, pre, overlap, active)
     # as many rows, of s outputs each, as contain the last output that is kept
     rows = triton.cdiv(trim[0] + total, stride)
-    taps, packed = _taps(kernel, stride), _pack(weight, stride)
+    taps, packed = taps_of(kernel, stride), _pack(weight, stride)
     repeated_bias = None if bias is None else packing.packed(bias, f"x{stride}", lambda v: v.repeat(stride))
     y = causal_conv1d(x, packed, repeated_bias, pad=(taps - 1, rows - length), pre=pre)
     y = y.transpose(1, 2).reshape(batch, rows * stride, per_group)
     return y[:, trim[0] : trim[0] + total].contiguous().transpose(1, 2)  # copies if trimmed
 
 
-def _taps(kernel: int, stride: int) -> int:
-    return triton.cdiv(kernel, stride)
-
-
 def _pack(weight: Tensor, stride: int) -> Tensor:
-    """[C, O, K] -> [stride * O, C, taps], the weight of the causal convolution; the last tap is the newest input's."""
-
-    def pack(w: Tensor) -> Tensor:
-        taps = _taps(w.shape[2], stride)
-        w = torch.nn.functional.pad(w, (0, taps * stride - w.shape[2]))
-        return w.unflatten(2, (taps, stride)).flip(2).permute(3, 1, 0, 2).flatten(0, 1).contiguous()
-
-    return packing.packed(weight, f"stride {stride}", pack)
+    return packing.packed(weight, f"stride {stride}", lambda w: as_convolution(w, stride))
 
 
 def _step(x, weight, bias, stride, pre, overlap, active):
     """One call of streams, ungrouped."""
     (batch, channels, length), (_, out, kernel) = x.shape, weight.shape
-    taps = _taps(kernel, stride)
+    taps = taps_of(kernel, stride)
     y = layout.empty_channels_last(x, out, length * stride)
     tile = blocks(batch * (length + taps - 1), channels, stride * out, taps, x)
     for name in ("BLOCK_T", "BLOCK_O"):
@@ -187,7 +170,7 @@ def _step(x, weight, bias, stride, pre, overlap, active):
 def _depthwise(x, weight, bias, stride, trim, pre, overlap, active, total):
     """A depthwise convolution, offline or streaming, with `total` outputs."""
     kernel = weight.shape[2]
-    taps, stream = _taps(kernel, stride), overlap is not None
+    taps, stream = taps_of(kernel, stride), overlap is not None
     missing = 0 if stream else triton.cdiv(trim[0] + total, stride) - (x.shape[2] + taps - 1)
     if missing > 0:  # outputs that no input contributes to: the stride is longer than the kernel
         x = layout.channels_last(F.pad(x, (0, missing)))

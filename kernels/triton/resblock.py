@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime import layout
+from .._common import check_resblock
 from . import _launch
 from ._conv import (
     LENGTHS,
@@ -43,7 +44,6 @@ from ._conv import (
     by_taps,
     convolve,
     mirrored_length,
-    output_length,
     rows_of,
     segments,
 )
@@ -96,32 +96,24 @@ def resblock_fwd_kernel(
 
 
 def resblock(
-    x: Tensor,  # [B, C, T]
-    weight1: Tensor,  # [H, C, K]
-    bias1: Tensor,
-    weight2: Tensor,  # [C, H, 1]
-    bias2: Tensor,
-    *,
-    dilation: int = 1,
-    pad: tuple[int, int] = (0, 0),
-    pad_mode: str = "constant",
-    shortcut_weight: Tensor | None = None,  # [C, C, 1]
-    shortcut_bias: Tensor | None = None,
-    history: Tensor | None = None,  # [B, C, pad[0]], mutated
-    first: Tensor | None = None,  # [B] bool
-    active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, C, T], channels-last
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, dilation: int = 1,
+    pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", shortcut_weight: Tensor | None = None,
+    shortcut_bias: Tensor | None = None, scales: Tensor | None = None, history: Tensor | None = None,
+    first: Tensor | None = None, active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As in the reference; the result is channels-last."""
+    check_resblock(x, weight1, bias1, weight2, bias2, dilation, pad, history)
     (batch, channels, length), (hidden, _, kernel) = x.shape, weight1.shape
     x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
-    if hidden > WIDEST[x.dtype] or output_length(length, kernel, 1, dilation, pad) != length:
+    if hidden > WIDEST[x.dtype]:
         hidden_channels = causal_conv1d(
             x, weight1, bias1, dilation=dilation, pad=pad, pad_mode=pad_mode, pre="elu", post="elu",
             history=history, first=first, active=active,
         )  # fmt: skip
         return causal_conv1d(hidden_channels, weight2, bias2, residual=skip)
     y = layout.empty_channels_last(x, channels, length)
-    if not length or not batch:
+    if not batch:
         return y
     stream = history is not None and pad[0] > 0
     tile = _blocks(batch * length, channels, hidden, kernel, x, stream)

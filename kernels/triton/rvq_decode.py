@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common import check_codes
 from . import _launch
 
 
@@ -34,6 +35,7 @@ def rvq_decode_fwd_kernel(p_codes, p_books, p_y, N, L, S, D, sc_l, sc_n, BLOCK_N
 
 def rvq_decode(codes: Tensor, codebooks: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """codes [L, N] int64 and codebooks [L, S, D] -> [N, D] in `dtype`, by default the codebooks'."""
+    check_codes(codes, codebooks)
     (levels, rows), (_, size, dim) = codes.shape, codebooks.shape
     y = codebooks.new_empty(rows, dim, dtype=dtype)
     if not rows:

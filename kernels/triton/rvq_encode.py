@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime import packing
+from .._common import check_search
 from . import _launch
 
 FAR = tl.constexpr(float("inf"))
@@ -107,6 +108,7 @@ def rvq_encode_fwd_kernel(
 
 def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     """x [N, D], converted to fp32, and codebooks [L, S, D] fp32 -> codes [L, N] int64."""
+    check_search(x, codebooks)
     (rows, dim), (levels, size, _) = x.shape, codebooks.shape
     codes = torch.empty(levels, rows, dtype=torch.int64, device=x.device)
     if not rows:

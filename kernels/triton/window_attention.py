@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common import check_attention
 from . import _launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -152,19 +153,12 @@ def window_attention_fwd_kernel(
 
 
 def window_attention(
-    q: Tensor,  # [B, H, T, D]
-    k: Tensor,  # [B, H_kv, T, D], H a multiple of H_kv
-    v: Tensor,  # [B, H_kv, T, D]
-    inv_freq: Tensor,  # [D / 2] fp32
-    *,
-    window: int,
-    rope_scale: float = 1.0,
-    interleaved: bool = False,
-    offset: Tensor | None = None,  # [B] int64: positions already seen
-    cache_k: Tensor | None = None,  # [B, H_kv, window, D], mutated
-    cache_v: Tensor | None = None,
-    active: Tensor | None = None,  # [B] bool
-) -> Tensor:  # [B, H, T, D], in memory [B, T, H, D]
+    q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, *, window: int, rope_scale: float = 1.0,
+    interleaved: bool = False, offset: Tensor | None = None, cache_k: Tensor | None = None,
+    cache_v: Tensor | None = None, active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As in the reference; the result is [B, T, H, D] in memory."""
+    check_attention(q, k, v, window, cache_k, cache_v)
     (batch, heads, length, dim), kv_heads = q.shape, k.shape[1]
     y = q.new_empty(batch, length, heads, dim).transpose(1, 2)
     if not y.numel():
