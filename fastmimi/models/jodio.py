@@ -7,7 +7,7 @@ streaming is shared with Mimi (seanet.py, transformer.py, quantizer.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -28,32 +28,30 @@ from . import checks, transformer
 from .codec import Codec
 from .config import JodioConfig, JodioTransformerConfig
 from .quantizer import EPSILON, ResidualQuantizer, SplitQuantizer
-from .seanet import PaddedConv1d, PaddedConvTranspose1d
+from .seanet import Surroundings, upsample
 
 
-class Conv1d(PaddedConv1d, nn.Conv1d):  # type: ignore[misc]
+class Conv1d(StreamingModule, nn.Conv1d):
     """A convolution of the tree, causal unless `config.as_printed_padding`: [B, C_in, T] -> [B, C_out, T / stride]."""
 
     def __init__(
         self, config: JodioConfig, channels: tuple[int, int], *, stride: int = 1, dilation: int = 1,
         padding: int | None = None, post: str = "none", samples: int = 1,
     ):  # fmt: skip
-        around = (config.kernel_size - 1) * dilation if padding is None else padding
-        super().__init__(*channels, config.kernel_size, stride, padding=around, dilation=dilation)
-        self.around = around
-        self.printed = config.as_printed_padding
-        self.post = post
-        self.samples = samples
+        causal = (config.kernel_size - 1) * dilation
+        printed = causal if padding is None else padding
+        super().__init__(*channels, config.kernel_size, stride, padding=printed, dilation=dilation)
+        left, right = (printed, printed) if config.as_printed_padding else (causal, 0)
+        self.around = Surroundings(left, right, post=post, samples=samples)
 
-    @property
-    def conv(self) -> nn.Conv1d:  # type: ignore[override]
-        return self
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        return {self.name: (batch, self.in_channels, self.around.left)}
 
-    def sides(self, length: int) -> tuple[int, int]:
-        return (self.around, self.around) if self.printed else ((self.kernel_size[0] - 1) * self.dilation[0], 0)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # type: ignore[override]
+        return self.around.convolve(self, x, context, self.name)
 
 
-class ConvTranspose1d(PaddedConvTranspose1d, nn.ConvTranspose1d):  # type: ignore[misc]
+class ConvTranspose1d(StreamingModule, nn.ConvTranspose1d):
     """A transposed convolution of the tree: [B, C, T] -> [B, C, T * stride]."""
 
     def __init__(self, config: JodioConfig, stride: int):
@@ -62,9 +60,11 @@ class ConvTranspose1d(PaddedConvTranspose1d, nn.ConvTranspose1d):  # type: ignor
         super().__init__(width, width, kernel, stride, padding=kernel - 1, output_padding=beyond)
         self.trim = (kernel - 1, kernel - 1 - beyond) if config.as_printed_padding else (0, kernel - stride)
 
-    @property
-    def conv(self) -> nn.ConvTranspose1d:  # type: ignore[override]
-        return self
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        return {self.name: (batch, self.out_channels, max(0, sum(self.trim)))}
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # type: ignore[override]
+        return upsample(self, self.trim, x, context, self.name)
 
 
 def _dilated(config: JodioConfig, dilations: Sequence[int]) -> nn.ModuleList:
@@ -229,9 +229,8 @@ class ResidualVectorQuantizer(ResidualQuantizer):
     """Latents [B, hidden, T] -> codes [B, L, T], in the latents' own space, and back."""
 
     def __init__(self, config: JodioConfig, levels: int):
-        nn.Module.__init__(self)
+        super().__init__()
         self.quantizers = nn.ModuleList(VectorQuantizer(config) for _ in range(levels))
-        self.input_proj = self.output_proj = None
 
     def __len__(self) -> int:
         return len(self.quantizers)
@@ -240,9 +239,8 @@ class ResidualVectorQuantizer(ResidualQuantizer):
         levels: list[Any] = [*self.quantizers]
         return tuple(level.codebook.weight for level in levels)
 
-    @staticmethod
-    def _entries(*books: Tensor) -> Tensor:
-        return torch.stack(books)
+    def _entries(self, *stored: Tensor) -> Tensor:
+        return torch.stack(stored)
 
     def usage(self) -> Tensor:
         return torch.ones(self.codebooks().shape[:2], device=self.codebooks().device)
@@ -251,15 +249,6 @@ class ResidualVectorQuantizer(ResidualQuantizer):
     def learned(self, sums: Tensor, usage: Tensor) -> None:
         for book, entries in zip(self._stored(), sums / usage.clamp(min=EPSILON)[..., None], strict=True):
             book.copy_(entries)
-
-
-class _Quantizer(SplitQuantizer):
-    """The two quantizers of a model as one; the model holds them under other names."""
-
-    def __init__(self, semantic: ResidualVectorQuantizer, acoustic: ResidualVectorQuantizer):
-        nn.Module.__init__(self)
-        self.semantic_residual_vector_quantizer = semantic
-        self.acoustic_residual_vector_quantizer = acoustic
 
 
 class JodioModel(Codec):
@@ -290,8 +279,12 @@ class JodioModel(Codec):
         self.post_vq_proj = nn.Linear(after.hidden_size, config.channels)
         self.decoder_transformer = Transformer(after, config)
         self.decoder = SeaNetDecoder(config)
-        self.__dict__["quantizer"] = _Quantizer(self.semantic_rvq, self.acoustic_rvq)  # not a submodule
         StreamingModule.set_names(self)
+
+    @cached_property
+    def quantizer(self) -> SplitQuantizer:  # type: ignore[override]
+        """Both quantizers as one; not a submodule, since the tree has them under the names above."""
+        return SplitQuantizer(self.semantic_rvq, self.acoustic_rvq)
 
     def _a_parameter(self) -> Tensor:
         return self.pre_vq_proj.weight

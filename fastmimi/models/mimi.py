@@ -58,7 +58,7 @@ class Mimi(Codec):
             )
         self.decoder_transformer = Transformer(config) if config.has_decoder else None
         self.decoder = SeanetDecoder(config) if config.has_decoder else None
-        self.quantizer = SplitQuantizer(config)
+        self.quantizer = SplitQuantizer.of(config)
         StreamingModule.set_names(self)
 
     def parts(self, direction: str) -> list[nn.Module | None]:

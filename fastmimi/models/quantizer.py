@@ -51,11 +51,6 @@ def centroids(embed_sum: Tensor, cluster_usage: Tensor) -> Tensor:
     return embed_sum.to(wide) / cluster_usage.to(wide).clamp(min=EPSILON)[:, None]
 
 
-def _centroids(*sums: Tensor) -> Tensor:
-    """Sum and usage of level after level -> entries [L, S, D]."""
-    return torch.stack([centroids(*level) for level in zip(sums[::2], sums[1::2], strict=True)])
-
-
 class Level(nn.Module):
     """One level of a residual quantizer; its name gives checkpoints their keys `layers.<i>.codebook`."""
 
@@ -65,28 +60,32 @@ class Level(nn.Module):
 
 
 class ResidualQuantizer(nn.Module):
-    """Latents [B, hidden, T] -> codes [B, L, T] in a space of D, and back; peer: `MimiResidualVectorQuantizer`."""
+    """Latents [B, hidden, T] -> codes [B, L, T] in a space of D, and back. A subclass stores the entries."""
 
-    def __init__(self, config: CodecConfig, levels: int):
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Level(config) for _ in range(levels))
         self.input_proj: nn.Conv1d | None = None
         self.output_proj: nn.Conv1d | None = None
-        width = config.vector_quantization_hidden_dimension
-        if width != config.hidden_size:
-            self.input_proj = nn.Conv1d(config.hidden_size, width, 1, bias=False)
-            self.output_proj = nn.Conv1d(width, config.hidden_size, 1, bias=False)
 
     def __len__(self) -> int:
         """How many levels there are."""
-        return len(self.layers)
+        raise NotImplementedError
 
     def _stored(self) -> tuple[Tensor, ...]:
-        """The tensors that the entries of all levels are computed from, level after level."""
-        books: list[Any] = [level.codebook for level in self.layers]
-        return tuple(t for book in books for t in (book.embed_sum, book.cluster_usage))
+        """The tensors that the entries of all levels are computed from."""
+        raise NotImplementedError
 
-    _entries = staticmethod(_centroids)
+    def _entries(self, *stored: Tensor) -> Tensor:
+        """The entries of all levels [L, S, D]."""
+        raise NotImplementedError
+
+    def usage(self) -> Tensor:
+        """Exponential moving average of how often each entry was chosen [L, S]; ones if it is not stored."""
+        raise NotImplementedError
+
+    def learned(self, sums: Tensor, usage: Tensor) -> None:
+        """Store running sums [L, S, D] and counts [L, S] of latents; their ratio are the entries."""
+        raise NotImplementedError
 
     def codebooks(self, levels: int | None = None) -> Tensor:
         """Entries of the first levels (all of them without the number) [L, S, D].
@@ -98,18 +97,6 @@ class ResidualQuantizer(nn.Module):
             return self._entries(*self._stored())[:levels]
         whole = packing.packed(self._stored(), "entries", self._entries)
         return packing.packed(whole, f"first {levels} levels", lambda books: books[:levels])
-
-    def usage(self) -> Tensor:
-        """Exponential moving average of how often each entry was chosen [L, S]; ones if it is not stored."""
-        return torch.stack([usage.float() for usage in self._stored()[1::2]])
-
-    @torch.no_grad()
-    def learned(self, sums: Tensor, usage: Tensor) -> None:
-        """Store running sums [L, S, D] and counts [L, S] of latents; their ratio are the entries."""
-        stored = self._stored()
-        for level, (total, count) in enumerate(zip(stored[::2], stored[1::2], strict=True)):
-            total.copy_(sums[level])
-            count.copy_(usage[level])
 
     def project(self, latents: Tensor, context: ForwardContext) -> Tensor:
         """[B, hidden, T] -> [B, D, T]."""
@@ -151,14 +138,51 @@ class ResidualQuantizer(nn.Module):
         return codes, self.unproject(quantized, context)
 
 
+class MimiResidualQuantizer(ResidualQuantizer):
+    """Entries as the running sums of training; peer: `MimiResidualVectorQuantizer`."""
+
+    def __init__(self, config: CodecConfig, levels: int):
+        super().__init__()
+        self.layers = nn.ModuleList(Level(config) for _ in range(levels))
+        width = config.vector_quantization_hidden_dimension
+        if width != config.hidden_size:
+            self.input_proj = nn.Conv1d(config.hidden_size, width, 1, bias=False)
+            self.output_proj = nn.Conv1d(width, config.hidden_size, 1, bias=False)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def _stored(self) -> tuple[Tensor, ...]:
+        books: list[Any] = [level.codebook for level in self.layers]
+        return tuple(t for book in books for t in (book.embed_sum, book.cluster_usage))
+
+    def _entries(self, *stored: Tensor) -> Tensor:
+        return torch.stack([centroids(*level) for level in zip(stored[::2], stored[1::2], strict=True)])
+
+    def usage(self) -> Tensor:
+        return torch.stack([usage.float() for usage in self._stored()[1::2]])
+
+    @torch.no_grad()
+    def learned(self, sums: Tensor, usage: Tensor) -> None:
+        stored = self._stored()
+        for level, (total, count) in enumerate(zip(stored[::2], stored[1::2], strict=True)):
+            total.copy_(sums[level])
+            count.copy_(usage[level])
+
+
 class SplitQuantizer(nn.Module):
     """Semantic and acoustic quantizers side by side on the same latents, summed; peer names kept."""
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, semantic: ResidualQuantizer, acoustic: ResidualQuantizer):
         super().__init__()
-        semantic = config.num_semantic_quantizers
-        self.semantic_residual_vector_quantizer = ResidualQuantizer(config, semantic)
-        self.acoustic_residual_vector_quantizer = ResidualQuantizer(config, config.num_quantizers - semantic)
+        self.semantic_residual_vector_quantizer = semantic
+        self.acoustic_residual_vector_quantizer = acoustic
+
+    @classmethod
+    def of(cls, config: CodecConfig) -> SplitQuantizer:
+        """Mimi's, with PyTorch's initial weights."""
+        levels = config.num_semantic_quantizers, config.num_quantizers - config.num_semantic_quantizers
+        return cls(*(MimiResidualQuantizer(config, count) for count in levels))
 
     def parts(self, levels: int) -> list[tuple[ResidualQuantizer, int]]:
         """The quantizers that `levels` codebooks use, and how many levels of each."""

@@ -7,6 +7,7 @@ before the convolutions and are fused into them, which is why the numbering of `
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,60 +20,58 @@ from ..runtime.state import StreamingModule
 from .config import CodecConfig
 
 
-class PaddedConv1d(StreamingModule):
-    """Padding and streaming of a convolution `conv`: [B, C_in, T] -> [B, C_out, ceil(T / stride)]."""
+@dataclass(frozen=True)
+class Surroundings:
+    """What stands around a convolution: padding or, in streams, history, and the activations fused into it.
 
-    conv: nn.Conv1d
-    samples: int = 1  # of audio between two steps of the input
-    pad_mode = "constant"
-    pre = "none"
-    post = "none"
+    left, right: samples of padding; more on the right, up to a `multiple` of the input's length.
+    samples: of audio between two steps of the input.
+    """
 
-    def sides(self, length: int) -> tuple[int, int]:
-        """Samples to add left and right of `length`."""
-        raise NotImplementedError
+    left: int
+    right: int = 0
+    multiple: int = 1
+    mode: str = "constant"
+    pre: str = "none"
+    post: str = "none"
+    samples: int = 1
 
-    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        return {self.name: (batch, self.conv.in_channels, self.sides(0)[0])}
+    def padding(self, x: Tensor, context: ForwardContext, name: str) -> dict[str, Any]:
+        """The op's arguments for what stands before and after x [B, C, T]: padding, or the history kept as `name`."""
+        pad = (self.left, self.right + -x.shape[-1] % self.multiple)
+        if context.state is None:
+            return {"pad": pad, "pad_mode": self.mode}
+        first = context.state.first & False if context.continues else context.state.first
+        history = context.state.buffers[name]
+        return {
+            "pad": pad, "pad_mode": self.mode, "history": history, "first": first, "active": context.state.active
+        }  # fmt: skip
 
-    def padded(self, x: Tensor, context: ForwardContext) -> dict[str, Any]:
-        """The op's arguments for what stands before and after x [B, C, T]: padding, or the history of streams."""
-        arguments: dict[str, Any] = {"pad": self.sides(x.shape[-1]), "pad_mode": self.pad_mode}
-        if context.state is not None:
-            history = context.state.buffers[self.name]
-            first = context.state.first & False if context.continues else context.state.first
-            arguments |= {"history": history, "first": first, "active": context.state.active}
-        return arguments
-
-    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        conv = self.conv
+    def convolve(self, conv: nn.Conv1d, x: Tensor, context: ForwardContext, name: str) -> Tensor:
+        """[B, C_in, T] -> [B, C_out, ceil(T / stride)], with the state kept as `name`."""
         stride = conv.stride[0]
         if context.lengths is not None and stride > 1:
-            x = fill_tail(x, -(-context.lengths // self.samples), self.pad_mode)
+            x = fill_tail(x, -(-context.lengths // self.samples), self.mode)
         return context.ops.causal_conv1d(
             x, weight_of(conv), conv.bias, stride=stride, dilation=conv.dilation[0], groups=conv.groups, pre=self.pre,
-            post=self.post, scales=scales_of(conv), **self.padded(x, context),
+            post=self.post, scales=scales_of(conv), **self.padding(x, context, name),
         )  # fmt: skip
 
 
-class PaddedConvTranspose1d(StreamingModule):
-    """The same for an upsampling transposed convolution: [B, C_in, T] -> [B, C_out, T * stride]."""
+def upsample(
+    conv: nn.ConvTranspose1d, trim: tuple[int, int], x: Tensor, context: ForwardContext, name: str, pre: str = "none"
+) -> Tensor:
+    """[B, C_in, T] -> [B, C_out, T * stride], with the overlap of streams kept as `name`.
 
-    conv: nn.ConvTranspose1d
-    pre = "none"
-    trim: tuple[int, int]  # of the full result; a negative number on the right appends outputs that no input reaches
-
-    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        return {self.name: (batch, self.conv.out_channels, max(0, sum(self.trim)))}
-
-    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        conv, state = self.conv, {}
-        if context.state is not None:
-            state = {"overlap": context.state.buffers[self.name], "active": context.state.active}
-        return context.ops.causal_conv_transpose1d(
-            x, weight_of(conv), conv.bias, stride=conv.stride[0], groups=conv.groups, trim=self.trim, pre=self.pre,
-            scales=scales_of(conv), **state,
-        )  # fmt: skip
+    trim: of the full result; a negative number on the right appends outputs that no input reaches.
+    """
+    state = {}
+    if context.state is not None:
+        state = {"overlap": context.state.buffers[name], "active": context.state.active}
+    return context.ops.causal_conv_transpose1d(
+        x, weight_of(conv), conv.bias, stride=conv.stride[0], groups=conv.groups, trim=trim, pre=pre,
+        scales=scales_of(conv), **state,
+    )  # fmt: skip
 
 
 def weight_of(conv: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
@@ -89,56 +88,47 @@ def weight_of(conv: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
     return packing.packed((v, g), f"weight norm {dim}", lambda v, g: torch._weight_norm(v, g, dim))
 
 
-class CausalConv1d(PaddedConv1d, nn.Module):
+class CausalConv1d(StreamingModule, nn.Module):
     """A padded convolution, [B, C_in, T] -> [B, C_out, ceil(T / stride)]; peer: transformers' `MimiConv1d`."""
 
     def __init__(
-        self,
-        config: CodecConfig,
-        channels: tuple[int, int],
-        kernel_size: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        bias: bool = True,
-        pad_mode: str | None = None,
-        pre: str = "none",
-        samples: int = 1,
-    ):
+        self, config: CodecConfig, channels: tuple[int, int], kernel_size: int, *, stride: int = 1, dilation: int = 1,
+        bias: bool = True, pad_mode: str | None = None, pre: str = "none", samples: int = 1,
+    ):  # fmt: skip
         super().__init__()
-        self.samples = samples
         self.conv = nn.Conv1d(*channels, kernel_size, stride, dilation=dilation, bias=bias)
-        self.causal = config.use_causal_conv
-        self.pad_mode = pad_mode or config.pad_mode
-        self.pre = pre
+        total = (kernel_size - 1) * dilation + 1 - stride
+        right = 0 if config.use_causal_conv else total // 2
+        self.around = Surroundings(
+            total - right, right, stride, pad_mode or config.pad_mode, pre=pre, samples=samples
+        )  # fmt: skip
 
-    def sides(self, length: int) -> tuple[int, int]:
-        """Samples to add left and right of `length`; on the right, what the last stride needs to be full."""
-        (kernel,), (stride,), (dilation,) = self.conv.kernel_size, self.conv.stride, self.conv.dilation
-        total = (kernel - 1) * dilation + 1 - stride
-        right = 0 if self.causal else total // 2
-        return total - right, right + -length % stride
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        return {self.name: (batch, self.conv.in_channels, self.around.left)}
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        return self.around.convolve(self.conv, x, context, self.name)
 
 
-class CausalConvTranspose1d(PaddedConvTranspose1d, nn.Module):
+class CausalConvTranspose1d(StreamingModule, nn.Module):
     """An upsampling transposed convolution, [B, C_in, T] -> [B, C_out, T * stride]; peer: `MimiConvTranspose1d`."""
 
     def __init__(
-        self,
-        config: CodecConfig,
-        channels: tuple[int, int],
-        stride: int,
-        *,
-        groups: int = 1,
-        bias: bool = True,
+        self, config: CodecConfig, channels: tuple[int, int], stride: int, *, groups: int = 1, bias: bool = True,
         pre: str = "none",
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.conv = nn.ConvTranspose1d(*channels, 2 * stride, stride, groups=groups, bias=bias)
         total = stride  # kernel - stride
         right = math.ceil(total * config.trim_right_ratio) if config.use_causal_conv else total // 2
         self.trim = (total - right, right)
         self.pre = pre
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        return {self.name: (batch, self.conv.out_channels, sum(self.trim))}
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        return upsample(self.conv, self.trim, x, context, self.name, self.pre)
 
 
 class ResBlock(nn.Module):
@@ -165,7 +155,7 @@ class ResBlock(nn.Module):
         return context.ops.resblock(
             x, first.conv.weight, first.conv.bias, second.conv.weight, second.conv.bias,
             dilation=first.conv.dilation[0], scales=scales_of(first.conv, second.conv), **skip,
-            **first.padded(x, context),
+            **first.around.padding(x, context, first.name),
         )  # fmt: skip
 
 
