@@ -6,7 +6,6 @@ This module imports nothing else of the package.
 from __future__ import annotations
 
 import reprlib
-from typing import Any
 
 
 class InputError(ValueError):
@@ -17,7 +16,7 @@ class InputError(ValueError):
     """
 
 
-def named(name: Any) -> str:
+def named(name: object) -> str:
     """Format a name that was read from a file: unchanged if printable and short, else as its shortened `repr`."""
     return name if isinstance(name, str) and name.isprintable() and len(name) <= 100 else shown(name)
 
@@ -27,7 +26,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """`repr` of any value, on one line and shortened."""
     if isinstance(value, int) and abs(value) >= 1 << 128:  # Python refuses to print integers of thousands of digits
         return f"an integer of {value.bit_length()} bits"

@@ -1,5 +1,9 @@
 """The dispatcher: what it chooses, what it says, what it refuses."""
 
+import importlib
+import inspect
+import typing
+
 import pytest
 import torch
 
@@ -104,3 +108,25 @@ def test_impl_reaches_the_model():
     model.impl = "reference"
     assert torch.equal(model.encode(audio), auto)
     assert {row.chosen for row in model.explain()} == {"reference"}
+
+
+def arguments(function):
+    """{name: (kind, default)} of a function's arguments, without `self`."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: (p.kind, p.default) for p in parameters if p.name != "self"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_backend_takes_what_the_signature_says(op):
+    wanted = arguments(typing.get_type_hints(Ops)[op].__call__)
+    schema = OPS[op]
+    assert {*schema.names, *schema.state_names} <= wanted.keys()
+    for backend, path in dispatch.CANDIDATES.items():
+        if dispatch.why_not(backend, op, dispatch.Target("cpu", torch.float32)) and backend != "reference":
+            continue
+        mine = arguments(getattr(importlib.import_module(f"{path}.{op}"), op))
+        if backend == "reference":  # which takes the inner op of a composed one, and hands its state on
+            mine = {name: what for name, what in mine.items() if name not in ("attention", "state")}
+            mine |= {name: wanted[name] for name in schema.state_names}
+        left_to_the_reference = {"dropout", "residual_dropout"} if backend != "reference" else set()
+        assert mine == {name: what for name, what in wanted.items() if name not in left_to_the_reference}

@@ -88,13 +88,13 @@ class QuantizedResult:
     codes: Tensor
     bandwidth: Tensor
     penalty: Tensor | None = None
-    metrics: dict = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.inference_mode(False)  # inference tensors would be packed at every call (runtime/packing.py)
 def get_mimi(
     filename: str | Path | None,
-    mimi_config: dict | None = None,
+    mimi_config: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
     num_codebooks: int = 8,
 ) -> MimiModel:
@@ -123,7 +123,7 @@ def get_mimi(
     return MimiModel(core).to(where).eval()
 
 
-def codec_config(mimi_config: dict) -> CodecConfig:
+def codec_config(mimi_config: dict[str, Any]) -> CodecConfig:
     """Convert moshi's `mimi_config` to a CodecConfig. Raises InputError, naming the key, for what is not supported."""
     if not isinstance(mimi_config, dict):
         raise InputError(f"mimi_config must be a dictionary, got {type(mimi_config).__name__}")
@@ -184,7 +184,7 @@ def codec_config(mimi_config: dict) -> CodecConfig:
     )
 
 
-def _section(mimi_config: dict, name: str) -> dict[str, Any]:
+def _section(mimi_config: dict[str, Any], name: str) -> dict[str, Any]:
     """One section of a mimi_config, completed with moshi's defaults."""
     section = mimi_config[name]
     if not isinstance(section, dict):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.models.mimi import modeling_mimi as peer
 
 from ..errors import InputError
-from .transformers import PEERS, Codebook, DropIn, adopt, drop_in_for, peer
+from .transformers import PEERS, Codebook, DropIn, adopt, drop_in_for
 
 _REPLACEMENTS: dict[type, type] = {}
 

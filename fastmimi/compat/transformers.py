@@ -89,7 +89,7 @@ class DropIn(Packable):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_binding"}  # a copy makes its own
 
-    def _needs_peer(self, kwargs: dict, cache: Any = None) -> bool:
+    def _needs_peer(self, kwargs: dict[str, Any], cache: Any = None) -> bool:
         """Whether only the peer's modules can serve the request."""
         if cache is not None and not isinstance(cache, PaddingCache):
             return True  # a cache with one entry per layer: the peer's, or another model's copy of that class

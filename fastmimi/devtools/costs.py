@@ -98,7 +98,7 @@ class _Counter:
         handles = []
         for module in _modules(model):
 
-            def begin(module: nn.Module, _: Any) -> None:
+            def begin(module: nn.Module, _: object) -> None:
                 with self.stage(names[module], module):
                     pass
 

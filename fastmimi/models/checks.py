@@ -27,7 +27,7 @@ def audio(x: Tensor, config: AnyConfig) -> Tensor:
     return x
 
 
-def _values(x: Any, name: str) -> None:
+def _values(x: object, name: str) -> None:
     """A dense tensor that holds values (not a meta or sparse one)."""
     if not isinstance(x, Tensor):
         raise InputError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -76,7 +76,7 @@ def code_range(x: Tensor, config: AnyConfig, ignored: Tensor | None = None) -> T
     return x
 
 
-def codebook_count(count: Any, config: AnyConfig) -> int:
+def codebook_count(count: object, config: AnyConfig) -> int:
     """A number of codebooks, at least the semantic ones and at most all."""
     if type(count) is not int and (isinstance(count, bool) or not isinstance(count, Integral)):
         least, most = config.num_semantic_quantizers, config.num_quantizers
@@ -105,12 +105,12 @@ def streamable(config: AnyConfig) -> None:
         raise InputError(config.not_streamable_because)
 
 
-def last_frame(way: Any) -> None:
+def last_frame(way: object) -> None:
     if not isinstance(way, str) or way not in ("waveform", "layers"):
         raise InputError(f"last_frame must be 'waveform' or 'layers', got {shown(way)}")
 
 
-def is_state(state: Any) -> StreamState:
+def is_state(state: object) -> StreamState:
     if not isinstance(state, StreamState):
         raise InputError(f"state must come from new_state(), got {type(state).__name__}")
     return state
@@ -131,28 +131,28 @@ def state(state: StreamState, shape: tuple[int, ...], model: Any) -> None:
         raise InputError("the state is for a model of another configuration: make a new_state()")
 
 
-def batch_size(count: Any) -> int:
+def batch_size(count: object) -> int:
     """A number of streams."""
     if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= int(count) <= MOST_STREAMS:
         raise InputError(f"batch_size must be an integer from 1 to {MOST_STREAMS}, got {shown(count)}")
     return int(count)
 
 
-def config(config: Any, kind: type) -> Any:
+def config(config: object, kind: type) -> Any:
     """A configuration of this class; the default one for None."""
     if config is not None and not isinstance(config, kind):
         raise InputError(f"config must be a {kind.__name__}, got {type(config).__name__}")
     return kind() if config is None else config
 
 
-def dtype(dtype: Any) -> torch.dtype:
+def dtype(dtype: object) -> torch.dtype:
     """A dtype that a model can compute in."""
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {shown(dtype)}")
     return dtype
 
 
-def device(device: Any) -> torch.device:
+def device(device: object) -> torch.device:
     """A device that this machine has."""
     found = device_type(device)
     if found.type == "cpu":
@@ -166,7 +166,7 @@ def device(device: Any) -> torch.device:
     return found
 
 
-def device_type(device: Any) -> torch.device:
+def device_type(device: object) -> torch.device:
     """A device by its name, whether or not this machine has it."""
     if isinstance(device, str | torch.device):
         try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..runtime import packing
 from ..runtime.ops import ForwardContext
 from ..runtime.quantized import scales_of
+from ..runtime.signatures import Overlap, Padding
 from ..runtime.state import StreamingModule
 from .config import CodecConfig
 
@@ -36,7 +37,7 @@ class Surroundings:
     post: str = "none"
     samples: int = 1
 
-    def padding(self, x: Tensor, context: ForwardContext, name: str) -> dict[str, Any]:
+    def padding(self, x: Tensor, context: ForwardContext, name: str) -> Padding:
         """The op's arguments for what stands before and after x [B, C, T]: padding, or the history kept as `name`."""
         pad = (self.left, self.right + -x.shape[-1] % self.multiple)
         if context.state is None:
@@ -65,7 +66,7 @@ def upsample(
 
     trim: of the full result; a negative number on the right appends outputs that no input reaches.
     """
-    state = {}
+    state: Overlap = {}
     if context.state is not None:
         state = {"overlap": context.state.buffers[name], "active": context.state.active}
     return context.ops.causal_conv_transpose1d(
@@ -149,12 +150,12 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         first: Any = self.block["1"]
         second: Any = self.block["3"]
-        skip = {}
-        if self.shortcut is not None:
-            skip = {"shortcut_weight": self.shortcut.conv.weight, "shortcut_bias": self.shortcut.conv.bias}
+        shortcut = None if self.shortcut is None else self.shortcut.conv
         return context.ops.resblock(
             x, first.conv.weight, first.conv.bias, second.conv.weight, second.conv.bias,
-            dilation=first.conv.dilation[0], scales=scales_of(first.conv, second.conv), **skip,
+            dilation=first.conv.dilation[0], scales=scales_of(first.conv, second.conv),
+            shortcut_weight=None if shortcut is None else shortcut.weight,
+            shortcut_bias=None if shortcut is None else shortcut.bias,
             **first.around.padding(x, context, first.name),
         )  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..runtime.ops import ForwardContext
 from ..runtime.quantized import scales_of
+from ..runtime.signatures import RingCaches
 from ..runtime.state import StreamingModule
 from .config import CodecConfig
 from .validation import ACTIVATIONS
@@ -60,12 +61,12 @@ class Rings(StreamingModule):
         ring = (batch, self.kv_heads, self.window, self.head_dim)
         return {f"{self.name}.k": ring, f"{self.name}.v": ring}
 
-    def state(self, context: ForwardContext) -> dict[str, Tensor]:
+    def state(self, context: ForwardContext) -> RingCaches:
         """The op's arguments for the streaming state; none offline."""
         if (state := context.state) is None:
             return {}
-        rings = {f"cache_{kind}": state.buffers[f"{self.name}.{kind}"] for kind in "kv"}
-        return {"offset": state.offset, "active": state.active, **rings}
+        cache_k, cache_v = (state.buffers[f"{self.name}.{kind}"] for kind in "kv")
+        return {"offset": state.offset, "cache_k": cache_k, "cache_v": cache_v, "active": state.active}
 
 
 class Attention(Rings, nn.Module):

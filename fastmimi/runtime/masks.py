@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from ..errors import InputError
 
 
-def as_tensor(mask: Any, name: str) -> Tensor:
+def as_tensor(mask: object, name: str) -> Tensor:
     """A mask as a tensor; it may be a tensor, a numpy array or nested lists. Raises InputError naming the argument."""
     if not isinstance(mask, Tensor) and isinstance(mask, (np.ndarray, list, tuple)):  # a union cannot be traced
         try:
@@ -28,7 +26,7 @@ def as_tensor(mask: Any, name: str) -> Tensor:
     return mask
 
 
-def of_streams(mask: Any, name: str, batch_size: int) -> Tensor:
+def of_streams(mask: object, name: str, batch_size: int) -> Tensor:
     """The bool tensor [batch_size] of a mask of streams."""
     mask = as_tensor(mask, name)
     if mask.shape != (batch_size,) or mask.dtype != torch.bool:

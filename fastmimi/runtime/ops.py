@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import signatures
 from .layout import empty_channels_last
 from .lengths import convolved, upsampled
 
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 class Ops(NamedTuple):
     """One implementation of each op, bound by `dispatch.bind` for a (device, dtype)."""
 
-    causal_conv1d: Callable[..., Tensor]
-    causal_conv_transpose1d: Callable[..., Tensor]
-    resblock: Callable[..., Tensor]
-    window_attention: Callable[..., Tensor]
-    transformer_layer: Callable[..., Tensor]
-    rvq_encode: Callable[..., Tensor]
-    rvq_decode: Callable[..., Tensor]
+    causal_conv1d: signatures.CausalConv1d
+    causal_conv_transpose1d: signatures.CausalConvTranspose1d
+    resblock: signatures.Resblock
+    window_attention: signatures.WindowAttention
+    transformer_layer: signatures.TransformerLayer
+    rvq_encode: signatures.RvqEncode
+    rvq_decode: signatures.RvqDecode
 
 
 class ForwardContext(NamedTuple):
@@ -82,18 +83,24 @@ class Op:
 
 
 def _conv(
-    x: Tensor, weight: Tensor, *_: Any, stride: int = 1, dilation: int = 1, pad: Any = (0, 0), **__: Any
+    x: Tensor,
+    weight: Tensor,
+    *_: object,
+    stride: int = 1,
+    dilation: int = 1,
+    pad: tuple[int, int] = (0, 0),
+    **__: object,
 ) -> Tensor:
     return empty_channels_last(x, weight.shape[0], convolved(x.shape[2], weight.shape[2], stride, dilation, pad))
 
 
-def _conv_flops(y: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
+def _conv_flops(y: Tensor, x: Tensor, weight: Tensor, *_: object, **__: object) -> float:
     return 2.0 * y.shape[0] * y.shape[2] * weight.numel()
 
 
 def _conv_transpose(
-    x: Tensor, weight: Tensor, *_: Any, stride: int = 1, groups: int = 1, trim: Any = (0, 0),
-    overlap: Tensor | None = None, **__: Any,
+    x: Tensor, weight: Tensor, *_: object, stride: int = 1, groups: int = 1, trim: tuple[int, int] = (0, 0),
+    overlap: Tensor | None = None, **__: object,
 ) -> Tensor:  # fmt: skip
     channels, kernel = weight.shape[1] * groups, weight.shape[2]
     if overlap is not None:
@@ -101,36 +108,38 @@ def _conv_transpose(
     return empty_channels_last(x, channels, upsampled(x.shape[2], kernel, stride, trim))
 
 
-def _conv_transpose_flops(y: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> float:
+def _conv_transpose_flops(y: Tensor, x: Tensor, weight: Tensor, *_: object, **__: object) -> float:
     return 2.0 * x.shape[0] * x.shape[2] * weight.numel()
 
 
-def _resblock(x: Tensor, weight1: Tensor, *_: Any, dilation: int = 1, pad: Any = (0, 0), **__: Any) -> Tensor:
+def _resblock(
+    x: Tensor, weight1: Tensor, *_: object, dilation: int = 1, pad: tuple[int, int] = (0, 0), **__: object
+) -> Tensor:
     return empty_channels_last(x, x.shape[1], convolved(x.shape[2], weight1.shape[2], 1, dilation, pad))
 
 
 def _resblock_flops(
     y: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
-    shortcut_weight: Tensor | None = None, *_: Any, **__: Any,
+    shortcut_weight: Tensor | None = None, *_: object, **__: object,
 ) -> float:  # fmt: skip
     weights = weight1.numel() + weight2.numel() + (0 if shortcut_weight is None else shortcut_weight.numel())
     return 2.0 * y.shape[0] * y.shape[2] * weights
 
 
-def _attention(q: Tensor, *_: Any, **__: Any) -> Tensor:
+def _attention(q: Tensor, *_: object, **__: object) -> Tensor:
     batch, heads, length, dim = q.shape
     return q.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
-def _attention_flops(y: Tensor, q: Tensor, *_: Any, window: int, **__: Any) -> float:
+def _attention_flops(y: Tensor, q: Tensor, *_: object, window: int, **__: object) -> float:
     return 4.0 * q.numel() * min(q.shape[2], window)
 
 
-def _layer(x: Tensor, *_: Any, **__: Any) -> Tensor:
+def _layer(x: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _layer_flops(y: Tensor, x: Tensor, *tensors: Tensor | None, window: int, **__: Any) -> float:
+def _layer_flops(y: Tensor, x: Tensor, *tensors: Tensor | None, window: int, **__: object) -> float:
     matrices = [tensor for tensor in tensors if tensor is not None and tensor.dim() == 2]  # q, k, v, o, fc1, fc2
     rows, width = x.shape[0] * x.shape[1], matrices[0].shape[0]
     return 2.0 * rows * sum(m.numel() for m in matrices) + 4.0 * rows * min(x.shape[1], window) * width
@@ -148,7 +157,7 @@ def _decode(codes: Tensor, codebooks: Tensor, dtype: torch.dtype | None = None) 
     return codebooks.new_empty(codes.shape[1], codebooks.shape[2], dtype=dtype)
 
 
-def _decode_flops(y: Tensor, codes: Tensor, *_: Any, **__: Any) -> float:
+def _decode_flops(y: Tensor, codes: Tensor, *_: object, **__: object) -> float:
     return float(y.numel() * codes.shape[0])
 
 

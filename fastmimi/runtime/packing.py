@@ -62,7 +62,7 @@ def _nbytes(result: Any) -> int:
     return sum(map(_nbytes, result)) if isinstance(result, tuple | list) else 0
 
 
-def _forget(entries: dict[_Key, _Entry], key: _Key, _: Any) -> None:
+def _forget(entries: dict[_Key, _Entry], key: _Key, _: object) -> None:
     entries.pop(key, None)
 
 
@@ -70,7 +70,7 @@ _entries: dict[_Key, _Entry] = {}
 _steps = 0  # of optimizers: fused ones edit weights without incrementing their version
 
 
-def _after_a_step(*_: Any) -> None:
+def _after_a_step(*_: object) -> None:
     global _steps
     _steps += 1
     _entries.clear()
