@@ -115,29 +115,34 @@ def causal_conv_transpose1d(
 ) -> Tensor:  # fmt: skip
     """As in the reference; the result is channels-last."""
     total = conv_transpose_length(x, weight, bias, stride, groups, trim, overlap)
-    (batch, channels, length), (_, per_group, kernel) = x.shape, weight.shape
+    channels, per_group = weight.shape[:2]
     x = layout.channels_last(x)
-    if not total or not batch:
+    if not total or not len(x):
         return layout.empty_channels_last(x, per_group * groups, total)
     if groups == channels and per_group == 1:
         return _depthwise(x, weight, bias, stride, trim, pre, overlap, active, total)
-    if groups > 1:
-        y = layout.empty_channels_last(x, per_group * groups, total)
-        for g in range(groups):
-            px, pw = x.chunk(groups, 1)[g], weight.chunk(groups, 0)[g]
-            pb = None if bias is None else bias.chunk(groups, 0)[g]
-            po = None if overlap is None else overlap.chunk(groups, 1)[g]
-            part = causal_conv_transpose1d(px, pw, pb, stride=stride, trim=trim, pre=pre, overlap=po, active=active)
-            y[:, g * per_group : (g + 1) * per_group] = part
-        return y
+    if groups == 1:
+        return _ungrouped(x, weight, bias, stride, trim, pre, overlap, active, total)
+    y = layout.empty_channels_last(x, per_group * groups, total)
+    for g in range(groups):
+        px, pw, pb, po = (
+            t if t is None else t.chunk(groups, dim)[g] for t, dim in ((x, 1), (weight, 0), (bias, 0), (overlap, 1))
+        )
+        y[:, g * per_group : (g + 1) * per_group] = _ungrouped(px, pw, pb, stride, trim, pre, po, active, total)
+    return y
+
+
+def _ungrouped(x, weight, bias, stride, trim, pre, overlap, active, total):
+    """A convolution without groups, offline or streaming, with `total` outputs."""
     if overlap is not None:
         return _step(x, weight, bias, stride, pre, overlap, active)
+    (batch, _, length), (_, out, kernel) = x.shape, weight.shape
     # as many rows, of s outputs each, as contain the last output that is kept
     rows = triton.cdiv(trim[0] + total, stride)
     taps, packed = taps_of(kernel, stride), _pack(weight, stride)
     repeated_bias = None if bias is None else packing.packed(bias, f"x{stride}", lambda v: v.repeat(stride))
     y = causal_conv1d(x, packed, repeated_bias, pad=(taps - 1, rows - length), pre=pre)
-    y = y.transpose(1, 2).reshape(batch, rows * stride, per_group)
+    y = y.transpose(1, 2).reshape(batch, rows * stride, out)
     return y[:, trim[0] : trim[0] + total].contiguous().transpose(1, 2)  # copies if trimmed
 
 
