@@ -130,3 +130,15 @@ def test_every_backend_takes_what_the_signature_says(op):
             mine |= {name: wanted[name] for name in schema.state_names}
         left_to_the_reference = {"dropout", "residual_dropout"} if backend != "reference" else set()
         assert mine == {name: what for name, what in wanted.items() if name not in left_to_the_reference}
+
+
+def test_a_backend_may_lack_an_op(monkeypatch):
+    """Asked for as a whole, the backend runs what it has, and the reference the rest; asked for by name, it refuses."""
+    there = dispatch.is_absent
+    monkeypatch.setattr(dispatch, "is_absent", lambda op, name: (op, name) == ("resblock", "onednn") or there(op, name))
+    rows = {row.op: row for row in dispatch.explain(impl="onednn")}
+    assert {op: row.chosen for op, row in rows.items()} == dict.fromkeys(OPS, "onednn") | {"resblock": "reference"}
+    assert rows["resblock"].reason == "composed of PyTorch's own ops"
+    assert rows["resblock"].passed_over == (("onednn", "this version of fastmimi has no onednn kernel for resblock"),)
+    with pytest.raises(fastmimi.InputError, match="resblock was asked to run as 'onednn', which it cannot"):
+        dispatch.explain(impl={"resblock": "onednn"})

@@ -13,16 +13,6 @@ WIDTH, HIDDEN = 24, 50
 FREQUENCIES = 13  # their place among the op's tensors; they are fp32 in every precision
 
 
-@pytest.fixture(params=["reference", "cpu", "onednn"])
-def op(request, where_it_runs):
-    """Triton has no kernel of its own: there the reference runs, with Triton's attention in it."""
-    from fastmimi.runtime.dispatch import implementation
-
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
-    yield where_it_runs(implementation("transformer_layer", request.param), "transformer_layer", request.param)
-    torch.use_deterministic_algorithms(False)
-
-
 def frequencies(dim=8):
     return 1.0 / (10_000.0 ** (torch.arange(0, dim, 2) / dim))
 

@@ -137,7 +137,8 @@ def implementation(op: str, candidate: str) -> Callable[..., Any]:
 
 def recorder(ops: Ops) -> Any:
     """The module that records steps of these implementations (kernels/cpu/_program.py); None unless all are native."""
-    if not all(function is implementation(op, "cpu") for op, function in ops._asdict().items()):
+    native = {op: function for op, function in ops._asdict().items() if not is_absent(op, "cpu")}
+    if not all(function is implementation(op, "cpu") for op, function in native.items()):
         return None
     from ..kernels.cpu import _program
 
@@ -151,9 +152,10 @@ def _choose(op: str, target: Target, impl: Impl) -> Choice:
     sentence = why_not(wanted, op, target)
     if sentence is None:
         return Choice(op, wanted, "asked for by impl=", ())
-    inner = OPS[op].composed_of
-    if wanted == impl and inner is not None and is_absent(op, wanted):  # asked for as a whole, not for this op by name
-        return Choice(op, "reference", f"composed of {inner} and PyTorch's own ops", ((wanted, sentence),))
+    if wanted == impl and is_absent(op, wanted):  # asked for as a whole, not for this op by name
+        inner = OPS[op].composed_of
+        made_of = "PyTorch's own ops" if inner is None else f"{inner} and PyTorch's own ops"
+        return Choice(op, "reference", f"composed of {made_of}", ((wanted, sentence),))
     raise InputError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
 
 
