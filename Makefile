@@ -18,8 +18,8 @@ PYTHON_NEWEST ?= $(call python,3.13)
 UV := $(VENV)/bin/uv
 # What is newest is looked up once a day.
 TODAY := $(shell date +%F)
-SHORT := tests/test_compat_*.py tests/test_parity_transformers.py tests/test_readme.py tests/test_kernels.py \
-	tests/test_causal_conv_transpose1d.py tests/test_rvq_encode.py tests/test_window_attention.py
+SHORT := tests/compat tests/models/test_parity_transformers.py tests/project/test_readme.py \
+	$(addprefix tests/kernels/test_,whole_models.py causal_conv_transpose1d.py rvq_encode.py window_attention.py)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -62,7 +62,7 @@ bench-report: $(VENV)/stamp-test  ## run the end-to-end benchmarks with two allo
 
 native: $(VENV)/stamp-test  ## build the native kernels again and run their tests
 	$(PY) setup.py build_ext --inplace
-	$(PY) -m pytest tests/test_native.py -q -n 2
+	$(PY) -m pytest tests/kernels/test_native.py -q -n 2
 
 native-sanitize: $(VENV)/stamp-test  ## build the native kernels with sanitizers and run their tests
 	$(PY) tests/native_sanitize.py

@@ -24,10 +24,10 @@ VARIANTS = {
     "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 TESTS = [
-    "tests/test_native.py",
-    "tests/test_int8.py",
-    "tests/test_transformer_layer.py",
-    "tests/test_window_attention.py",
+    "tests/kernels/test_native.py",
+    "tests/runtime/test_quantized.py",
+    "tests/kernels/test_transformer_layer.py",
+    "tests/kernels/test_window_attention.py",
 ]
 
 

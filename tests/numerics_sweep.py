@@ -38,7 +38,8 @@ SETTINGS = {
     "MKL in compatible mode": {"MKL_CBWR": "COMPATIBLE"},
 }
 OPS = ("causal_conv1d", "causal_conv_transpose1d", "resblock", "window_attention", "transformer_layer")
-TESTS = [f"tests/test_{name}.py" for name in (*OPS, "rvq_encode", "rvq_decode", "native", "int8", "kernels", "testing")]
+TESTS = [f"tests/kernels/test_{name}.py" for name in (*OPS, "rvq_encode", "rvq_decode", "native", "whole_models")]
+TESTS += ["tests/runtime/test_quantized.py", "tests/devtools/test_testing.py"]
 ROWS = (8, 64)  # samples, frames or positions
 
 

@@ -1,6 +1,6 @@
 """Which files there are: every op's partners by name, docstring-only backends, links, lengths.
 
-Written as tests/test_imports.py is, which holds who may import whom: rules over {path: source}, each run on
+Written as tests/project/test_imports.py is, which holds who may import whom: rules over {path: source}, each run on
 the repository and on a small tree made to break it.
 """
 
@@ -17,7 +17,7 @@ import pytest
 Tree = dict[str, str]
 Rule = Callable[[Tree], list[str]]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BACKEND_INITS = (
     "kernels/__init__.py",
     "kernels/triton/__init__.py",
@@ -49,7 +49,7 @@ def ops_of(tree: Tree) -> list[str]:
 
 def ops_have_reference_and_test(tree: Tree) -> list[str]:
     ops = ops_of(tree)
-    wanted = [path for op in ops for path in (f"reference/{op}.py", f"tests/test_{op}.py")]
+    wanted = [path for op in ops for path in (f"reference/{op}.py", f"tests/kernels/test_{op}.py")]
     return [f"{path} is missing" for path in wanted if path not in tree] if ops else ["OPS names no op"]
 
 
@@ -111,7 +111,7 @@ SOUND: Tree = {
     "kernels/cpu/_packing.py": "",
     "kernels/cpu/rvq.py": "from ._packing import pack\ndef rvq(): ...",
     "reference/rvq.py": "def rvq(): ...",
-    "tests/test_rvq.py": "",
+    "tests/kernels/test_rvq.py": "",
     "bench/bench_ops.py": "\n" * LONGEST,
     **dict.fromkeys(BACKEND_INITS, DOC),
 }
@@ -121,7 +121,7 @@ BROKEN: list[tuple[Rule, str, str | None]] = [
     (ops_have_reference_and_test, "fastmimi/runtime/ops.py", "OPS: dict[str, Op] = {}"),
     (ops_have_reference_and_test, "fastmimi/runtime/ops.py", "OPS: dict[str, Op] = {'rvq': Op(), 'norm': Op()}"),
     (ops_have_reference_and_test, "reference/rvq.py", None),
-    (ops_have_reference_and_test, "tests/test_rvq.py", None),
+    (ops_have_reference_and_test, "tests/kernels/test_rvq.py", None),
     (files_in_backends_are_ops, "reference/norm.py", "def norm(): ..."),
     (files_in_backends_are_ops, "kernels/triton/norm.py", ""),
     (functions_have_the_files_name, "reference/rvq.py", "def search(): ..."),

@@ -252,7 +252,7 @@ SOUND: Tree = {
     "kernels/cpu/rvq.py": "import torch\nfrom ...runtime import packing, quantized\nfrom ._packing import pack",
     "kernels/triton/rvq.py": "import torch\nimport triton.language as tl",
     "reference/rvq.py": "import math\nimport torch\nfrom . import norm\nfrom fastmimi.reference import norm",
-    "tests/test_rvq.py": "import moshi\nfrom fastmimi.reference.rvq import rvq",
+    "tests/kernels/test_rvq.py": "import moshi\nfrom fastmimi.reference.rvq import rvq",
 }
 BROKEN: list[tuple[Rule, str, str]] = [
     (backends_are_closed, "reference/rvq.py", "import triton"),
@@ -291,7 +291,7 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (the_package_is_lazy, "fastmimi/__init__.py", "from .models.mimi import Mimi"),
     (the_package_is_lazy, "fastmimi/models/transformer.py", "from transformers import MimiConfig"),
     (the_package_is_lazy, "fastmimi/checkpoints/weights.py", LAZY + "import moshi"),
-    (top_level_packages_are_not_imported, "tests/test_rvq.py", "from reference.rvq import rvq"),
+    (top_level_packages_are_not_imported, "tests/kernels/test_rvq.py", "from reference.rvq import rvq"),
     (top_level_packages_are_not_imported, "bench/bench_ops.py", LAZY + "import kernels.cpu"),
 ]
 

@@ -14,7 +14,7 @@ import yaml
 
 import fastmimi
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

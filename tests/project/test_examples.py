@@ -17,9 +17,9 @@ import torch
 import fastmimi
 from fastmimi.io.tokens import Tokens
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NOTEBOOK = EXAMPLES / "spectrograms_and_codes.ipynb"
-SPEECH = Path(__file__).parent / "data" / "audio"
+SPEECH = Path(__file__).resolve().parents[1] / "data" / "audio"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from fastmimi.cli import app
 from fastmimi.train.evaluate import measures
 
 CLIPS = [
-    *(Path(__file__).parent / "data" / "audio").glob("*.ogg"),
+    *(Path(__file__).resolve().parents[1] / "data" / "audio").glob("*.ogg"),
     DEMO.parent / "198-209-0000.ogg",
 ]
 

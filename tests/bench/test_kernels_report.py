@@ -12,7 +12,7 @@ from packaging.version import Version
 
 TRITON = Version(version("triton")) if importlib.util.find_spec("triton") is not None else Version("0")
 FREE_OF_SPILLS = Version("3.6") <= TRITON < Version("3.9")
-REPORT = Path(__file__).resolve().parent.parent / "bench" / "kernels_report.py"
+REPORT = Path(__file__).resolve().parents[2] / "bench" / "kernels_report.py"
 
 
 @pytest.mark.kernels

@@ -12,7 +12,7 @@ from fastmimi.runtime.ops import OPS
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu.py"
 
 
 @pytest.mark.kernels

@@ -23,7 +23,7 @@ from fastmimi.train.step import TrainingStep, codebook_usage
 
 pytestmark = pytest.mark.slow
 
-SPEECH = Path(__file__).parent / "data" / "synthetic.ogg"  # from a speech synthesizer
+SPEECH = Path(__file__).resolve().parents[1] / "data" / "synthetic.ogg"  # from a speech synthesizer
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from fastmimi.cli import app
 from fastmimi.devtools.testing import noise
 from fastmimi.models.config import CodecConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 KYUTAI = "tokenizer-e351c8d8-checkpoint125.safetensors"

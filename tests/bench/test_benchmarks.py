@@ -11,7 +11,7 @@ import pytest
 from fastmimi.devtools.workloads import WORKLOADS
 from fastmimi.runtime.ops import OPS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARK = """
 import torch
 from fastmimi.runtime import packing
