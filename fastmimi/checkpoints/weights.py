@@ -231,14 +231,16 @@ def read_safetensors(path: str | Path) -> State:
         raise InputError(f"{path} is not a complete safetensors file ({one_line(error)})") from None
 
 
+def flat_name(name: str) -> str:
+    """The flat name of a module or tensor that may have a nested one."""
+    for pattern, flat in NESTED:
+        name = re.sub(pattern, flat, f"{name}.")[:-1]
+    return name
+
+
 def to_flat(state: State) -> State:
     """Convert nested names to flat ones and fold weight norm; names in Kyutai's layout are left to `kyutai.to_flat`."""
-    flat = {}
-    for name, tensor in state.items():
-        for pattern, replacement in NESTED:
-            name = re.sub(pattern, replacement, name)
-        flat[name] = tensor
-    return fold_weight_norm(flat)
+    return fold_weight_norm({flat_name(name): tensor for name, tensor in state.items()})
 
 
 def fold_weight_norm(state: State) -> State:

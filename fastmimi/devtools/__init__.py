@@ -1,1 +1,1 @@
-"""Shared by tests and benchmarks: tolerances, test models, workloads of the ops, and the cost model."""
+"""For tests, benchmarks and debugging: tolerances, test models, workloads, the cost model, comparison by layer."""

@@ -112,7 +112,8 @@ def assert_as_exact(op: Callable[..., Tensor], reference: Callable[..., Tensor],
     residuals, which are not sums. In half precision sums are still in fp32: sqrt(n) multiplies the unit roundoff of
     fp32, and 2 that of the dtype.
 
-    tests/devtools/test_testing.py shows what this accepts and refuses; `make numerics` shows how close to the bound errors come.
+    tests/devtools/test_testing.py shows what this accepts and refuses; `make numerics` shows how close to the bound
+    errors come.
 
     `operands` are positional. None, integers and those at the indices in `fixed` are neither widened nor perturbed.
     """

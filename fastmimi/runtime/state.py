@@ -128,6 +128,25 @@ class StreamState:
         self.exec_mask[here] = True
         self.pending_length[mask.cpu()] = 0
 
+    def summary(self) -> str:
+        """A text for people: sizes, where each stream stands, and the buffers that hold NaN or infinity."""
+        kind = f"{str(self.pending.dtype)[6:]} on {self.pending.device}"
+        tensors = self.state_dict()
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        lines = [f"{self.batch_size} streams, {kind}, {total / 2**20:.1f} MiB in {len(tensors)} tensors"]
+        for name, direction in (("encode", self.encode), ("decode", self.decode)):
+            size = sum(buffer.nbytes for buffer in direction.buffers.values())
+            lines.append(f"{name}: {len(direction.buffers)} buffers, {size / 2**20:.1f} MiB")
+        columns = (self.encode.offset, self.decode.offset, self.pending_length, self.exec_mask)
+        streams = zip(*(column[:LISTED].tolist() for column in columns), strict=True)
+        for row, (encoded, decoded, pending, active) in enumerate(streams):
+            line = f"stream {row}: encoded {encoded} positions, decoded {decoded}, {pending} samples pending"
+            lines.append(line if active else f"{line}, masked")
+        if self.batch_size > LISTED:
+            lines.append(f"and {self.batch_size - LISTED} more streams")
+        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        return "\n".join([*lines, *(f"not finite: {name}" for name in bad)])
+
     def push(self, audio: Tensor) -> tuple[Tensor, Tensor | None]:
         """Append audio [B, C, N] and return whole frames [B, C, T * frame_size] and frames per row [B] on the CPU.
 

@@ -196,3 +196,20 @@ def test_bad_states(small):
         small_model(**FAST).double().encode(noise(2, 1, 100).double(), state=state)
     with pytest.raises(ValueError, match="exec_mask"):
         small.encode(noise(2, 1, 100), state=state, padding_mask=torch.ones(2, 100))
+
+
+def test_the_summary_says_where_each_stream_stands():
+    model = small_model()
+    state = model.new_state(2)
+    state.exec_mask = [True, False]
+    before = {name: tensor.clone() for name, tensor in state.state_dict().items()}
+    model.encode(noise(2, 1, model.frame_size + 5), state=state)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in state.state_dict().items())
+    text = state.summary()
+    assert "2 streams, float32 on cpu" in text and "not finite" not in text
+    assert "stream 0: encoded 2 positions, decoded 0, 5 samples pending" in text
+    assert "stream 1: encoded 0 positions, decoded 0, 0 samples pending, masked" in text
+    name = next(iter(state.decode.buffers))
+    state.decode.buffers[name][1] = torch.inf
+    assert state.summary().splitlines()[-1] == f"not finite: decode.{name}"
+    assert "and 5 more streams" in model.new_state(25).summary()
