@@ -142,6 +142,16 @@ def test_new_codecs_depend_on_their_input(tiny_training, architecture):
         assert 0.03 < found.norm() / found.numel() ** 0.5 / audio.std() < 30
 
 
+def test_convolutions_that_apply_silu_get_its_gain(tiny_training):
+    codec = Generator(tiny_training(architecture="jodio", impl="reference")).codec
+    block = codec.decoder.conv_blocks[0]
+    weights = [layer[0].weight for layer in block.layers]
+    spread = torch.cat([w.flatten() for w in weights]).std() * weights[0][0].numel() ** 0.5
+    assert 1.4 < spread < 2.0
+    plain = torch.cat([b.downsample.weight.flatten() for b in codec.encoder.conv_blocks])
+    assert 0.8 < plain.std() * weights[0][0].numel() ** 0.5 < 1.2
+
+
 def test_frozen_modules_must_exist(tiny_training):
     with pytest.raises(ValueError, match=r"model.freeze must name modules of the codec .*, got 'encodr'"):
         Generator(tiny_training(freeze=["encodr"]))
