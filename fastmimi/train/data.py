@@ -63,6 +63,10 @@ class Source(Protocol):
         """
 
 
+class Unreadable(Exception):
+    """A recording that holds nothing to read; the run counts it and goes on."""
+
+
 class AudioFolder:
     """The audio files of a directory, scanned recursively."""
 
@@ -111,6 +115,8 @@ class DatasetColumn:
 
     def read(self, index: int, rng: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
         stored = self.rows[index][self.column]
+        if stored is None or not (stored["bytes"] or stored["path"]):
+            raise Unreadable(f"{self.name(index)} holds no audio")
         return _read_random_window(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"], rng, seconds)
 
 
@@ -129,7 +135,7 @@ def _read_random_window(source: Any, rng: np.random.Generator, seconds: float) -
         blocks = []
         while len(block := file.read(1 << 20, dtype="float32", always_2d=True)):
             blocks.append(block)
-        audio = np.concatenate(blocks)
+        audio = np.concatenate(blocks) if blocks else np.zeros((0, file.channels), np.float32)
         start = int(rng.integers(max(0, len(audio) - wanted) + 1))
         return audio[start : start + wanted], file.samplerate
 
@@ -149,9 +155,10 @@ class Windows(Dataset[Any]):
             name = self.source.name(index)
             try:
                 audio, rate = self.source.read(index, rng, self.seconds)
-                if not len(audio) or not np.isfinite(audio).all():
-                    raise ValueError("no samples, or NaN or infinite samples")
-            except (soundfile.LibsndfileError, OSError, ValueError, TypeError):
+            except (soundfile.LibsndfileError, OSError, Unreadable):
+                unread.append(name)
+                continue
+            if not len(audio) or not np.isfinite(audio).all():
                 unread.append(name)
                 continue
             audio = self._to_codec_format(audio, rate)

@@ -24,29 +24,33 @@ TEACHER_PADDING = 80
 POOL_WINDOW, POOL_STRIDE = 8, 4  # embeddings at 50 Hz
 
 
-class Distillation(nn.Module):
-    """The frozen teacher, and the student's projection, which is trained."""
+class Teacher:
+    """The frozen teacher; no module, since it is neither trained nor in checkpoints."""
 
-    def __init__(self, config: DistillationConfig, hidden: int):
-        super().__init__()
+    def __init__(self, config: DistillationConfig):
         assert config.teacher is not None
         self.normalize = config.normalize
-        self.__dict__["teacher"] = load_teacher(config.teacher)  # not a submodule: not trained, not in checkpoints
-        self.project = nn.Linear(hidden, self.teacher.config.hidden_size)
-
-    teacher: WavLMModel
+        self.model = load_teacher(config.teacher)
 
     @torch.no_grad()
     def targets(self, audio: Tensor) -> Tensor:
         """The teacher's embeddings: audio [B, N] at 16 kHz -> [B, T, width] at 12.5 Hz."""
-        if self.teacher.device != audio.device:
-            self.teacher.to(audio.device)
+        if self.model.device != audio.device:
+            self.model.to(audio.device)
         if self.normalize:
             audio = (audio - audio.mean(dim=1, keepdim=True)) / (audio.var(dim=1, keepdim=True) + 1e-7).sqrt()
         padded = F.pad(audio, (TEACHER_PADDING // 2, TEACHER_PADDING // 2))
-        embeddings = self.teacher(padded).last_hidden_state.mT  # [B, width, 4 T]
+        embeddings = self.model(padded).last_hidden_state.mT  # [B, width, 4 T]
         padding = (POOL_WINDOW - POOL_STRIDE) // 2
         return F.avg_pool1d(embeddings, POOL_WINDOW, POOL_STRIDE, padding=padding, count_include_pad=False).mT
+
+
+class Distillation(nn.Module):
+    """The student's projection and the loss."""
+
+    def __init__(self, hidden: int, teacher_width: int):
+        super().__init__()
+        self.project = nn.Linear(hidden, teacher_width)
 
     def forward(self, semantic: Tensor, targets: Tensor) -> Tensor:
         """The loss: 1 - the mean cosine similarity of student and targets.

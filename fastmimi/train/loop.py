@@ -31,6 +31,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
@@ -43,12 +44,12 @@ from ..models.codec import Codec
 from . import data
 from .config import TrainConfig
 from .data import Batch, Windows, open_source
-from .step import TrainingStep
+from .step import StepResult, TrainingStep
 
 CHECKPOINTS_KEPT = 2  # older ones are deleted
 MAX_SKIPPED_STEPS = 100  # consecutive steps that are skipped because a gradient overflows in fp16
 
-# what loading raises for a checkpoint whose files are truncated, missing or altered
+# what reading a truncated or altered file of a checkpoint raises
 DAMAGED_CHECKPOINT_ERRORS = (OSError, EOFError, RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError)
 
 
@@ -70,14 +71,14 @@ def train(config: TrainConfig) -> Path:
         with run.progress as progress, on_sigterm, closing(run.remaining_batches()) as batches:
             task = progress.add_task("Training", total=config.steps, completed=run.completed_steps, losses="")
             for batch in batches:
-                losses = run.step(batch)
+                result = run.step(batch)
                 stop = run.accelerator.check_trigger()
                 save = stop or run.completed_steps % config.save_every == 0 or run.completed_steps == config.steps
                 progress.update(task, completed=run.completed_steps)
                 if run.completed_steps % config.listen_every == 0:
-                    run.log_audio()
+                    run.log_audio(batch)
                 if save or run.completed_steps % config.log_every == 0:
-                    logged = _format_losses(run.log_scalars(losses))
+                    logged = _format_losses(run.log_scalars(result.scalars))
                     progress.update(task, losses=logged)
                 if save:
                     run.save()
@@ -132,7 +133,6 @@ class _Run:
         self.accelerator.register_for_checkpointing(*stateful)
         self.completed_steps = 0
         self.writer: SummaryWriter | None = None
-        self.batch: Batch | None = None
 
     @property
     def ema_codec(self) -> Codec:
@@ -176,11 +176,13 @@ class _Run:
 
     def _load(self, checkpoint: Path) -> bool:
         """Whether the checkpoint could be loaded."""
-        try:
-            self.accelerator.load_state(str(checkpoint))
+        try:  # reading alone, so that an error of our own when the state is restored is not taken for damage
+            for path in sorted(checkpoint.iterdir()):
+                load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=False)
         except DAMAGED_CHECKPOINT_ERRORS as error:
             typer.echo(f"{checkpoint} cannot be read: {type(error).__name__} {error}".splitlines()[0], err=True)
             return False
+        self.accelerator.load_state(str(checkpoint))
         return True
 
     def remaining_batches(self) -> Generator[Batch]:
@@ -198,25 +200,25 @@ class _Run:
             sentence = str(error).strip().splitlines()[-1].removeprefix(f"{_full_name(InputError)}: ")
         raise InputError(sentence)
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """Train on a batch, and return the losses by name. Raises InputError if one is NaN or infinite."""
+    def step(self, batch: Batch) -> StepResult:
+        """Train on a batch. Raises InputError if a loss or metric is NaN or infinite."""
         # the random numbers of a step depend only on its number, so that a resumed run draws the same
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         set_seed(self.config.seed + self.completed_steps * processes + rank)
-        losses = self.training_step(batch, self.completed_steps)
-        finite = torch.stack([loss.isfinite() for loss in losses.values()]).all()
+        result = self.training_step(batch, self.completed_steps)
+        finite = torch.stack([value.isfinite() for value in result.scalars.values()]).all()
         # one reduction over all processes: how many have finite losses, and how many files could not be read
         counts = torch.stack([finite.float(), torch.tensor(float(len(batch.unread)), device=finite.device)])
         finite_processes, unread = self.accelerator.reduce(counts, "sum").tolist()
         if finite_processes != processes:
-            wrong = ", ".join(f"{name} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite())
+            wrong = ", ".join(f"{name} is {x.item()}" for name, x in result.scalars.items() if not x.isfinite())
             saved = checkpoints(self.out)
             raise InputError(
                 f"training stopped at step {self.completed_steps + 1}: "
                 f"{wrong or 'a loss of another process is NaN or infinite'}; "
                 f"the batch was {', '.join(batch.names)}; the last good checkpoint is {saved[-1] if saved else 'none'}"
             )
-        self.counters.skipped = 0 if "gradient" in losses else self.counters.skipped + 1
+        self.counters.skipped = self.counters.skipped + 1 if result.skipped else 0
         if self.counters.skipped == MAX_SKIPPED_STEPS:
             raise InputError(
                 f"training stopped at step {self.completed_steps + 1}: "
@@ -227,8 +229,7 @@ class _Run:
         self._update_ema()
         self.counters.unread += int(unread)
         self.completed_steps += 1
-        self.batch = batch
-        return losses
+        return result
 
     @torch.no_grad()
     def _update_ema(self) -> None:
@@ -240,10 +241,10 @@ class _Run:
             if not parameter.requires_grad:
                 averaged.copy_(parameter)
 
-    def log_scalars(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """Log the losses, averaged over all processes, the learning rate and the unread files; return them."""
-        means = self.accelerator.reduce(torch.stack([loss.float() for loss in losses.values()]), "mean")
-        logged = dict(zip(losses, means.tolist(), strict=True))
+    def log_scalars(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        """Log scalars, averaged over all processes, the learning rate and the unread files; return them."""
+        means = self.accelerator.reduce(torch.stack([value.float() for value in scalars.values()]), "mean")
+        logged = dict(zip(scalars, means.tolist(), strict=True))
         logged |= {"rate": self.schedulers[0].get_last_lr()[0], "unread files": float(self.counters.unread)}
         if self.writer is not None:
             for name, value in logged.items():
@@ -251,11 +252,11 @@ class _Run:
         return logged
 
     @torch.no_grad()
-    def log_audio(self) -> None:
-        """Log the first window of the last batch, and what the averaged codec decodes its codes to."""
-        if self.writer is None or self.batch is None:
+    def log_audio(self, batch: Batch) -> None:
+        """Log the first window of a batch, and what the averaged codec decodes its codes to."""
+        if self.writer is None:
             return
-        audio, codec = self.batch.audio[:1], self.ema_codec.eval()
+        audio, codec = batch.audio[:1], self.ema_codec.eval()
         decoded = codec.decode(codec.encode(audio))
         for name, sound in (("original", audio), ("decoded", decoded)):
             self.writer.add_audio(name, sound[0].mean(dim=0).clamp(-1, 1), self.completed_steps, codec.sample_rate)

@@ -79,6 +79,8 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
     log = EventAccumulator(str(run / "log"), size_guidance={"scalars": 0})
     log.Reload()
+    if not log.Tags()["scalars"]:
+        raise InputError(f"{run / 'log'} holds no losses: publish a run after its first logged step")
     curves = {}
     for name in log.Tags()["scalars"]:
         events = log.Scalars(name)

@@ -22,6 +22,14 @@ from .config import QuantizerConfig
 from .distributed import all_gather_rows, all_reduce_sum, broadcast_from_rank_0, rank_and_world_size
 
 
+class Statistics(NamedTuple):
+    """Statistics of one batch for the L levels of one residual quantizer with codebooks of S entries of size D."""
+
+    counts: Tensor  # [L, S], how many latents are assigned to each entry
+    sums: Tensor  # [L, S, D], the sums of these latents
+    candidates: Tensor  # [L, S, D], random latents that may replace unused entries
+
+
 class Quantized(NamedTuple):
     """The result of quantizing latents [B, hidden, T]."""
 
@@ -30,14 +38,7 @@ class Quantized(NamedTuple):
     commitment: Tensor  # commitment loss: mean squared residual after each level, in the codebooks' space
     explained: Tensor  # fraction of the variance of the latents that the acoustic levels explain
     codes: Tensor  # [B, K, T]
-
-
-class _Statistics(NamedTuple):
-    """Statistics of one batch for the L levels of one residual quantizer with codebooks of S entries of size D."""
-
-    counts: Tensor  # [L, S], how many latents are assigned to each entry
-    sums: Tensor  # [L, S, D], the sums of these latents
-    candidates: Tensor  # [L, S, D], random latents that may replace unused entries
+    statistics: list[Statistics]  # of each residual quantizer, for `TrainedQuantizer.update`
 
 
 class CodebookEMA(nn.Module):
@@ -54,17 +55,16 @@ class CodebookEMA(nn.Module):
         entries, usage = part.codebooks().clone(), part.usage()
         self.register_buffer("usage", usage)
         self.register_buffer("sums", entries * usage[..., None])
-        if frozen and not self.initialized:
+        given = bool(entries.any())
+        if frozen and not given:
             raise InputError("model.freeze names a quantizer that has no entries yet")
-        empty = None if self.initialized else entries.new_zeros(config.kmeans_latents, entries.shape[-1])
-        self.register_buffer("gathered", empty)
+        self.register_buffer("gathered", None if given else entries.new_zeros(config.kmeans_latents, entries.shape[-1]))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @property
     def initialized(self) -> bool:
         """Whether the codebooks have entries, from a checkpoint or from k-means."""
-        self._initialized = getattr(self, "_initialized", False) or bool(self.sums.any())
-        return self._initialized
+        return self.gathered is None or int(self.count) == len(self.gathered)
 
     @torch.no_grad()
     def collect_for_kmeans(self, rows: Tensor) -> None:
@@ -82,11 +82,11 @@ class CodebookEMA(nn.Module):
             rows = rows - entries[_nearest(rows, entries)]
 
     @torch.no_grad()
-    def update(self, batch: _Statistics, replace: bool) -> None:
+    def update(self, batch: Statistics, replace: bool) -> None:
         """Update the moving averages with a batch's statistics, summed over all processes; `replace` unused entries."""
         decay = self.config.decay
-        if self._has_unit_counts():
-            scale = batch.counts.mean()
+        if (self.usage == 1).all():  # as after k-means or in a checkpoint without counts
+            scale = batch.counts.mean()  # otherwise one batch would outweigh the initial entries
             self.usage.mul_(scale)
             self.sums.mul_(scale)
         self.usage.lerp_(batch.counts, 1 - decay)
@@ -96,15 +96,6 @@ class CodebookEMA(nn.Module):
             unused = self.usage < threshold  # [L, S]
             self.usage.copy_(torch.where(unused, self.usage.mean(dim=1, keepdim=True), self.usage))
             self.sums.copy_(torch.where(unused[..., None], batch.candidates * self.usage[..., None], self.sums))
-
-    def _has_unit_counts(self) -> bool:
-        """Whether every entry has a count of 1, as after k-means or in a checkpoint without counts.
-
-        The first update then scales counts and sums to the mean count of a batch; otherwise one batch would outweigh
-        the initial entries.
-        """
-        self._scaled = getattr(self, "_scaled", False) or not bool((self.usage == 1).all())
-        return not self._scaled
 
     @torch.no_grad()
     def write(self, part: ResidualQuantizer) -> None:
@@ -122,13 +113,12 @@ class TrainedQuantizer(nn.Module):
         self.means: Any = nn.ModuleList(
             CodebookEMA(part, config, part in frozen) for part, _ in codec.quantizer.parts(self.levels)
         )
-        self._pending: list[_Statistics] = []
 
     def forward(self, codec: Codec, latents: Tensor, context: ForwardContext, step: int) -> Quantized:
-        """Quantize latents [B, hidden, T]; after each forward pass, call `update` once."""
+        """Quantize latents [B, hidden, T]."""
         batch, unprojected = len(latents), 0
         kept = self._draw_kept_levels(batch, latents.device)  # [B]
-        total, commitments, codes, decoded, unexplained, self._pending = None, [], [], [], [], []
+        total, commitments, codes, decoded, unexplained, collected = None, [], [], [], [], []
         first = 0
         for (part, count), means in zip(codec.quantizer.parts(self.levels), self.means, strict=True):
             projected = part.project(latents, context)
@@ -149,7 +139,7 @@ class TrainedQuantizer(nn.Module):
                     residual = residual - entry
                     keep = (first + level < kept).repeat_interleave(latents.shape[-1])[:, None]
                     summed = summed + torch.where(keep, entry, 0)
-            self._pending.append(_Statistics(*map(torch.stack, zip(*statistics, strict=True))))
+            collected.append(Statistics(*map(torch.stack, zip(*statistics, strict=True))))
             # Without entries, pass the latents on: the semantic levels would decode to a constant that the latents do
             # not change, and the straight-through gradient of the distillation would make the latents grow for ever.
             straight_through = projected
@@ -171,7 +161,7 @@ class TrainedQuantizer(nn.Module):
         # the sum: unquantized latents are scaled to the same magnitude.
         total = torch.where(bypass[:, None, None], latents * max(unprojected, 1), total)
         commitment_loss = torch.stack(commitments).mean() * initialized
-        return Quantized(total, decoded[0], commitment_loss, 1 - unexplained[-1], torch.cat(codes, dim=1))
+        return Quantized(total, decoded[0], commitment_loss, 1 - unexplained[-1], torch.cat(codes, dim=1), collected)
 
     def _draw_kept_levels(self, batch: int, device: torch.device) -> Tensor:
         """Quantizer dropout: a random number of levels for each sequence [B], at least the semantic ones."""
@@ -181,18 +171,17 @@ class TrainedQuantizer(nn.Module):
         return torch.randint(semantic, self.levels + 1, (batch,), device=device)
 
     @torch.no_grad()
-    def update(self, codec: Codec, step: int) -> None:
-        """Update the codebooks with the last batch's statistics of all processes; the result is the same in each."""
-        pending, self._pending = self._pending, []
+    def update(self, codec: Codec, statistics: list[Statistics], step: int) -> None:
+        """Update the codebooks with a batch's statistics of all processes; the result is the same in each."""
         if all(means.frozen for means in self.means) or not all(means.initialized for means in self.means):
             return
-        tensors = [t for statistics in pending for t in statistics]
+        tensors = [tensor for local in statistics for tensor in local]
         reduced = all_reduce_sum(torch.cat([t.flatten() for t in tensors])).split([t.numel() for t in tensors])
         parts = iter(reduced)
-        for (part, _), means, local in zip(codec.quantizer.parts(self.levels), self.means, pending, strict=True):
-            statistics = _Statistics(*(next(parts).view_as(t) for t in local))
+        for (part, _), means, local in zip(codec.quantizer.parts(self.levels), self.means, statistics, strict=True):
+            summed = Statistics(*(next(parts).view_as(t) for t in local))
             if not means.frozen:
-                means.update(statistics, replace=step % self.config.replace_every == 0)
+                means.update(summed, replace=step % self.config.replace_every == 0)
                 means.write(part)
 
 

@@ -22,7 +22,7 @@ from . import losses
 from .config import ModelConfig, OptimizerConfig, TrainConfig
 from .data import Batch
 from .discriminators import MultiScaleSTFTDiscriminator
-from .distillation import Distillation
+from .distillation import Distillation, Teacher
 from .distributed import rank_and_world_size
 from .initialization import variance_preserving_init_
 from .quantizer import Quantized, TrainedQuantizer
@@ -37,17 +37,19 @@ class GeneratorOutput(NamedTuple):
 
 
 class Generator(nn.Module):
-    """Codec, quantizer in training and projection of the distillation: what the generator's optimizer trains."""
+    """Codec, quantizer in training and projection of the distillation: what the generator's optimizer trains.
 
-    def __init__(self, config: TrainConfig):
+    teacher_width: features of the teacher's embeddings; None without distillation.
+    """
+
+    def __init__(self, config: TrainConfig, teacher_width: int | None = None):
         super().__init__()
         self.codec = build_codec(config.model)
         frozen = {part for name in config.model.freeze for part in _modules(self.codec)[name].modules()}
         self.frozen = frozen
         self.quantizer = TrainedQuantizer(self.codec, config.quantizer, frozen)
-        self.distillation = None
-        if config.distillation.teacher is not None:
-            self.distillation = Distillation(config.distillation, self.codec.config.hidden_size)
+        hidden = self.codec.config.hidden_size
+        self.distillation = None if teacher_width is None else Distillation(hidden, teacher_width)
         self.train()
 
     def train(self, mode: bool = True) -> Generator:
@@ -139,12 +141,26 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Ad
     return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
 
 
+class StepResult(NamedTuple):
+    """What one step gives: scalars by name, detached."""
+
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]  # "gradient", the norm of the generator's gradient, only if the step was not skipped
+    skipped: bool  # the generator's step, because its gradient overflowed in fp16
+
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """Losses and metrics, for the log."""
+        return self.losses | self.metrics
+
+
 class TrainingStep:
     """Generator, discriminators and their optimizers; calling it trains them on one batch."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
-        generator = Generator(config)
+        self.teacher = None if config.distillation.teacher is None else Teacher(config.distillation)
+        generator = Generator(config, None if self.teacher is None else self.teacher.model.config.hidden_size)
         self.rate = generator.codec.sample_rate
         weights = {name: getattr(config.losses, name) for name in ("adversarial", "features", "l1", "mel")}
         self.balancer = losses.Balancer(
@@ -170,43 +186,41 @@ class TrainingStep:
         """The codec in training."""
         return self.unwrapped_generator.codec
 
-    def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Train on a batch; return the losses and statistics by name, detached.
-
-        "gradient", the norm of the generator's gradient, is missing if the step was skipped because the gradient
-        overflowed in fp16.
-        """
-        logged: dict[str, Tensor] = {}
-        distillation = self.unwrapped_generator.distillation
+    def __call__(self, batch: Batch, step: int) -> StepResult:
+        """Train on a batch."""
+        found: dict[str, Tensor] = {}
         targets = None
-        if distillation is not None and batch.teacher_audio is not None:
+        if self.teacher is not None and batch.teacher_audio is not None:
             with self.accelerator.autocast():
-                targets = distillation.targets(batch.teacher_audio)
+                targets = self.teacher.targets(batch.teacher_audio)
         output: GeneratorOutput = self.generator(batch.audio, step, targets)
         if self.discriminators is not None:
-            logged["discriminator"] = self._discriminator_step(batch.audio, output.audio.detach())
+            found["discriminator"] = self._discriminator_step(batch.audio, output.audio.detach())
         audio = output.audio.detach().requires_grad_()  # the losses' gradients are balanced with respect to this leaf
         # No fp16 here: the gradient scaler does not scale these losses, and gradients of means over a batch underflow.
         bf16 = self.accelerator.mixed_precision == "bf16"
         with torch.autocast(audio.device.type, torch.bfloat16, enabled=bf16):
             audio_losses = self._audio_losses(batch.audio, audio)
         gradient = self.balancer(audio_losses, audio) * rank_and_world_size()[1]  # DDP averages over the processes
-        total = (output.audio * gradient).sum() + self.config.quantizer.commitment * output.quantized.commitment
-        logged |= {name: loss.detach() for name, loss in audio_losses.items()}
-        logged["commitment"] = output.quantized.commitment.detach()
+        quantized = output.quantized
+        total = (output.audio * gradient).sum() + self.config.quantizer.commitment * quantized.commitment
+        found |= audio_losses | {"commitment": quantized.commitment}
+        metrics = {
+            "explained": quantized.explained,
+            "used": codebook_usage(quantized.codes, self.codec.config.codebook_size).mean(),
+        }
         if output.distillation is not None:
             total = total + self.config.distillation.weight * output.distillation
-            logged["cosine"] = 1 - output.distillation.detach()
+            metrics["cosine"] = 1 - output.distillation.detach()
         self.accelerator.backward(total)
         norm = self.accelerator.clip_grad_norm_(self.generator.parameters(), self.config.optimizer.clip)
         self.optimizer.step()
-        if not self.accelerator.optimizer_step_was_skipped:  # it is skipped when the gradient overflows in fp16
-            logged["gradient"] = torch.as_tensor(norm)
+        skipped = self.optimizer.step_was_skipped
+        if not skipped:
+            metrics["gradient"] = torch.as_tensor(norm)
         self.optimizer.zero_grad()
-        self.unwrapped_generator.quantizer.update(self.codec, step)
-        logged["explained"] = output.quantized.explained
-        logged["used"] = codebook_usage(output.quantized.codes, self.codec.config.codebook_size).mean()
-        return logged
+        self.unwrapped_generator.quantizer.update(self.codec, quantized.statistics, step)
+        return StepResult({name: loss.detach() for name, loss in found.items()}, metrics, skipped)
 
     def _discriminator_step(self, real: Tensor, fake: Tensor) -> Tensor:
         """Update the discriminators on real and (detached) decoded audio [B, C, N]; return their loss."""

@@ -153,6 +153,10 @@ def test_data_sets(folder, tmp_path, monkeypatch):
     assert isinstance(source, DatasetColumn) and len(source) == 2 and source.name(1) == "someone/speech[1]"
     audio, _, name, unread = Windows(source, 1.0, RATE, 1, 0, False)[0]
     assert name.startswith("someone/speech[") and not unread and abs(loudest(audio[0]) - 500) < 5
+    nothing = {"speech": [{"bytes": None, "path": None}] * 3}
+    source.rows = datasets.Dataset.from_dict(nothing)
+    with pytest.raises(ValueError, match=r"100 files in a row could not be read"):
+        Windows(source, 1.0, RATE, 1, 0, False)[0]
     with pytest.raises(ValueError, match=r"data\.column must be one of speech of someone/speech, got 'audio'"):
         open_source(DataConfig(dataset="someone/speech"))
     monkeypatch.undo()

@@ -9,7 +9,7 @@ import torch
 import fastmimi
 from fastmimi.devtools.testing import noise, relative_error
 from fastmimi.train.loop import train
-from fastmimi.train.publish import concatenate_curves, publish
+from fastmimi.train.publish import concatenate_curves, publish, read_curves
 
 
 @pytest.fixture
@@ -38,6 +38,14 @@ def test_half_precision_weights_behave_as_the_trained_ones(tiny_training, speech
     assert summary["steps"] == 3 and summary["configuration"]["losses"]["mel"] == 1.0
     assert summary["at the end"].keys() >= {"mel", "discriminator", "explained"}
     assert fastmimi.MimiModel.from_pretrained(tmp_path / "published").config.codebook_size == 32
+
+
+def test_a_run_without_a_logged_step_is_refused(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    SummaryWriter(str(tmp_path / "log")).close()
+    with pytest.raises(fastmimi.InputError, match=r"log holds no losses: publish a run after its first logged step"):
+        read_curves(tmp_path)
 
 
 def test_curves_of_several_runs_are_concatenated():

@@ -1,12 +1,13 @@
 """Training of the codebooks: straight-through, dropout and bypass, moving averages, unused entries, k-means."""
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastmimi.devtools.testing import noise, relative_error
-from fastmimi.train.quantizer import TrainedQuantizer, kmeans
-from fastmimi.train.step import Generator
+from fastmimi.train.quantizer import kmeans
+from fastmimi.train.step import Generator, TrainingStep
 
 
 def quantizer_of(config, seed=0):
@@ -14,8 +15,8 @@ def quantizer_of(config, seed=0):
     generator = Generator(config)
     codec, latents = generator.codec, noise(4, generator.codec.config.hidden_size, 30, seed=seed)
     trained = generator.quantizer
-    trained(codec, latents, codec.forward_context(len(latents)), 0)
-    trained.update(codec, 0)
+    output = trained(codec, latents, codec.forward_context(len(latents)), 0)
+    trained.update(codec, output.statistics, 0)
     return codec, trained, latents
 
 
@@ -106,7 +107,7 @@ def test_entries_are_moving_averages(tiny_training):
     before = [(means.usage.clone(), means.sums.clone()) for means in trained.means]
     output = trained(codec, latents, codec.forward_context(len(latents)), 1)
     books = [part.codebooks().clone() for part, _ in codec.quantizer.parts(4)]
-    trained.update(codec, 1)
+    trained.update(codec, output.statistics, 1)
     codes = iter(output.codes.unbind(1))
     for (part, _), means, (usage, sums), entries in zip(
         codec.quantizer.parts(4), trained.means, before, books, strict=True
@@ -137,8 +138,8 @@ def test_unused_entries_become_latents_of_the_batch(tiny_training):
     part, means = codec.quantizer.semantic_residual_vector_quantizer, trained.means[0]
     means.usage[0, :5], means.sums[0, :5] = 1e-3, 1.0  # far from everything
     means.write(part)
-    trained(codec, latents, codec.forward_context(len(latents)), 1)
-    trained.update(codec, 1)
+    output = trained(codec, latents, codec.forward_context(len(latents)), 1)
+    trained.update(codec, output.statistics, 1)
     rows = part.project(latents, codec.forward_context(len(latents))).transpose(1, 2).flatten(0, 1)
     distance = (part.codebooks()[0, :5, None] - rows).norm(dim=-1).amin(dim=1)
     assert (distance < 1e-5).all()
@@ -152,7 +153,7 @@ def test_latents_are_collected_before_entries_are_initialized(tiny_training):
     for step in range(5):
         output = generator.quantizer(codec, latents, codec.forward_context(len(latents)), step)
         initialized.append(not torch.equal(output.latents, latents))
-        generator.quantizer.update(codec, step)
+        generator.quantizer.update(codec, output.statistics, step)
     assert initialized == [False, False, False, True, True], "from step 2 on, 120 latents a step"
 
 
@@ -174,6 +175,7 @@ def test_kmeans_finds_clusters():
 
 
 def test_the_teacher_is_not_in_the_state_dict(tiny_training):
-    generator = Generator(tiny_training())
-    assert isinstance(generator.quantizer, TrainedQuantizer)
-    assert not any("teacher" in name for name in generator.state_dict())
+    training_step = TrainingStep(tiny_training(), accelerate.Accelerator(cpu=True))
+    names = training_step.unwrapped_generator.state_dict()
+    assert training_step.teacher is not None and "distillation.project.weight" in names
+    assert not any("teacher" in name for name in names)

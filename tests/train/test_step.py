@@ -11,7 +11,7 @@ from fastmimi.train import distributed, losses
 from fastmimi.train.config import DiscriminatorConfig, DistillationConfig
 from fastmimi.train.data import Batch
 from fastmimi.train.discriminators import MultiScaleSTFTDiscriminator
-from fastmimi.train.distillation import Distillation
+from fastmimi.train.distillation import Distillation, Teacher
 from fastmimi.train.step import Generator, TrainingStep, parameter_groups
 
 RATE = 24_000
@@ -62,6 +62,17 @@ def test_every_parameter_gets_a_gradient(make_training_step, architecture, monke
     trained = [(name, p.grad) for name, p in training_step.unwrapped_generator.named_parameters() if p.requires_grad]
     assert not [name for name, gradient in trained if gradient is None or not gradient.any()]
     assert all(p.grad is not None and p.grad.any() for p in training_step.discriminators.parameters())
+
+
+def test_a_skipped_step_of_the_discriminators_is_not_the_generators(make_training_step):
+    """In fp16, each optimizer skips steps of its own whose gradients overflow."""
+    training_step = make_training_step()
+    training_step.discriminator_optimizer._is_overflow = True
+    result = training_step(batch(), 0)
+    assert not result.skipped and "gradient" in result.metrics
+    training_step.optimizer._is_overflow = True
+    result = training_step(batch(), 1)
+    assert result.skipped and "gradient" not in result.metrics
 
 
 def test_generator_and_discriminators_are_updated_separately(make_training_step, monkeypatch):
@@ -177,7 +188,7 @@ def test_fused_ops_give_the_reference_gradients(make_training_step, kind, reques
         monkeypatch.setattr(training_step.optimizer, "step", lambda *_: None)
         monkeypatch.setattr(training_step.optimizer, "zero_grad", lambda *_: None)
         torch.manual_seed(1)
-        logged.append(training_step(batch(seed=1), 1))
+        logged.append(training_step(batch(seed=1), 1).scalars)
         gradients.append({name: p.grad for name, p in training_step.unwrapped_generator.named_parameters()})
     for name in logged[0]:
         assert logged[1][name].item() == pytest.approx(logged[0][name].item(), rel=1e-4, abs=1e-6), name
@@ -201,9 +212,9 @@ def test_mixed_precision(tiny_training, impl, architecture, monkeypatch):
         torch.manual_seed(0)
         config = tiny_training(impl=impl, architecture=architecture)
         training_step = TrainingStep(config, accelerate.Accelerator(cpu=True, mixed_precision="bf16"))
-        teacher = training_step.unwrapped_generator.distillation.teacher.encoder.layers[0].feed_forward.output_dense
+        teacher = training_step.teacher.model.encoder.layers[0].feed_forward.output_dense
         seen = [_dtypes(module) for module in (training_step.discriminators.scales[0].last, teacher)]
-        logged = [training_step(batch(seed=i), i) for i in range(3)]
+        logged = [training_step(batch(seed=i), i).scalars for i in range(3)]
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert all(loss.isfinite() for losses in logged for loss in losses.values())
@@ -311,11 +322,11 @@ def test_discriminators_learn_to_separate_real_from_fake(make_training_step):
 
 
 def test_the_teachers_embeddings_have_the_codecs_frame_rate(wavlm_config):
-    distillation = Distillation(DistillationConfig(teacher=str(wavlm_config)), 16)
+    teacher, distillation = Teacher(DistillationConfig(teacher=str(wavlm_config))), Distillation(16, 32)
     teacher_audio = noise(2, 16_000 * 2)
-    targets = distillation.targets(teacher_audio)
+    targets = teacher.targets(teacher_audio)
     assert targets.shape == (2, 25, 32)
-    louder = distillation.targets(5 * teacher_audio + 1)
+    louder = teacher.targets(5 * teacher_audio + 1)
     assert relative_error(louder, targets) < 1e-3, "its input is normalized to mean 0 and variance 1"
     assert distillation(noise(2, 16, 25), targets).item() == pytest.approx(1, abs=0.5)
     with torch.no_grad():
@@ -327,22 +338,22 @@ def test_the_teachers_embeddings_have_the_codecs_frame_rate(wavlm_config):
 
 def test_pooling_windows_are_centred(wavlm_config, monkeypatch):
     """The target of a frame of 80 ms is the mean of the eight embeddings around its centre."""
-    distillation = Distillation(DistillationConfig(teacher=str(wavlm_config)), 16)
+    teacher = Teacher(DistillationConfig(teacher=str(wavlm_config)))
     ramp = torch.arange(100.0)[None, :, None]
 
     class Output:
         last_hidden_state = ramp
 
-    monkeypatch.setattr(type(distillation.teacher), "forward", lambda *_: Output)
-    targets = distillation.targets(noise(1, 32_000))[0, :, 0]
+    monkeypatch.setattr(type(teacher.model), "forward", lambda *_: Output)
+    targets = teacher.targets(noise(1, 32_000))[0, :, 0]
     assert targets[1:-1].tolist() == [4 * t + 1.5 for t in range(1, 24)]
 
 
 def test_a_missing_teacher_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"distillation.teacher must be a hub id, a directory or a config\.json"):
-        Distillation(DistillationConfig(teacher=str(tmp_path / "none.json")), 16)
+        Teacher(DistillationConfig(teacher=str(tmp_path / "none.json")))
     with pytest.raises(ValueError, match="could not be loaded"):
-        Distillation(DistillationConfig(teacher=str(tmp_path)), 16)
+        Teacher(DistillationConfig(teacher=str(tmp_path)))
 
 
 def test_without_torch_distributed_there_is_one_process():
