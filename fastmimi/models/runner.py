@@ -100,11 +100,9 @@ class Pass:
         codec.graphs[self.direction].record(codec, codec.ops, self._with_state, examples, state, threads, self.key)
 
     def _tile(self, x: Tensor, state: DirectionState, lengths: Tensor | None, fill: bool) -> list[Tensor]:
-        x = self._filled(x) if fill else x
-        if lengths is not None:
-            return self.step(x, self.codec.forward_context(len(x), state, lengths))
-        codec = self.codec
-        return codec.graphs[self.direction].run(codec.ops, self._with_state, x, state, self.key)
+        x, codec = self._filled(x) if fill else x, self.codec
+        recorded = None if lengths is not None else codec.graphs[self.direction].run(codec.ops, x, state, self.key)
+        return self.step(x, codec.forward_context(len(x), state, lengths)) if recorded is None else recorded
 
     def _with_state(self, x: Tensor, state: DirectionState) -> list[Tensor]:
         return self.step(x, self.codec.forward_context(len(x), state))

@@ -73,25 +73,25 @@ class CpuGraphs:
     def __reduce__(self) -> tuple[Any, ...]:
         return CpuGraphs, (self.direction,)
 
-    def run(self, ops: Ops, step: Step, x: Tensor, state: DirectionState, kind: int | str) -> list[Tensor]:
-        """The result of step(x, state) of a codec that calls `ops`, by a recorded program if there is one.
+    def run(self, ops: Ops, x: Tensor, state: DirectionState, kind: int | str) -> list[Tensor] | None:
+        """The result of a codec's step on x by a recorded program, or None if there is none: then nothing has changed.
 
         kind: distinguishes the steps of this direction that take inputs of the same shape.
         """
         if not self._idle or torch.compiler.is_compiling():
-            return step(x, state)
+            return None
         idle = self._idle.get(_key(ops, x, state, kind))
         if not idle:
-            return step(x, state)
+            return None
         if not self._current():
             self.forget()
-            return step(x, state)
+            return None
         if any(self._hooks):  # a program would not call them
-            return step(x, state)
+            return None
         try:
             program, positions = idle.pop()
         except IndexError:  # another thread has just taken it
-            return step(x, state)
+            return None
         y = program.run(x, _tensors(state))
         idle.append((program, positions))
         state.advance(positions)

@@ -21,8 +21,8 @@ CHANGES = [
 class Plain:
     """In the place of CpuGraphs: steps of the model itself."""
 
-    def run(self, ops, step, x, state, kind):
-        return step(x, state)
+    def run(self, *arguments):
+        return None
 
     def record(self, *arguments):
         pass
