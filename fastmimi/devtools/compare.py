@@ -104,7 +104,7 @@ def _row(name: str, a: Tensor, b: Tensor, tolerance: float) -> Row:
     length = min(a.shape[-1], b.shape[-1])
     peak = float(a.abs().max()) if a.is_floating_point() and a.numel() else 1.0
     a, b = (x[..., :length].cpu().double() for x in (a, b))
-    error = torch.where(a.isnan() & b.isnan(), 0.0, (a - b).abs()).nan_to_num(torch.inf) / (peak or 1.0)
+    error = torch.where(a.isnan() & b.isnan(), 0.0, (a - b).abs()).nan_to_num(torch.inf, torch.inf) / (peak or 1.0)
     over = (error > tolerance).flatten(0, -2).any(0).nonzero()
     return Row(name, tuple(a.shape), float(error.max()) if error.numel() else 0.0, int(over[0]) if len(over) else None)
 

@@ -59,12 +59,9 @@ class Source(Protocol):
     def read(self, index: int, rng: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
         """Read `seconds` and one more sample from a random position: float32 [samples, channels], and the sample rate.
 
-        A recording that is shorter is returned whole.
+        A recording that is shorter is returned whole. Raises LibsndfileError, OSError or InputError for one that cannot
+        be read.
         """
-
-
-class Unreadable(Exception):
-    """A recording that holds nothing to read; the run counts it and goes on."""
 
 
 class AudioFolder:
@@ -114,10 +111,11 @@ class DatasetColumn:
         return f"{self.source}[{index}]"
 
     def read(self, index: int, rng: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
-        stored = self.rows[index][self.column]
-        if stored is None or not (stored["bytes"] or stored["path"]):
-            raise Unreadable(f"{self.name(index)} holds no audio")
-        return _read_random_window(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"], rng, seconds)
+        stored = self.rows[index][self.column] or {"bytes": None, "path": None}
+        source = io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]
+        if source is None or str(source).lower().endswith(".raw"):  # soundfile would need its rate and sample type
+            raise InputError(f"{self.name(index)} holds no audio, or headerless audio")
+        return _read_random_window(source, rng, seconds)
 
 
 def _read_random_window(source: Any, rng: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
@@ -132,10 +130,10 @@ def _read_random_window(source: Any, rng: np.random.Generator, seconds: float) -
     if isinstance(source, io.BytesIO):
         source.seek(0)
     with Forward(source) as file:  # a file that was written to a pipe: its header does not say how long it is
-        blocks = []
+        blocks = [np.zeros((0, file.channels), np.float32)]
         while len(block := file.read(1 << 20, dtype="float32", always_2d=True)):
             blocks.append(block)
-        audio = np.concatenate(blocks) if blocks else np.zeros((0, file.channels), np.float32)
+        audio = np.concatenate(blocks)
         start = int(rng.integers(max(0, len(audio) - wanted) + 1))
         return audio[start : start + wanted], file.samplerate
 
@@ -149,24 +147,29 @@ class Windows(Dataset[Any]):
         self.samples = round(seconds * rate)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray | None, str, list[str]]:
-        rng, unread = np.random.default_rng([self.seed, number]), []
+        rng = np.random.default_rng([self.seed, number])
+        unread: list[str] = []
         for _ in range(MAX_UNREADABLE):
             index = int(rng.integers(len(self.source)))
-            name = self.source.name(index)
-            try:
-                audio, rate = self.source.read(index, rng, self.seconds)
-            except (soundfile.LibsndfileError, OSError, Unreadable):
-                unread.append(name)
-                continue
-            if not len(audio) or not np.isfinite(audio).all():
-                unread.append(name)
-                continue
-            audio = self._to_codec_format(audio, rate)
-            teacher_audio = soxr.resample(audio.mean(axis=0), self.rate, TEACHER_RATE) if self.with_teacher else None
-            if np.isfinite(audio).all() and (teacher_audio is None or np.isfinite(teacher_audio).all()):
-                return audio, teacher_audio, name, unread
-            unread.append(name)  # samples so large that resampling overflows
+            window, name = self._read(index, rng), self.source.name(index)
+            if window is not None:
+                return *window, name, unread
+            unread.append(name)
         raise InputError(f"{MAX_UNREADABLE} files in a row could not be read, the last one {unread[-1]}")
+
+    def _read(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """A window [C, N] of a recording, and the teacher's [M]; None if it cannot be read or is not finite."""
+        try:
+            audio, rate = self.source.read(index, rng, self.seconds)
+        except (soundfile.LibsndfileError, OSError, InputError):
+            return None
+        if not len(audio) or not np.isfinite(audio).all():
+            return None
+        audio = self._to_codec_format(audio, rate)
+        teacher_audio = soxr.resample(audio.mean(axis=0), self.rate, TEACHER_RATE) if self.with_teacher else None
+        # resampling overflows with samples that are too large
+        finite = np.isfinite(audio).all() and (teacher_audio is None or np.isfinite(teacher_audio).all())
+        return (audio, teacher_audio) if finite else None
 
     def _to_codec_format(self, audio: np.ndarray, rate: int) -> np.ndarray:
         """[samples, channels] at any rate -> [C, N]: mix to the codec's channels, resample, cut or zero-pad to N."""

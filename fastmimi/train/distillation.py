@@ -16,7 +16,6 @@ from transformers import WavLMConfig, WavLMModel
 from transformers.utils import logging
 
 from ..errors import InputError
-from .config import DistillationConfig
 
 # samples by which the receptive field of the teacher's convolutions exceeds their hop; with this padding, half of it on
 # each side, the teacher gives exactly 50 embeddings per second
@@ -25,18 +24,15 @@ POOL_WINDOW, POOL_STRIDE = 8, 4  # embeddings at 50 Hz
 
 
 class Teacher:
-    """The frozen teacher; no module, since it is neither trained nor in checkpoints."""
+    """The frozen WavLM whose embeddings are distilled; it is no part of checkpoints."""
 
-    def __init__(self, config: DistillationConfig):
-        assert config.teacher is not None
-        self.normalize = config.normalize
-        self.model = load_teacher(config.teacher)
+    def __init__(self, source: str, normalize: bool, device: torch.device):
+        self.model, self.normalize = load_teacher(source).to(device), normalize
+        self.width: int = self.model.config.hidden_size
 
     @torch.no_grad()
-    def targets(self, audio: Tensor) -> Tensor:
+    def __call__(self, audio: Tensor) -> Tensor:
         """The teacher's embeddings: audio [B, N] at 16 kHz -> [B, T, width] at 12.5 Hz."""
-        if self.model.device != audio.device:
-            self.model.to(audio.device)
         if self.normalize:
             audio = (audio - audio.mean(dim=1, keepdim=True)) / (audio.var(dim=1, keepdim=True) + 1e-7).sqrt()
         padded = F.pad(audio, (TEACHER_PADDING // 2, TEACHER_PADDING // 2))
@@ -46,11 +42,11 @@ class Teacher:
 
 
 class Distillation(nn.Module):
-    """The student's projection and the loss."""
+    """The student's projection, and its loss."""
 
-    def __init__(self, hidden: int, teacher_width: int):
+    def __init__(self, hidden: int, width: int):
         super().__init__()
-        self.project = nn.Linear(hidden, teacher_width)
+        self.project = nn.Linear(hidden, width)
 
     def forward(self, semantic: Tensor, targets: Tensor) -> Tensor:
         """The loss: 1 - the mean cosine similarity of student and targets.

@@ -16,11 +16,10 @@ import re
 import shutil
 import signal
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import accelerate
@@ -30,9 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import get_scheduler
@@ -49,9 +46,6 @@ from .step import StepResult, TrainingStep
 CHECKPOINTS_KEPT = 2  # older ones are deleted
 MAX_SKIPPED_STEPS = 100  # consecutive steps that are skipped because a gradient overflows in fp16
 
-# what reading a truncated or altered file of a checkpoint raises
-DAMAGED_CHECKPOINT_ERRORS = (OSError, EOFError, RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError)
-
 
 class Stopped(SystemExit):
     """The run ended after SIGTERM; a checkpoint was saved."""
@@ -67,8 +61,9 @@ def train(config: TrainConfig) -> Path:
     run = _Run(config)
     try:
         run.resume()
-        on_sigterm = _on_sigterm(run.accelerator.set_trigger)
-        with run.progress as progress, on_sigterm, closing(run.remaining_batches()) as batches:
+        on_sigterm, batches = _on_sigterm(run.accelerator.set_trigger), run.remaining_batches()
+        run.open_log()
+        with run.progress as progress, on_sigterm, closing(batches):
             task = progress.add_task("Training", total=config.steps, completed=run.completed_steps, losses="")
             for batch in batches:
                 result = run.step(batch)
@@ -78,7 +73,7 @@ def train(config: TrainConfig) -> Path:
                 if run.completed_steps % config.listen_every == 0:
                     run.log_audio(batch)
                 if save or run.completed_steps % config.log_every == 0:
-                    logged = _format_losses(run.log_scalars(result.scalars))
+                    logged = _format_scalars(run.log_scalars(result))
                     progress.update(task, losses=logged)
                 if save:
                     run.save()
@@ -129,8 +124,8 @@ class _Run:
             for wrapped in (self.training_step.optimizer, self.training_step.discriminator_optimizer)
             if wrapped is not None
         ]
-        stateful = (self.training_step.balancer, self.ema, self.counters, *self.schedulers)
-        self.accelerator.register_for_checkpointing(*stateful)
+        self.stateful = (self.training_step.balancer, self.ema, self.counters, *self.schedulers)
+        self.accelerator.register_for_checkpointing(*self.stateful)
         self.completed_steps = 0
         self.writer: SummaryWriter | None = None
 
@@ -148,15 +143,16 @@ class _Run:
         return Progress(*columns, TextColumn("{task.fields[losses]}"), console=console, disable=hidden)
 
     def resume(self) -> None:
-        """Load the newest readable checkpoint, if there is one, and open the data and the log."""
+        """Load the newest readable checkpoint, if there is one."""
         found = checkpoints(self.out)
         loaded = next((checkpoint for checkpoint in reversed(found) if self._load(checkpoint)), None)
         if loaded is not None:
             self.completed_steps = _step_of(loaded)
         elif found:
             raise InputError(f"{self.out} holds no checkpoint that can be read: choose another `out`")
-        process = self.accelerator.process_index, self.accelerator.num_processes
-        self.batches = data.batches(self.windows, self.config.data, self.completed_steps, self.config.steps, process)
+
+    def open_log(self) -> None:
+        """Make the run's folder, and describe the run there; continue its log after the completed steps."""
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             self.config.write(self.out / "config.yaml")
@@ -175,20 +171,32 @@ class _Run:
         }
 
     def _load(self, checkpoint: Path) -> bool:
-        """Whether the checkpoint could be loaded."""
-        try:  # reading alone, so that an error of our own when the state is restored is not taken for damage
-            for path in sorted(checkpoint.iterdir()):
-                load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=False)
-        except DAMAGED_CHECKPOINT_ERRORS as error:
-            typer.echo(f"{checkpoint} cannot be read: {type(error).__name__} {error}".splitlines()[0], err=True)
-            return False
+        """Load a checkpoint, and return whether all its files could be read."""
+        for name in self._checkpoint_files():
+            if (error := _read_error(checkpoint / name)) is not None:
+                reason = f"{type(error).__name__} {error}".splitlines()[0]
+                typer.echo(f"{checkpoint / name} cannot be read: {reason}", err=True)
+                return False
         self.accelerator.load_state(str(checkpoint))
         return True
 
+    def _checkpoint_files(self) -> list[str]:
+        """The files that `Accelerator.load_state` needs."""
+        suffixes = [""] if self.training_step.discriminators is None else ["", "_1"]
+        names = [name for suffix in suffixes for name in (f"model{suffix}.safetensors", f"optimizer{suffix}.bin")]
+        names += [f"custom_checkpoint_{i}.pkl" for i in range(len(self.stateful))]
+        return names if self.accelerator.scaler is None else [*names, "scaler.pt"]
+
     def remaining_batches(self) -> Generator[Batch]:
         """The batches of the remaining steps, on the run's device; closing it ends the data loader processes."""
+        process = self.accelerator.process_index, self.accelerator.num_processes
+        return self._on_device(
+            data.batches(self.windows, self.config.data, self.completed_steps, self.config.steps, process)
+        )
+
+    def _on_device(self, batches: Iterable[Batch]) -> Generator[Batch]:
         try:
-            for batch in self.batches:
+            for batch in batches:
                 yield batch.to(self.accelerator.device)
             return
         except Exception as error:
@@ -206,12 +214,13 @@ class _Run:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         set_seed(self.config.seed + self.completed_steps * processes + rank)
         result = self.training_step(batch, self.completed_steps)
-        finite = torch.stack([value.isfinite() for value in result.scalars.values()]).all()
+        scalars = result.scalars
+        finite = torch.stack([value.isfinite() for value in scalars.values()]).all()
         # one reduction over all processes: how many have finite losses, and how many files could not be read
         counts = torch.stack([finite.float(), torch.tensor(float(len(batch.unread)), device=finite.device)])
         finite_processes, unread = self.accelerator.reduce(counts, "sum").tolist()
         if finite_processes != processes:
-            wrong = ", ".join(f"{name} is {x.item()}" for name, x in result.scalars.items() if not x.isfinite())
+            wrong = ", ".join(f"{name} is {value.item()}" for name, value in scalars.items() if not value.isfinite())
             saved = checkpoints(self.out)
             raise InputError(
                 f"training stopped at step {self.completed_steps + 1}: "
@@ -241,10 +250,10 @@ class _Run:
             if not parameter.requires_grad:
                 averaged.copy_(parameter)
 
-    def log_scalars(self, scalars: dict[str, Tensor]) -> dict[str, float]:
-        """Log scalars, averaged over all processes, the learning rate and the unread files; return them."""
-        means = self.accelerator.reduce(torch.stack([value.float() for value in scalars.values()]), "mean")
-        logged = dict(zip(scalars, means.tolist(), strict=True))
+    def log_scalars(self, result: StepResult) -> dict[str, float]:
+        """Log a step's scalars, averaged over all processes, the learning rate and the unread files; return them."""
+        means = self.accelerator.reduce(torch.stack([value.float() for value in result.scalars.values()]), "mean")
+        logged = dict(zip(result.scalars, means.tolist(), strict=True))
         logged |= {"rate": self.schedulers[0].get_last_lr()[0], "unread files": float(self.counters.unread)}
         if self.writer is not None:
             for name, value in logged.items():
@@ -292,6 +301,18 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
+def _read_error(file: Path) -> Exception | None:
+    """Why a file of a checkpoint cannot be read; None if it can."""
+    try:
+        if file.suffix == ".safetensors":
+            load_file(file)
+        else:
+            torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make the libraries raise anything; no code of this package runs here
+        return error
+    return None
+
+
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
@@ -300,8 +321,8 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _format_losses(values: dict[str, Any]) -> str:
-    """The most telling losses on one line, for the progress bar."""
+def _format_scalars(values: dict[str, Any]) -> str:
+    """The most telling scalars on one line, for the progress bar."""
     names = ("mel", "features", "adversarial", "discriminator", "cosine", "explained")
     return "  ".join(f"{name} {values[name]:.3f}" for name in names if name in values)
 

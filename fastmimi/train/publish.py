@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,12 +42,12 @@ def publish(runs: Sequence[Path], target: Path) -> None:
         raise InputError(
             f"only a Mimi can be published in half precision, and {runs[-1]} trained a {type(codec).__name__}"
         )
+    curves = [read_curves(run) for run in runs]
     target.mkdir(parents=True, exist_ok=True)
     with replacing(target / "config.json") as part:
         part.write_text(json.dumps(codec.config.to_dict(), indent=2) + "\n")
     with replacing(target / "model.safetensors") as part:
         save_file(half_precision_state(codec), part, {"format": "pt"})
-    curves = [read_curves(run) for run in runs]
     with replacing(target / "training.json") as part:
         machines = [json.loads((run / "machine.json").read_text()) for run in runs]
         summaries = [summary(*run) for run in zip(configs, curves, machines, strict=True)]
@@ -74,18 +75,20 @@ Curve = tuple[np.ndarray, np.ndarray, np.ndarray]  # steps, values, seconds sinc
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """All scalars that a run logged, by name."""
+    """All scalars that a run logged, by name. Raises InputError if there are none."""
+    from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(run / "log"), size_guidance={"scalars": 0})
-    log.Reload()
-    if not log.Tags()["scalars"]:
-        raise InputError(f"{run / 'log'} holds no losses: publish a run after its first logged step")
+    with suppress(DirectoryDeletedError):  # there is no such directory
+        log.Reload()
     curves = {}
     for name in log.Tags()["scalars"]:
         events = log.Scalars(name)
         steps, values, times = (np.array([getattr(e, key) for e in events]) for key in ("step", "value", "wall_time"))
         curves[name] = (steps, values, times)
+    if not curves:
+        raise InputError(f"{run / 'log'} holds no logged losses")
     return curves
 
 

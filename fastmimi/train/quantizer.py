@@ -7,7 +7,7 @@ together with the candidates that replace unused entries (SoundStream, arXiv 210
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,18 +35,22 @@ class Quantized(NamedTuple):
 
     latents: Tensor  # [B, hidden, T], input of the decoder: quantized, or for some sequences not
     semantic: Tensor  # [B, hidden, T], decoded from the semantic levels alone
+    codes: Tensor  # [B, K, T]
     commitment: Tensor  # commitment loss: mean squared residual after each level, in the codebooks' space
     explained: Tensor  # fraction of the variance of the latents that the acoustic levels explain
-    codes: Tensor  # [B, K, T]
-    statistics: list[Statistics]  # of each residual quantizer, for `TrainedQuantizer.update`
+    statistics: list[Statistics]  # of each residual quantizer, for the update of its codebooks
 
 
 class CodebookEMA(nn.Module):
-    """Exponential moving averages of counts and sums of latents for one residual quantizer; sum / count is an entry."""
+    """Exponential moving averages of counts and sums of latents for one residual quantizer; sum / count is an entry.
+
+    They are updated here alone. `write` copies them to the codec, which stores what its checkpoints have: a Mimi
+    both, a JODIO the entries.
+    """
 
     usage: Tensor  # [L, S], averaged counts
     sums: Tensor  # [L, S, D], averaged sums
-    gathered: Tensor  # [N, D], latents for k-means; None if the entries came from a checkpoint
+    gathered: Tensor | None  # [N, D], latents for k-means; None if the entries came from a checkpoint
     count: Tensor  # of the latents in `gathered`
 
     def __init__(self, part: ResidualQuantizer, config: QuantizerConfig, frozen: bool):
@@ -55,10 +59,10 @@ class CodebookEMA(nn.Module):
         entries, usage = part.codebooks().clone(), part.usage()
         self.register_buffer("usage", usage)
         self.register_buffer("sums", entries * usage[..., None])
-        given = bool(entries.any())
-        if frozen and not given:
+        new = not self.sums.any()
+        if frozen and new:
             raise InputError("model.freeze names a quantizer that has no entries yet")
-        self.register_buffer("gathered", None if given else entries.new_zeros(config.kmeans_latents, entries.shape[-1]))
+        self.register_buffer("gathered", entries.new_zeros(config.kmeans_latents, entries.shape[-1]) if new else None)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @property
@@ -69,11 +73,12 @@ class CodebookEMA(nn.Module):
     @torch.no_grad()
     def collect_for_kmeans(self, rows: Tensor) -> None:
         """Store latents [N, D]; once there are enough, initialize the codebooks by k-means, level after level."""
+        assert self.gathered is not None
         done = int(self.count)
         rows = rows[: len(self.gathered) - done].float()
         self.gathered[done : done + len(rows)] = rows
         self.count += len(rows)
-        if done + len(rows) < len(self.gathered):
+        if not self.initialized:
             return
         rows = self.gathered
         for level in range(len(self.usage)):
@@ -84,17 +89,15 @@ class CodebookEMA(nn.Module):
     @torch.no_grad()
     def update(self, batch: Statistics, replace: bool) -> None:
         """Update the moving averages with a batch's statistics, summed over all processes; `replace` unused entries."""
-        decay = self.config.decay
-        if (self.usage == 1).all():  # as after k-means or in a checkpoint without counts
-            scale = batch.counts.mean()  # otherwise one batch would outweigh the initial entries
-            self.usage.mul_(scale)
-            self.sums.mul_(scale)
-        self.usage.lerp_(batch.counts, 1 - decay)
-        self.sums.lerp_(batch.sums, 1 - decay)
+        # After k-means, or in a checkpoint without counts, every count is 1. The first batch would outweigh such
+        # entries: they are scaled to its mean count.
+        scale = torch.where((self.usage == 1).all(), batch.counts.mean(), 1)
+        for averages, values in ((self.usage, batch.counts), (self.sums, batch.sums)):
+            averages.mul_(scale).lerp_(values, 1 - self.config.decay)
         if replace:
-            threshold = self.config.replace_below * self.usage.mean(dim=1, keepdim=True)
-            unused = self.usage < threshold  # [L, S]
-            self.usage.copy_(torch.where(unused, self.usage.mean(dim=1, keepdim=True), self.usage))
+            mean = self.usage.mean(dim=1, keepdim=True)
+            unused = self.usage < self.config.replace_below * mean  # [L, S]
+            self.usage.copy_(torch.where(unused, mean, self.usage))
             self.sums.copy_(torch.where(unused[..., None], batch.candidates * self.usage[..., None], self.sums))
 
     @torch.no_grad()
@@ -115,10 +118,10 @@ class TrainedQuantizer(nn.Module):
         )
 
     def forward(self, codec: Codec, latents: Tensor, context: ForwardContext, step: int) -> Quantized:
-        """Quantize latents [B, hidden, T]."""
+        """Quantize latents [B, hidden, T]. From step `begin` on, new codebooks are initialized with them first."""
         batch, unprojected = len(latents), 0
         kept = self._draw_kept_levels(batch, latents.device)  # [B]
-        total, commitments, codes, decoded, unexplained, collected = None, [], [], [], [], []
+        total, commitments, codes, decoded, unexplained, statistics = None, [], [], [], [], []
         first = 0
         for (part, count), means in zip(codec.quantizer.parts(self.levels), self.means, strict=True):
             projected = part.project(latents, context)
@@ -130,16 +133,9 @@ class TrainedQuantizer(nn.Module):
                     means.write(part)
                 books = part.codebooks()
                 assigned = context.ops.rvq_encode(rows.detach(), books)  # [L, B * T]
-                statistics, residual, commitment = [], rows, rows.new_zeros(())
-                summed = torch.zeros_like(rows)  # of the entries of the levels that are kept
-                for level in range(count):
-                    entry = books[level][assigned[level]]
-                    commitment = commitment + F.mse_loss(residual, entry)
-                    statistics.append(_statistics(residual.detach(), assigned[level], len(books[level])))
-                    residual = residual - entry
-                    keep = (first + level < kept).repeat_interleave(latents.shape[-1])[:, None]
-                    summed = summed + torch.where(keep, entry, 0)
-            collected.append(Statistics(*map(torch.stack, zip(*statistics, strict=True))))
+                keep = (kept - first).repeat_interleave(latents.shape[-1])  # [B * T]
+                summed, residual, commitment, batch_statistics = _quantize_rows(rows, books, assigned, keep)
+            statistics.append(batch_statistics)
             # Without entries, pass the latents on: the semantic levels would decode to a constant that the latents do
             # not change, and the straight-through gradient of the distillation would make the latents grow for ever.
             straight_through = projected
@@ -148,7 +144,7 @@ class TrainedQuantizer(nn.Module):
             quantized = part.unproject(straight_through, context)
             # a residual quantizer of which all levels are dropped contributes nothing
             total = quantized if total is None else total + torch.where((kept > first)[:, None, None], quantized, 0)
-            commitments.append(commitment / count)
+            commitments.append(commitment)
             centred = rows.detach() - rows.detach().mean(dim=0)
             unexplained.append(residual.detach().square().sum() / centred.square().sum().clamp(min=1e-12))
             codes.append(assigned.unflatten(1, (batch, -1)).transpose(0, 1))
@@ -160,8 +156,8 @@ class TrainedQuantizer(nn.Module):
         # Residual quantizers without projections each reconstruct the latents themselves, and the decoder's input is
         # the sum: unquantized latents are scaled to the same magnitude.
         total = torch.where(bypass[:, None, None], latents * max(unprojected, 1), total)
-        commitment_loss = torch.stack(commitments).mean() * initialized
-        return Quantized(total, decoded[0], commitment_loss, 1 - unexplained[-1], torch.cat(codes, dim=1), collected)
+        commitment = torch.stack(commitments).mean() * initialized
+        return Quantized(total, decoded[0], torch.cat(codes, dim=1), commitment, 1 - unexplained[-1], statistics)
 
     def _draw_kept_levels(self, batch: int, device: torch.device) -> Tensor:
         """Quantizer dropout: a random number of levels for each sequence [B], at least the semantic ones."""
@@ -171,21 +167,39 @@ class TrainedQuantizer(nn.Module):
         return torch.randint(semantic, self.levels + 1, (batch,), device=device)
 
     @torch.no_grad()
-    def update(self, codec: Codec, statistics: list[Statistics], step: int) -> None:
+    def update(self, codec: Codec, batch: Sequence[Statistics], step: int) -> None:
         """Update the codebooks with a batch's statistics of all processes; the result is the same in each."""
         if all(means.frozen for means in self.means) or not all(means.initialized for means in self.means):
             return
-        tensors = [tensor for local in statistics for tensor in local]
+        tensors = [tensor for statistics in batch for tensor in statistics]
         reduced = all_reduce_sum(torch.cat([t.flatten() for t in tensors])).split([t.numel() for t in tensors])
-        parts = iter(reduced)
-        for (part, _), means, local in zip(codec.quantizer.parts(self.levels), self.means, statistics, strict=True):
-            summed = Statistics(*(next(parts).view_as(t) for t in local))
+        summed = iter(reduced)
+        for (part, _), means, local in zip(codec.quantizer.parts(self.levels), self.means, batch, strict=True):
+            statistics = Statistics(*(next(summed).view_as(tensor) for tensor in local))
             if not means.frozen:
-                means.update(summed, replace=step % self.config.replace_every == 0)
+                means.update(statistics, replace=step % self.config.replace_every == 0)
                 means.write(part)
 
 
-def _statistics(rows: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_rows(
+    rows: Tensor, books: Tensor, codes: Tensor, keep: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Statistics]:
+    """Quantize latents [N, D] with codebooks [L, S, D], whose nearest entries have the codes [L, N], level after level.
+
+    Returns the sum of the entries of the first `keep` [N] levels [N, D], the residual after all levels [N, D], the
+    commitment loss, and the statistics of the latents.
+    """
+    summed, residual, commitment, statistics = torch.zeros_like(rows), rows, rows.new_zeros(()), []
+    for level, (book, chosen) in enumerate(zip(books, codes, strict=True)):
+        entry = book[chosen]
+        commitment = commitment + F.mse_loss(residual, entry)
+        statistics.append(_level_statistics(residual.detach(), chosen, len(book)))
+        residual = residual - entry
+        summed = summed + torch.where((level < keep)[:, None], entry, 0)
+    return summed, residual, commitment / len(books), Statistics(*map(torch.stack, zip(*statistics, strict=True)))
+
+
+def _level_statistics(rows: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Counts [S], sums [S, D] and candidates [S, D] of latents [N, D] and the codes of their nearest entries [N]."""
     rows = rows.float()
     counts = torch.bincount(codes, minlength=size).to(rows.dtype)

@@ -36,11 +36,21 @@ class GeneratorOutput(NamedTuple):
     distillation: Tensor | None  # the distillation loss
 
 
-class Generator(nn.Module):
-    """Codec, quantizer in training and projection of the distillation: what the generator's optimizer trains.
+class StepResult(NamedTuple):
+    """The losses and metrics of one training step: detached scalars by name."""
 
-    teacher_width: features of the teacher's embeddings; None without distillation.
-    """
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]  # "gradient", the norm of the generator's gradient, is missing from a skipped step
+    skipped: bool  # the generator was not updated: its gradient overflowed in fp16
+
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """Losses and metrics."""
+        return self.losses | self.metrics
+
+
+class Generator(nn.Module):
+    """Codec, quantizer in training and projection of the distillation: what the generator's optimizer trains."""
 
     def __init__(self, config: TrainConfig, teacher_width: int | None = None):
         super().__init__()
@@ -48,8 +58,9 @@ class Generator(nn.Module):
         frozen = {part for name in config.model.freeze for part in _modules(self.codec)[name].modules()}
         self.frozen = frozen
         self.quantizer = TrainedQuantizer(self.codec, config.quantizer, frozen)
-        hidden = self.codec.config.hidden_size
-        self.distillation = None if teacher_width is None else Distillation(hidden, teacher_width)
+        self.distillation = None
+        if teacher_width is not None:
+            self.distillation = Distillation(self.codec.config.hidden_size, teacher_width)
         self.train()
 
     def train(self, mode: bool = True) -> Generator:
@@ -141,26 +152,15 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Ad
     return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
 
 
-class StepResult(NamedTuple):
-    """What one step gives: scalars by name, detached."""
-
-    losses: dict[str, Tensor]
-    metrics: dict[str, Tensor]  # "gradient", the norm of the generator's gradient, only if the step was not skipped
-    skipped: bool  # the generator's step, because its gradient overflowed in fp16
-
-    @property
-    def scalars(self) -> dict[str, Tensor]:
-        """Losses and metrics, for the log."""
-        return self.losses | self.metrics
-
-
 class TrainingStep:
-    """Generator, discriminators and their optimizers; calling it trains them on one batch."""
+    """Teacher, generator, discriminators and their optimizers; calling it trains them on one batch."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
-        self.teacher = None if config.distillation.teacher is None else Teacher(config.distillation)
-        generator = Generator(config, None if self.teacher is None else self.teacher.model.config.hidden_size)
+        self.teacher = None
+        if config.distillation.teacher is not None:
+            self.teacher = Teacher(config.distillation.teacher, config.distillation.normalize, accelerator.device)
+        generator = Generator(config, None if self.teacher is None else self.teacher.width)
         self.rate = generator.codec.sample_rate
         weights = {name: getattr(config.losses, name) for name in ("adversarial", "features", "l1", "mel")}
         self.balancer = losses.Balancer(
@@ -187,13 +187,14 @@ class TrainingStep:
         return self.unwrapped_generator.codec
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
-        """Train on a batch."""
-        found: dict[str, Tensor] = {}
+        """Train the discriminators and the generator on a batch; `step` counts from 0."""
         targets = None
         if self.teacher is not None and batch.teacher_audio is not None:
             with self.accelerator.autocast():
-                targets = self.teacher.targets(batch.teacher_audio)
+                targets = self.teacher(batch.teacher_audio)
         output: GeneratorOutput = self.generator(batch.audio, step, targets)
+        quantized = output.quantized
+        found = {"commitment": quantized.commitment}
         if self.discriminators is not None:
             found["discriminator"] = self._discriminator_step(batch.audio, output.audio.detach())
         audio = output.audio.detach().requires_grad_()  # the losses' gradients are balanced with respect to this leaf
@@ -202,25 +203,20 @@ class TrainingStep:
         with torch.autocast(audio.device.type, torch.bfloat16, enabled=bf16):
             audio_losses = self._audio_losses(batch.audio, audio)
         gradient = self.balancer(audio_losses, audio) * rank_and_world_size()[1]  # DDP averages over the processes
-        quantized = output.quantized
         total = (output.audio * gradient).sum() + self.config.quantizer.commitment * quantized.commitment
-        found |= audio_losses | {"commitment": quantized.commitment}
-        metrics = {
-            "explained": quantized.explained,
-            "used": codebook_usage(quantized.codes, self.codec.config.codebook_size).mean(),
-        }
+        usage = codebook_usage(quantized.codes, self.codec.config.codebook_size)
+        metrics = {"explained": quantized.explained, "used": usage.mean()}
         if output.distillation is not None:
             total = total + self.config.distillation.weight * output.distillation
-            metrics["cosine"] = 1 - output.distillation.detach()
+            metrics["cosine"] = 1 - output.distillation
         self.accelerator.backward(total)
         norm = self.accelerator.clip_grad_norm_(self.generator.parameters(), self.config.optimizer.clip)
         self.optimizer.step()
-        skipped = self.optimizer.step_was_skipped
-        if not skipped:
+        if not self.optimizer.step_was_skipped:
             metrics["gradient"] = torch.as_tensor(norm)
         self.optimizer.zero_grad()
         self.unwrapped_generator.quantizer.update(self.codec, quantized.statistics, step)
-        return StepResult({name: loss.detach() for name, loss in found.items()}, metrics, skipped)
+        return StepResult(_detached(found | audio_losses), _detached(metrics), self.optimizer.step_was_skipped)
 
     def _discriminator_step(self, real: Tensor, fake: Tensor) -> Tensor:
         """Update the discriminators on real and (detached) decoded audio [B, C, N]; return their loss."""
@@ -253,6 +249,10 @@ class TrainingStep:
         if "mel" in weights:
             found["mel"] = losses.mel_distance(real, fake, self.rate)
         return found
+
+
+def _detached(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in values.items()}
 
 
 def codebook_usage(codes: Tensor, size: int) -> Tensor:

@@ -67,8 +67,7 @@ def test_it_overfits_a_sentence(tiny_training, monkeypatch, whole):
     teacher_audio = torch.from_numpy(
         np.stack([soxr.resample(window[0], 24_000, TEACHER_RATE) for window in audio.numpy()])
     )
-    batch = Batch(audio, teacher_audio, ["synthetic"] * 4, [])
-    logged = [training_step(batch, step).scalars for step in range(110)]
+    logged = [training_step(Batch(audio, teacher_audio, ["synthetic"] * 4, []), step).scalars for step in range(110)]
     learned = logged[-1]["mel"] < 0.5 * logged[0]["mel"] and logged[-1]["cosine"] > logged[0]["cosine"] + 0.3
     codes = training_step.codec.eval().encode(audio)
     share = codebook_usage(codes, 32).min().item()
@@ -223,25 +222,20 @@ def test_a_damaged_checkpoint_is_skipped(tiny_training, speech, capfd):
     (older.parent / "step_1 copy").mkdir()
     config.steps = 3
     train(config)
-    assert "step_00000002 cannot be read: SafetensorError" in capfd.readouterr().err
+    assert "step_00000002/model.safetensors cannot be read: SafetensorError" in capfd.readouterr().err
     assert list(scalars(config.out, "mel")) == [1, 2, 3]
-    for checkpoint in checkpoints(Path(config.out)):
-        (checkpoint / "random_states_0.pkl").write_bytes(b"")
-        (checkpoint / "optimizer.bin").unlink()
+    older, newer = checkpoints(Path(config.out))
+    (older / "optimizer.bin").write_bytes((older / "optimizer.bin").read_bytes()[:-100])
+    (newer / "custom_checkpoint_1.pkl").unlink()
     with pytest.raises(ValueError, match="run holds no checkpoint that can be read"):
         train(config)
 
 
-def test_a_bug_in_restoring_is_not_taken_for_damage(tiny_training, speech, monkeypatch):
+def test_a_checkpoint_is_not_called_damaged_for_a_bug_of_ours(tiny_training, speech, monkeypatch):
     config = tiny_training(folder=str(speech), steps=1)
     train(config)
-
-    def broken(self, state):
-        raise KeyError("balancer")
-
-    monkeypatch.setattr(loop._Counters, "load_state_dict", broken)
-    config.steps = 2
-    with pytest.raises(KeyError, match="balancer"):
+    monkeypatch.setattr(loop._Counters, "load_state_dict", lambda self, state: state["no such counter"])
+    with pytest.raises(KeyError, match="no such counter"):
         train(config)
 
 
@@ -324,9 +318,9 @@ def test_the_trained_model_has_averaged_weights(tiny_training, speech, monkeypat
     seen, whole = [], loop.TrainingStep.__call__
 
     def watched(self, batch, step):
-        logged = whole(self, batch, step)
+        result = whole(self, batch, step)
         seen.append(self.codec.decoder.layers["0"].conv.weight.detach().clone())
-        return logged
+        return result
 
     monkeypatch.setattr(loop.TrainingStep, "__call__", watched)
     model = fastmimi.load(train(config))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi.devtools.testing import noise, relative_error
+from fastmimi.devtools.testing import noise, relative_error, small_model
 from fastmimi.train.loop import train
-from fastmimi.train.publish import concatenate_curves, publish, read_curves
+from fastmimi.train.publish import concatenate_curves, publish
 
 
 @pytest.fixture
@@ -40,14 +40,6 @@ def test_half_precision_weights_behave_as_the_trained_ones(tiny_training, speech
     assert fastmimi.MimiModel.from_pretrained(tmp_path / "published").config.codebook_size == 32
 
 
-def test_a_run_without_a_logged_step_is_refused(tmp_path):
-    from torch.utils.tensorboard import SummaryWriter
-
-    SummaryWriter(str(tmp_path / "log")).close()
-    with pytest.raises(fastmimi.InputError, match=r"log holds no losses: publish a run after its first logged step"):
-        read_curves(tmp_path)
-
-
 def test_curves_of_several_runs_are_concatenated():
     first, second = (
         {"mel": tuple(np.array(t) for t in (steps, [1.0] * len(steps), steps))} for steps in ([1, 2], [1, 3])
@@ -61,5 +53,15 @@ def test_publishing_that_is_refused(tiny_training, speech, tmp_path):
         publish([tmp_path], tmp_path / "published")
     train(tiny_training(folder=speech, steps=1, architecture="jodio"))
     with pytest.raises(ValueError, match=r"only a Mimi can be published in half .* trained a JodioModel"):
+        publish([tmp_path / "run"], tmp_path / "published")
+    assert not (tmp_path / "published").exists()
+
+
+@pytest.mark.parametrize("log", ["log", "log that was moved"])
+def test_a_run_without_logged_losses_is_refused(tiny_training, tmp_path, log):
+    (tmp_path / "run" / log).mkdir(parents=True)
+    fastmimi.save_pretrained(small_model(), tmp_path / "run" / "model")
+    tiny_training().write(tmp_path / "run" / "config.yaml")
+    with pytest.raises(fastmimi.InputError, match=r"run/log holds no logged losses$"):
         publish([tmp_path / "run"], tmp_path / "published")
     assert not (tmp_path / "published").exists()
