@@ -11,6 +11,7 @@ import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -18,11 +19,12 @@ from setuptools.command.build_ext import build_ext
 
 LIBRARY = "fastmimi.kernels.cpu.native.libfastmimi"
 NATIVE = Path("fastmimi", "kernels", "cpu", "native")
-AVX2 = ["-mavx2", "-mfma"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-VARIANTS = {"portable": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
+# Of each variant, the compiler's options for its instruction sets
+VARIANTS = {
+    name: [f"-m{instructions}" for instructions in sets] + ["-mprefer-vector-width=512"] * ("avx512f" in sets)
+    for name, sets in run_path(str(NATIVE.parent / "_variants.py"))["VARIANTS"].items()
+    if not sets or platform.machine() in ("x86_64", "AMD64")
+}
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wno-psabi"]
 # Linked without -fopenmp: OpenMP's symbols are bound, when the library is opened, to the runtime that PyTorch brought.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []

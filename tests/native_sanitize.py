@@ -10,19 +10,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from runpy import run_path
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "kernels" / "cpu" / "native"
 FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-Wno-psabi"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-AVX2 = ["-mavx2", "-mfma"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-VARIANTS = {
-    "portable": [],
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
-}
+VARIANTS = run_path(str(NATIVE.parent / "_variants.py"))["VARIANTS"]
 TESTS = [
     "tests/kernels/test_native.py",
     "tests/runtime/test_quantized.py",
@@ -35,8 +29,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         objects = [build(Path(folder, "library.o"), "library.cpp", [])]
         objects += [
-            build(Path(folder, f"{name}.o"), "variant.cpp", [f"-DVARIANT={name}", *flags])
-            for name, flags in VARIANTS.items()
+            build(Path(folder, f"{name}.o"), "variant.cpp", [f"-DVARIANT={name}", *(f"-m{option}" for option in sets)])
+            for name, sets in VARIANTS.items()
         ]
         library = Path(folder, "libfastmimi.so")
         subprocess.run(["g++", "-shared", *SANITIZERS, "-o", library, *objects], check=True)

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")  # best first
+from ._variants import VARIANTS
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 PAD_MODES = {"constant": 0, "replicate": 1, "reflect": 2}
 ACTIVATIONS = {"none": 0, "elu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "relu": 5, "tanh": 6}
@@ -210,7 +211,7 @@ def variants() -> tuple[str, ...]:
     if library is None:
         return ()
     built = (name for name in VARIANTS if hasattr(library, f"conv_{name}"))
-    return tuple(name for name in built if library.can_run(name.encode()))
+    return tuple(name for name in built if all(library.has(needed.encode()) for needed in VARIANTS[name]))
 
 
 @cache
