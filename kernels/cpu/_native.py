@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ KINDS = {"full": 0, "half": 1, "int8": 2, "pairs": 3, "digits": 4}  # of product
 pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 
 
-# The structures have the fields of their namesakes in native/*.h, in the same order, which `_abi_differences` checks. A
-# step is a stride in elements.
+# The structures repeat their namesakes in native/, which `_abi_differences` checks. A step is a stride in elements.
 
 
 class Input(ctypes.Structure):
@@ -43,7 +43,7 @@ class Input(ctypes.Structure):
 class Weights(ctypes.Structure):
     _fields_ = (
         ("packed", pointer), ("outputs", long), ("taps", long), ("bias", pointer), ("dequantize", pointer),
-        ("bytes_per_weight", ctypes.c_size_t),
+        ("bytes_per_weight", long),
     )  # fmt: skip
 
 
@@ -98,40 +98,62 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "rvq_decode": (pointer, long, long, pointer, *[long] * 4, pointer, integer, integer),
 }  # fmt: skip
 MAX_ARGUMENTS = 13  # of an entry point
-ENUMERATIONS = ({"f32": 0, "bf16": 1}, PAD_MODES, ACTIVATIONS, KINDS)
+ENUMERATIONS: dict[str, Iterable[str]] = {
+    "Dtype": ("f32", "bf16"), "PadMode": PAD_MODES, "Activation": ACTIVATIONS, "Kind": KINDS, "Entry": ENTRIES,
+}  # fmt: skip
 
 
-class AbiRow(ctypes.Structure):
-    """A row of the table in native/abi.h."""
+class Declaration(ctypes.Structure):
+    """The text of a C declaration in native/, and the size in bytes of what it declares."""
 
-    _fields_ = (("name", ctypes.c_char_p), ("value", long))
+    _fields_ = (("text", ctypes.c_char_p), ("size", long))
 
 
-def _declared_abi() -> dict[str, int]:
-    """The table of native/abi.h as this module declares it: sizes, offsets, enumerators and entry numbers."""
-    table = {}
-    for structure in (Input, Weights, Output, Attention, Linear, Layer):
-        table[structure.__name__] = ctypes.sizeof(structure)
-        for name, *_ in structure._fields_:
-            table[f"{structure.__name__}.{name}"] = getattr(structure, name).offset
-    for enumeration in ENUMERATIONS:
-        table |= {name.upper(): value for name, value in enumeration.items()}
-    table["MAX_ARGUMENTS"] = MAX_ARGUMENTS
-    return table | {f"entry {name.upper()}": number for number, name in enumerate(ENTRIES)}
+Members = list[tuple[str, str]]  # name and type, of fields; the type of an enumerator is ""
+
+
+def _members(text: str) -> tuple[str, Members]:
+    """Name and members of a C declaration such as "struct Rows { const float *x, *y; long count = 0; }"."""
+    keyword, name, body = text.split(" ", 2)
+    if keyword == "enum":
+        return name, [(enumerator, "") for enumerator in body.strip("{}").split(", ")]
+    members = []
+    for statement in body.strip("{; }").split("; "):
+        kind, _, declarators = statement.removeprefix("const ").partition(" ")
+        for declarator in declarators.split(", "):
+            pointer = "*" in kind + declarator
+            members.append((declarator.split(" = ")[0].lstrip("*"), "void_p" if pointer else kind))
+    return name, members
+
+
+def _structures(kinds: Iterable[Any]) -> Iterator[type[ctypes.Structure]]:
+    """Those among `kinds`, and those nested in them."""
+    for kind in kinds:
+        if issubclass(kind, ctypes.Structure):
+            yield kind
+            yield from _structures(kind for _, kind, *_ in kind._fields_)
 
 
 def _abi_differences(library: ctypes.CDLL, name: str) -> list[str]:
     """What a variant of the library declares otherwise than this module, such as "Input.step"; empty if they agree."""
-    function = getattr(library, f"abi_{name}", None)
+    function = getattr(library, f"declarations_{name}", None)
     if function is None:
         return ["abi"]
-    function.argtypes, function.restype = (long, STRUCT(STRUCT(AbiRow))), None
-    row = STRUCT(AbiRow)()
-    found: dict[str, int] = {}
-    while function(len(found), ctypes.byref(row)) or row:
-        found[row.contents.name.decode()] = row.contents.value
-    declared = _declared_abi()
-    return sorted({key for key, _ in found.items() ^ declared.items()})
+    function.argtypes, function.restype = (), STRUCT(Declaration)
+
+    def table(name: str, members: Members, size: int) -> dict[str, object]:
+        return {name: size} | {f"{name}.{member}": (i, kind) for i, (member, kind) in enumerate(members)}
+
+    theirs: dict[str, object] = {}
+    for row in takewhile(lambda row: row.text, map(function().__getitem__, count())):
+        theirs |= table(*_members(row.text.decode()), row.size)
+    mine: dict[str, object] = {}
+    for structure in _structures((Input, Weights, Output, Attention, Layer)):
+        members = [(field, kind.__name__.removeprefix("c_")) for field, kind, *_ in structure._fields_]
+        mine |= table(structure.__name__, members, ctypes.sizeof(structure))
+    for enumeration, enumerators in ENUMERATIONS.items():
+        mine |= table(enumeration, [(name.upper(), "") for name in enumerators], ctypes.sizeof(integer))
+    return sorted({key for key, _ in mine.items() ^ theirs.items()})
 
 
 class Variant:
@@ -139,9 +161,7 @@ class Variant:
 
     def __init__(self, library: ctypes.CDLL, name: str):
         self.name = name
-        count = long()
-        getattr(library, f"outputs_per_panel_{name}")(ctypes.byref(count))
-        self.outputs_per_panel = count.value
+        self.outputs_per_panel = getattr(library, f"outputs_per_panel_{name}")()
         for entry, arguments in ENTRIES.items():
             function = getattr(library, f"{entry}_{name}")
             function.argtypes, function.restype = arguments, None

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int QUERIES = 4;  // per block
 
-struct Attention {
+MIRRORED(struct, Attention, {
   const void *q, *k, *v;  // [B, T, H, D] with the steps below, D contiguous
   void* y;                // [B, T, H, D] contiguous
   int dtype;
@@ -24,7 +24,7 @@ struct Attention {
   const int64_t* offset;    // [B], or null offline
   void *cache_k, *cache_v;  // [B, H_kv, window, D]
   const bool* active;       // [B]
-};
+});
 
 thread_local Arena attention_scratch;
 

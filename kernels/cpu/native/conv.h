@@ -10,14 +10,14 @@
 
 namespace {
 
-enum PadMode { CONSTANT = 0, REPLICATE, REFLECT };
+MIRRORED(enum, PadMode, {CONSTANT, REPLICATE, REFLECT});
 constexpr size_t CHUNK_BYTES = 256 << 10;  // of a chunk's scratch, or of its output: a quarter of a 1 MB level-2 cache
 constexpr long MIN_CHUNK_ROWS = 64;        // of a chunk, if there are as many: weights are read once per chunk
 
 // Where threads share scratch, it is the arena of the thread that starts the parallel region
 thread_local Arena thread_scratch, shared_scratch, hidden_scratch, value_scratch;
 
-struct Input {
+MIRRORED(struct, Input, {
   const void* x;  // [B, T, C], channels contiguous
   int dtype;
   long batch, length, channels, batch_step, step;
@@ -26,7 +26,7 @@ struct Input {
   void* history;  // [B, C, left], contiguous except for its batch step, or null
   long history_step;
   const bool *first, *active;  // [B]
-};
+});
 
 // Converts one row, applies the activation and fills up channels [channels, padded) with zeros
 template <class T, class From>
@@ -107,12 +107,12 @@ void advance_history(const Input& in) {
   }
 }
 
-struct Weights {
+MIRRORED(struct, Weights, {
   const void* packed;
   long outputs, taps;
   const float *bias, *dequantize;
-  size_t bytes_per_weight;
-};
+  long bytes_per_weight;
+});
 
 // Rows per chunk, a multiple of R: few enough for a chunk to fit in the cache (unless rows are very long) and for every
 // thread to get about two chunks

@@ -43,7 +43,9 @@ struct ValueOf<uint8_t> {
   typedef float Type;
 };
 
-// A kind of product: the storage types of activation rows and weights (KINDS in _native.py)
+// A kind of product: the storage types of activation rows and weights
+MIRRORED(enum, Kind, {FULL, HALF, INT8, PAIRS, DIGITS});
+
 template <class RowType, class WeightType, long CHANNELS, int MAX_ROWS>
 struct KindOf {
   typedef RowType Row;
@@ -71,7 +73,7 @@ struct Rows {
 };
 
 // Where the product is written, and the epilogue that is applied to it
-struct Output {
+MIRRORED(struct, Output, {
   void* y = nullptr;
   int dtype = F32;
   long row_step = 0;
@@ -84,7 +86,7 @@ struct Output {
   long residual_row_step = 0;
   long rows = LONG_MAX;   // rows from this index on are written to `tail`, without bias, activation and residual
   float* tail = nullptr;  // has the row step of y
-};
+});
 
 #if defined(__AVX512BF16__)
 INLINE vf multiply_pairs(vf sum, const bf16* row, const bf16* weight) {

@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "abi.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -34,8 +36,8 @@ typedef int8_t unaligned_vb __attribute__((vector_size(W), aligned(1), may_alias
 
 #define INLINE inline __attribute__((always_inline))
 
-enum Dtype { F32 = 0, BF16 = 1 };
-enum Activation { NONE = 0, ELU, SILU, GELU, GELU_TANH, RELU, TANH };
+MIRRORED(enum, Dtype, {F32, BF16});
+MIRRORED(enum, Activation, {NONE, ELU, SILU, GELU, GELU_TANH, RELU, TANH});
 
 struct bf16 {
   uint16_t bits;

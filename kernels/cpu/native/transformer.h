@@ -11,13 +11,13 @@
 
 namespace {
 
-struct Linear {
+MIRRORED(struct, Linear, {
   const void* packed;
   const float *bias, *dequantize, *scale;  // each may be null
   long outputs;
-};
+});
 
-struct Layer {
+MIRRORED(struct, Layer, {
   const void* x;  // [B * T, C] contiguous
   void* y;
   int dtype;
@@ -28,7 +28,7 @@ struct Layer {
   int activation;
   Linear qkv, out, fc1, fc2;
   Attention attention;  // q, k, v, y and their steps are set by run_layer
-};
+});
 
 thread_local Arena layer_scratch, angle_scratch;
 

@@ -1,12 +1,17 @@
 // The entry points. This file is compiled once for each instruction set, and VARIANT is the suffix of the entry points'
-// names. The structures that they take are declared again in _native.py; abi.h lists what must agree.
-#include "abi.h"
+// names. What _native.py declares as well is MIRRORED (abi.h).
+#include "rvq.h"
+#include "transformer.h"
 
 #define JOIN_(name, variant) name##_##variant
 #define JOIN(name, variant) JOIN_(name, variant)
-#define ENTRY(name) extern "C" __attribute__((visibility("default"))) void JOIN(name, VARIANT)
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#define ENTRY(name) EXPORT void JOIN(name, VARIANT)
 
 namespace {
+
+MIRRORED(enum, Entry, {CONV, RESBLOCK, DEPTHWISE, ADVANCE, OVERLAP, ATTENTION, LAYER, RVQ_ENCODE, RVQ_DECODE});
+constexpr long MAX_ARGUMENTS = 13;  // of an entry point
 
 template <class Function>
 void with_kind(int kind, Function function) {
@@ -29,10 +34,14 @@ void with_kind(int kind, Function function) {
 
 }  // namespace
 
-// Row i of the table of abi.h, or null beyond its end
-ENTRY(abi)(long i, const AbiRow** row) { *row = i < (long)(sizeof(ABI) / sizeof(ABI[0])) ? &ABI[i] : nullptr; }
+// The mirrored declarations, followed by an empty row
+EXPORT const Declaration* JOIN(declarations, VARIANT)() {
+  static constexpr Declaration table[] = {Dtype_ABI,   PadMode_ABI, Activation_ABI, Kind_ABI,   Entry_ABI, Input_ABI,
+                                          Weights_ABI, Output_ABI,  Attention_ABI,  Linear_ABI, Layer_ABI, {}};
+  return table;
+}
 
-ENTRY(outputs_per_panel)(long* count) { *count = P; }
+EXPORT int JOIN(outputs_per_panel, VARIANT)() { return P; }
 
 ENTRY(conv)(const Input& in, const Weights& weights, const Output& out, int kind, long stride, long dilation, int pre,
             long out_length, long out_batch_step, long residual_batch_step, int threads) {
@@ -113,7 +122,7 @@ ENTRY(rvq_decode)(const int64_t* codes, long level_step, long row_step, const fl
     decode_rows(codes, level_step, row_step, codebooks, levels, rows, size, dim, (bf16*)y, threads);
 }
 
-// A recorded program is an array of calls: `entry` is an `Entry` of abi.h, `a` holds its arguments, each widened to
+// A recorded program is an array of calls: `entry` is an `Entry`, `a` holds its arguments, each widened to
 // 64 bits
 struct Call {
   long entry, a[MAX_ARGUMENTS];
