@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import packing, quantized
-from ._native import DTYPES, KINDS, Weights, native
+from ._abi import DTYPES, KINDS, Weights
+from ._native import native
 
 
 class Panels(NamedTuple):

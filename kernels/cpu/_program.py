@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import layout
-from ._native import ENTRIES, MAX_ARGUMENTS, native, recording
+from ._native import Call, native, recording
 
 WORD = 8  # bytes
 
@@ -34,16 +34,16 @@ class Program:
 
     def __init__(self, step: Callable[[Tensor], list[Tensor]], x: Tensor, state: list[Tensor]):
         variant = native()
-        calls: list[tuple[str, tuple[Any, ...]]] = []
+        calls: list[Call] = []
         kept: list[Any] = []
         self.input = layout.empty_channels_last(x, x.shape[1], x.shape[2]).copy_(x)
         with recording(variant, calls, kept):
             self.results = step(self.input)
-        self.kept, self.count, self.run_calls = kept, len(calls), variant.run
-        self.image = torch.tensor(self._image(calls), dtype=torch.int64)
-        relative = torch.tensor([word for word, inside in self.pointers if inside], dtype=torch.int64)
-        self.image[relative] += self.image.data_ptr()
-        self._find_state([word for word, inside in self.pointers if not inside], state)
+        self.kept, self.count, self.run_calls = kept, len(calls), variant.run_program
+        image, pointers = _image(calls)
+        self.image = torch.tensor(image, dtype=torch.int64)
+        self.image[1 : 2 * self.count : 2] += self.image.data_ptr()
+        self._find_state(pointers, state)
 
     def run(self, x: Tensor, state: list[Tensor]) -> list[Tensor]:
         """The results of the step for x, with these tensors as its state; shapes must be those that were recorded."""
@@ -52,29 +52,6 @@ class Program:
         self.image[self.words] = addresses[self.owners] + self.offsets
         self.run_calls(self.image.data_ptr(), self.count)
         return [result.clone() for result in self.results]
-
-    def _image(self, calls: list[tuple[str, tuple[Any, ...]]]) -> list[int]:
-        """The program's memory as 64-bit words: an array of calls (native/variant.cpp), then their structures.
-
-        Pointers to the structures are byte offsets from the start of the image, whose address is not known yet.
-        """
-        entries = list(ENTRIES)
-        size = 1 + MAX_ARGUMENTS  # words per call
-        image = [0] * (size * len(calls))
-        self.pointers: list[tuple[int, bool]] = []  # index of a word, and whether it points into the image
-        for i, (entry, arguments) in enumerate(calls):
-            image[i * size] = entries.index(entry)
-            for j, (argument, kind) in enumerate(zip(arguments, ENTRIES[entry], strict=True), i * size + 1):
-                if isinstance(argument, ctypes.Structure):
-                    image[j] = len(image) * WORD
-                    self.pointers.append((j, True))
-                    self.pointers += [(len(image) + word, False) for word in _pointer_words(type(argument))]
-                    image += _words(argument)
-                else:
-                    image[j] = int(argument or 0)
-                    if kind is ctypes.c_void_p:
-                        self.pointers.append((j, False))
-        return image
 
     def _find_state(self, words: list[int], state: list[Tensor]) -> None:
         """For each pointer into the state, note its word, the tensor it points into and the offset, in bytes.
@@ -91,6 +68,20 @@ class Program:
         self.words, self.owners, self.offsets = torch.tensor(found, dtype=torch.int64).view(-1, 3).t().contiguous()
 
 
+def _image(calls: list[Call]) -> tuple[list[int], list[int]]:
+    """The program's memory as 64-bit words, and the indices of the words that are pointers to other memory.
+
+    It is an array of steps (native/library.cpp) and then the structures that they point to, for now by a byte offset
+    from the start of the image, whose address is not known yet.
+    """
+    image, pointers = [0] * (2 * len(calls)), []
+    for i, (entry, call) in enumerate(calls):
+        image[2 * i : 2 * i + 2] = ctypes.cast(entry, ctypes.c_void_p).value or 0, len(image) * WORD
+        pointers += [len(image) + word for word in _pointer_words(type(call))]
+        image += memoryview(bytes(call)).cast("q")
+    return image, pointers
+
+
 def _holds(tensor: Tensor, address: int) -> bool:
     """Whether an address lies in a tensor's storage."""
     storage = tensor.untyped_storage()
@@ -104,14 +95,6 @@ def _tensors(kept: Any) -> Iterator[Tensor]:
     elif isinstance(kept, (list, tuple)):
         for part in kept:
             yield from _tensors(part)
-
-
-def _words(structure: ctypes.Structure) -> list[int]:
-    """The memory of a structure as 64-bit words."""
-    size = ctypes.sizeof(structure)
-    buffer = (ctypes.c_int64 * -(-size // WORD))()
-    ctypes.memmove(buffer, ctypes.addressof(structure), size)
-    return list(buffer)
 
 
 def _pointer_words(structure: Any) -> list[int]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...runtime import layout
 from .._common import conv_length
-from ._native import ACTIVATIONS, DTYPES, NO_TAIL, PAD_MODES, Input, Output, native
+from ._abi import ACTIVATIONS, DTYPES, NO_TAIL, PAD_MODES, Input, Output
+from ._native import native
 from ._pack import Panels, address, check_dtypes, panels
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ...runtime import layout, packing
 from .._common import as_convolution, conv_transpose_length, taps_of
-from ._native import ACTIVATIONS, DTYPES, Output, native
+from ._abi import ACTIVATIONS, DTYPES, Output
+from ._native import native
 from ._pack import address, check_dtypes, panels
 from .causal_conv1d import by_taps, input_of, output_of
 

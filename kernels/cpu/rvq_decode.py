@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._common import check_codes
-from ._native import DTYPES, native
+from ._abi import DTYPES
+from ._native import native
 
 
 def rvq_decode(codes: Tensor, codebooks: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...runtime import packing
 from .._common import check_search
-from ._native import DTYPES, native
+from ._abi import DTYPES
+from ._native import native
 
 
 def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:

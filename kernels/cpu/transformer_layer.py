@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...runtime import packing, quantized
 from .._common import check_norm, check_state, stacked_bias
-from ._native import ACTIVATIONS, DTYPES, KINDS, Attention, Layer, Linear, native
+from ._abi import ACTIVATIONS, DTYPES, KINDS, Attention, Layer, Linear
+from ._native import native
 from ._pack import address, check_dtypes, in_panels, kind_of, per_output
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .._common import check_attention, in_the_rings_dtype
-from ._native import DTYPES, Attention, native
+from ._abi import DTYPES, Attention
+from ._native import native
 from ._pack import address, check_dtypes
 
 

@@ -9,7 +9,7 @@ import torch
 import fastmimi
 from fastmimi.devtools import workloads
 from fastmimi.devtools.testing import assert_as_exact, assert_nearest, noise, small_model
-from fastmimi.kernels.cpu import _native
+from fastmimi.kernels.cpu import _abi, _native
 from fastmimi.runtime import dispatch, quantized
 from fastmimi.runtime.ops import OPS
 
@@ -211,31 +211,42 @@ def test_every_op_has_a_cpu_kernel():
 
 
 def test_the_library_declares_what_python_declares(variant):
-    assert _native._abi_differences(_native._load()[0], variant) == []
+    assert _abi.differences(_native.declarations(_native._load()[0], variant)) == []
 
 
-def weights(*fields):
-    return type("Weights", (ctypes.Structure,), {"_fields_": fields})
-
-
-@pytest.mark.parametrize("name, value, differences", [
-    ("ENUMERATIONS", {**_native.ENUMERATIONS, "PadMode": ["constant", "reflect", "replicate"]},
-     ["PadMode.REFLECT", "PadMode.REPLICATE"]),
-    ("ENUMERATIONS", {**_native.ENUMERATIONS, "Round": ["up"]}, ["Round", "Round.UP"]),
-    ("Weights", weights(*_native.Weights._fields_, ("rows", ctypes.c_long)), ["Weights", "Weights.rows"]),
-    ("Weights", weights(*_native.Weights._fields_[:-1], ("bytes", ctypes.c_long)),
-     ["Weights.bytes", "Weights.bytes_per_weight"]),
-    ("Weights", weights(*_native.Weights._fields_[:-1], ("bytes_per_weight", ctypes.c_double)),
-     ["Weights.bytes_per_weight"]),
-    ("Weights", weights(*[_native.Weights._fields_[i] for i in (0, 2, 1, 3, 4, 5)]),
-     ["Weights.outputs", "Weights.taps"]),
+@pytest.mark.parametrize("text, other, found", [
+    ("CONSTANT, REPLICATE", "REPLICATE, CONSTANT", ["PadMode.CONSTANT", "PadMode.REPLICATE"]),
+    ("long outputs, taps;", "long taps, outputs;", ["Weights.outputs", "Weights.taps"]),
+    ("long outputs, taps;", "long outputs, kernel;", ["Weights.kernel", "Weights.taps"]),
+    ("long outputs, taps;", "long outputs; float taps;", ["Weights.taps"]),
+    ("long bytes_per_weight;", "long *bytes_per_weight;", ["Weights.bytes_per_weight"]),
+    ("int kind, threads; }", "int kind, threads; bool last; }", ["LayerCall.last"]),
+    ("struct Linear", "struct Affine", [f"{name}{field}" for name in ("Affine", "Linear")
+                                        for field in ("", ".bias", ".dequantize", ".outputs", ".packed", ".scale")]),
 ])  # fmt: skip
-def test_a_library_of_other_sources_is_refused(monkeypatch, name, value, differences):
-    monkeypatch.setattr(_native, name, value)
+def test_a_library_of_other_sources_is_refused(monkeypatch, text, other, found):
+    rows = _native.declarations(_native._load()[0], "portable")
+    changed = [(row.replace(text, other), size) for row, size in rows]
+    monkeypatch.setattr(_native, "declarations", lambda *_: changed)
     library, why = _native._load.__wrapped__()
     assert library is None
-    assert f"was built from other sources ({differences[0]} differs)" in why
-    assert _native._abi_differences(ctypes.CDLL(str(_native.library_path())), "portable") == differences
+    assert f"was built from other sources ({found[0]} differs)" in why
+    assert _abi.differences(changed) == found
+
+
+def test_a_structure_of_another_size_is_refused():
+    rows = _native.declarations(_native._load()[0], "portable")
+    assert _abi.differences((text, size + 8 * ("struct Output" in text)) for text, size in rows) == ["Output"]
+
+
+def test_a_library_that_declares_nothing_is_refused():
+    assert _native.declarations(ctypes.CDLL(None), "portable") == []
+    assert "Input" in _abi.differences([])
+
+
+def test_calls_have_all_arguments(variant):
+    with pytest.raises(TypeError, match="AttentionCall has 2 fields, got 1"):
+        _native.native().attention(_abi.Attention())
 
 
 def test_mixed_dtypes_are_refused():

@@ -1,5 +1,5 @@
-// Structures and enumerations that _native.py declares as well. MIRRORED keeps the text of a declaration, which is
-// compared with _native.py when the library is opened, so that a library of other sources is refused.
+// Structures and enumerations that _abi.py declares as well. MIRRORED keeps the text of a declaration, which is
+// compared with _abi.py when the library is opened, so that a library of other sources is refused.
 #pragma once
 
 #define MIRRORED(keyword, name, ...) \
