@@ -41,6 +41,7 @@ NESTED = (  # names in state dicts of transformers >= 5.20 -> flat names
     (r"^encoder\.(encoder_transformer|downsample)\.", r"\1."),
     (r"^decoder\.(decoder_transformer|upsample)\.", r"\1."),
 )
+RANDOM = re.compile(rf"(?:({'|'.join(ARCHITECTURES)})-)?random(?::([0-9]{{1,18}}))?")  # sources with random weights
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
 _log = logging.getLogger(__name__)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -85,9 +86,8 @@ def load(
     device, dtype = checks.device(device), checks.dtype(dtype)
     if weights == "int8" and dtype != torch.float32:
         raise InputError(f"weights='int8' computes in float32, got dtype={dtype}")
-    match = re.fullmatch(r"(?:([a-z]+)-)?random(?::([0-9]{1,18}))?", str(source))
-    if match and (name := match[1] or "mimi") in ARCHITECTURES:
-        model = random(ARCHITECTURES[name].config(), int(match[2] or 0))
+    if match := RANDOM.fullmatch(str(source)):
+        model = random(ARCHITECTURES[match[1] or "mimi"].config(), int(match[2] or 0))
     else:
         config, state = read_checkpoint(DEMO if str(source) == "demo" else source)
         model = _without_weights(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +77,7 @@ def is_model_name(source: Path) -> bool:
     name = source.as_posix()
     if source.exists():
         return False
-    ours = re.fullmatch(r"demo|(jodio-)?random(:\d+)?", name) is not None
+    ours = name == "demo" or weights.RANDOM.fullmatch(name) is not None
     return ours or (not source.suffix and name.count("/") == 1)
 
 

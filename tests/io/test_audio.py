@@ -53,7 +53,10 @@ def test_every_written_format_is_read_back(tmp_path: Path, suffix: str) -> None:
     assert found.duration == len(samples) / RATE
     back = read(path)
     assert back.shape == samples.shape
-    assert np.abs(back - samples).max() < (2.0 if suffix in LOSSY else 1e-4)
+    if suffix in LOSSY:  # white noise correlates with itself only if not one sample is shifted
+        assert np.corrcoef(samples[:, 0], back[:, 0])[0, 1] > 0.5
+    else:
+        assert np.abs(back - samples).max() < 1e-4
 
 
 def test_the_error_lists_the_formats_that_can_be_written() -> None:
