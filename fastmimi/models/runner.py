@@ -58,19 +58,27 @@ class Pass:
 
     def in_tiles(self, x: Tensor, state: DirectionState, lengths: Tensor | None = None, fill: bool = True) -> Tensor:
         """The result for x [B, C, N] that continues the streams of `state`, which advances. Memory is bounded."""
-        frames = self._frames(x)
-        tile = self.codec.tiling.frames_per_tile(len(x), x.device.type)
-        if 0 < frames <= tile:
-            return _joined(self._tile(x, state, lengths, fill))
-        # allocated before the activations of the tiles, so that results do not fragment the memory between them
-        result = x.new_empty(len(x), self.channels, frames * self.result_unit, dtype=self.dtype)
+        codec, frames = self.codec, self._frames(x)
+        tile = codec.tiling.frames_per_tile(len(x), x.device.type)
+        result = None
+        if frames == 0 or frames > tile:
+            # allocated before the activations of the tiles, so that results do not fragment the memory between them
+            result = x.new_empty(len(x), self.channels, frames * self.result_unit, dtype=self.dtype)
         for start in range(0, frames, tile):
             part = x[..., start * self.unit : (start + tile) * self.unit]
             inside = None if lengths is None else (lengths - start * self.unit).clamp(0, part.shape[-1])
+            part = self._filled(part) if fill else part
+            graphs = codec.graphs[self.direction]
+            found = None if inside is not None else graphs.run(codec.ops, part, state, self.key)
+            if found is None:
+                found = self.step(part, codec.forward_context(len(part), state, inside))
+            if result is None:  # one tile is all
+                return _joined(found)
             channel, here = 0, result[..., start * self.result_unit : (start + tile) * self.result_unit]
-            for found in self._tile(part, state, inside, fill):
-                here[:, channel : channel + found.shape[1]] = found
-                channel += found.shape[1]
+            for y in found:
+                here[:, channel : channel + y.shape[1]] = y
+                channel += y.shape[1]
+        assert result is not None
         return result
 
     def ragged(
@@ -98,11 +106,6 @@ class Pass:
         """Pack weights, and on a CPU record the pass for chunks of the shape of the examples."""
         codec = self.codec
         codec.graphs[self.direction].record(codec, codec.ops, self._with_state, examples, state, threads, self.key)
-
-    def _tile(self, x: Tensor, state: DirectionState, lengths: Tensor | None, fill: bool) -> list[Tensor]:
-        x, codec = self._filled(x) if fill else x, self.codec
-        recorded = None if lengths is not None else codec.graphs[self.direction].run(codec.ops, x, state, self.key)
-        return self.step(x, codec.forward_context(len(x), state, lengths)) if recorded is None else recorded
 
     def _with_state(self, x: Tensor, state: DirectionState) -> list[Tensor]:
         return self.step(x, self.codec.forward_context(len(x), state))

@@ -181,7 +181,7 @@ class SeanetEncoder(nn.Module):
         layers = list(self.layers.values())
         blocks = [i for i, layer in enumerate(layers) if isinstance(layer, ResBlock)]
         slow = blocks[-1] if blocks else 0
-        return _run(layers[slow:], _run_in_subtiles(layers[:slow], x, context, self.hop), context)
+        return _run(layers[slow:], _run(layers[:slow], x, context, self.hop), context)
 
 
 class SeanetDecoder(nn.Module):
@@ -205,26 +205,22 @@ class SeanetDecoder(nn.Module):
         layers = list(self.layers.values())
         blocks = [i for i, layer in enumerate(layers) if isinstance(layer, ResBlock)]
         fast = blocks[0] if blocks else len(layers)
-        return _run_in_subtiles(layers[fast:], _run(layers[:fast], x, context), context, self.ratio)
+        return _run(layers[fast:], _run(layers[:fast], x, context), context, self.ratio)
 
 
-def _run(layers: list[nn.Module], x: Tensor, context: ForwardContext) -> Tensor:
-    for layer in layers:
-        x = layer(x, context)
-    return x
+def _run(layers: list[nn.Module], x: Tensor, context: ForwardContext, steps: int | None = None) -> Tensor:
+    """Layers one after another.
 
-
-def _run_in_subtiles(layers: list[nn.Module], x: Tensor, context: ForwardContext, steps: int) -> Tensor:
-    """Layers near the audio, whose activations are large and whose weights are few, in subtiles that fit the caches.
-
-    A subtile is `context.subtile` positions of `steps` time steps of x [B, C, T]. They follow one another as the chunks
+    Those near the audio, whose activations are large and whose weights are few, run in subtiles that fit the caches. A
+    subtile is `context.subtile` positions of `steps` time steps of x [B, C, T]. They follow one another as the chunks
     of a stream do.
     """
-    if context.subtile is None or context.state is None or x.shape[-1] <= context.subtile * steps:
+    size = None if steps is None or context.subtile is None or context.state is None else context.subtile * steps
+    if size is None or x.shape[-1] <= size:
         for layer in layers:
             x = layer(x, context)
         return x
-    size, result, done = context.subtile * steps, None, 0
+    result, done = None, 0
     for start in range(0, x.shape[-1], size):
         part = x[..., start : start + size]
         inside = None if context.lengths is None else (context.lengths - start).clamp(0, part.shape[-1])
