@@ -62,14 +62,13 @@ def panels(
     the first dimension of weight and bias, only number `group` is packed.
     """
 
-    def pack(weight: Tensor, bias: Tensor | None, scales: Tensor | None) -> Panels:
+    def pack(weight: Tensor, bias: Tensor | None) -> Panels:
         weight, bias = weight.chunk(groups)[group], None if bias is None else bias.chunk(groups)[group]
-        if scales is not None:
-            count = weight.shape[channel]
-            scales = scales[first_scale + group * count :][:count]
-        integers = quantized.integers(weight, scales, channel)
+        count = weight.shape[channel]
+        own_scales = None if scales is None else scales[first_scale + group * count :][:count]
+        integers = quantized.integers(weight, own_scales, channel)
         packed = in_panels(arrange(weight if integers is None else integers))
-        steps = None if integers is None or scales is None else per_output(scales.repeat(repeats))
+        steps = None if integers is None or own_scales is None else per_output(own_scales.repeat(repeats))
         packed_bias = None if bias is None else per_output(bias.repeat(repeats))
         outputs, taps, _ = arrange(weight).shape
         structure = Weights(
@@ -77,8 +76,9 @@ def panels(
         )
         return Panels((packed, packed_bias, steps), structure, KINDS[kind_of(packed.dtype)])
 
-    layout = f"{arrangement} {native().name} {group}/{groups}"
-    return packing.packed((weight, bias, scales), layout, pack)
+    # Scales decide how a weight is packed and not what it is: equal ones in another tensor need no packing.
+    layout = f"{arrangement} {native().name} {group}/{groups} {scales is not None}"
+    return packing.packed((weight, bias), layout, pack)
 
 
 def in_panels(weight: Tensor) -> Tensor:

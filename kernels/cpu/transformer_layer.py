@@ -6,6 +6,7 @@ hidden ones, which is 0.3 ms at 40 GB/s. A dozen separate operations would add a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,9 +36,9 @@ def transformer_layer(
     if not y.numel():
         return y
     packed = packing.packed(
-        (q, k, v, o, fc1, fc2, scales, q_bias, k_bias, v_bias, o_bias,
+        (q, k, v, o, fc1, fc2, q_bias, k_bias, v_bias, o_bias,
          norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2),
-        f"layer {native().name}", _pack,
+        f"layer {native().name} {scales is not None}", partial(_pack, scales),
     )  # fmt: skip
     native().keep(x, packed, inv_freq, y)
     dim = 2 * len(inv_freq)
@@ -63,7 +64,7 @@ class _Packed(NamedTuple):
 
 
 def _pack(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor, scales: Tensor | None,
+    scales: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, fc1: Tensor, fc2: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None, o_bias: Tensor | None, *others: Tensor | None,
 ) -> _Packed:  # fmt: skip
     qkv_bias, o_bias, norm1_weight, norm1_bias, norm2_weight, norm2_bias, scale1, scale2 = vectors = [

@@ -8,7 +8,7 @@ import torch
 import fastmimi
 from fastmimi.devtools.testing import STREAMABLE, as_function, assert_as_exact, longest_sum, noise, small_model
 from fastmimi.kernels.cpu import _native, _pack
-from fastmimi.runtime import dispatch, quantized
+from fastmimi.runtime import dispatch, packing, quantized
 
 needs_library = pytest.mark.skipif(not _native.variants(), reason="the native library is not built here")
 
@@ -147,6 +147,17 @@ def test_a_unit_of_which_half_is_on_the_grid(packed, monkeypatch):
     audio = noise(1, 1, 4 * mine.frame_size)
     assert torch.allclose(mine.encode_to_latent(audio), plain.encode_to_latent(audio), rtol=1e-4, atol=1e-5)
     assert {torch.int8, torch.float32} <= set(packed)
+
+
+@needs_library
+def test_equal_scales_in_another_tensor_need_no_packing():
+    """A compiled model joins the scales of several weights anew at each call."""
+    conv = dispatch.implementation("causal_conv1d", "cpu")
+    weight, scales = quantized.round_to_grid(noise(8, 4, 3))
+    first = conv(noise(1, 4, 9), weight, scales=scales)
+    before = packing.preparations()
+    assert torch.equal(conv(noise(1, 4, 9), weight, scales=scales.clone()), first)
+    assert packing.preparations() == before
 
 
 @needs_library
