@@ -37,7 +37,7 @@ from fastmimi.kernels.triton import (
     window_attention,
 )
 from fastmimi.models.codec import Codec
-from fastmimi.models.config import CodecConfig, JodioConfig, JodioTransformerConfig
+from fastmimi.models.config import JodioConfig, JodioTransformerConfig, MimiCodecConfig
 from fastmimi.models.jodio import JodioModel
 from fastmimi.models.mimi import Mimi
 from fastmimi.reference.transformer_layer import transformer_layer
@@ -118,7 +118,7 @@ def launches() -> list[Launch]:
     ops = Ops(transformer_layer=layer, **kernels)
     for dtype in (torch.float32, torch.bfloat16):
         few_layers = JodioTransformerConfig(num_hidden_layers=1)  # all layers launch the same kernels
-        for model in (Mimi(CodecConfig()), JodioModel(JodioConfig(encoder_transformer=few_layers))):
+        for model in (Mimi(MimiCodecConfig()), JodioModel(JodioConfig(encoder_transformer=few_layers))):
             _run(model.to(dtype).eval(), ops)
         _run_other_shapes(dtype)
     return list(recorded.values())

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .compat.replace import replace_mimi, restore_mimi
     from .compat.transformers import MimiConfig, MimiDecoderModel, MimiEncoderModel, MimiModel
     from .errors import InputError
-    from .models.config import CodecConfig, JodioConfig
+    from .models.config import CodecConfig as CodecConfig
+    from .models.config import JodioConfig, MimiCodecConfig
     from .models.jodio import JodioModel
     from .models.mimi import Mimi
     from .runtime.dispatch import explain
@@ -28,11 +29,12 @@ if TYPE_CHECKING:
     from .runtime.state import StreamState
 
 _MODULES = {
-    "CodecConfig": "models.config",
+    "CodecConfig": "models.config",  # MimiCodecConfig by its former name
     "JodioConfig": "models.config",
     "JodioModel": "models.jodio",
     "InputError": "errors",
     "Mimi": "models.mimi",
+    "MimiCodecConfig": "models.config",
     "MimiConfig": "compat.transformers",
     "MimiDecoderModel": "compat.transformers",
     "MimiEncoderModel": "compat.transformers",
@@ -47,11 +49,11 @@ _MODULES = {
     "save_pretrained": "checkpoints.weights",
 }
 __all__ = [
-    "CodecConfig",
     "InputError",
     "JodioConfig",
     "JodioModel",
     "Mimi",
+    "MimiCodecConfig",
     "MimiConfig",
     "MimiDecoderModel",
     "MimiEncoderModel",

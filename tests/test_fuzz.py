@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import fastmimi
-from fastmimi import CodecConfig, InputError, JodioConfig, Mimi
+from fastmimi import InputError, JodioConfig, Mimi, MimiCodecConfig
 from fastmimi.checkpoints.weights import save_kyutai, save_pretrained
 from fastmimi.cli import app
 from fastmimi.devtools.testing import SMALL, noise, small_model
@@ -226,12 +226,12 @@ def config_values(kind: type, small: dict[str, Any]) -> st.SearchStrategy[dict[s
 
 
 @examples(400)
-@given(values=config_values(CodecConfig, {**SMALL, **FAST}))
+@given(values=config_values(MimiCodecConfig, {**SMALL, **FAST}))
 def test_configurations(values: dict[str, Any]) -> None:
-    config = refused_or(lambda: CodecConfig.from_dict(values))
+    config = refused_or(lambda: MimiCodecConfig.from_dict(values))
     if config is None:
         return
-    assert CodecConfig.from_dict(config.to_dict()) == config
+    assert MimiCodecConfig.from_dict(config.to_dict()) == config
     if config.num_parameters < 300_000 and config.frame_size < 5000 and config.sliding_window < 5000:
         model = refused_or(lambda: fastmimi.checkpoints.weights.random(config).eval().requires_grad_(False))
         if model is not None and model.encoder is not None and model.decoder is not None:
@@ -337,7 +337,7 @@ METHODS: list[Callable[..., Any]] = [
     lambda x, y: fastmimi.explain(x, y),
     lambda x, y: fastmimi.explain("cpu", torch.float32, x),
     lambda x, y: Mimi(MODEL.config, impl=x, num_codebooks=y),
-    lambda x, y: CodecConfig.from_dict(x),
+    lambda x, y: MimiCodecConfig.from_dict(x),
     lambda x, y: fastmimi.replace_mimi(x),
     lambda x, y: Tokens(x, 64, 24_000, 500.0, 48, y, "f", "m"),
     lambda x, y: Tokens(np.zeros((1, 1), int), x, 24_000, y, 48, 40, "f", "m").to_bytes(),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, named
-from ..models.config import CodecConfig
+from ..models.config import MimiCodecConfig
 
 FILE_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"  # in Kyutai's hub repositories
 
@@ -75,7 +75,7 @@ def is_kyutai(state: Mapping[str, Any]) -> bool:
     return any(name.startswith("encoder.model.") for name in state)
 
 
-def to_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Tensor]:
+def to_flat(state: Mapping[str, Tensor], config: MimiCodecConfig) -> dict[str, Tensor]:
     """Convert a state dict in Kyutai's layout, in any of its spellings, to the flat layout.
 
     A tensor of a wrong shape or with an unknown name is passed on, for `weights.fill` to report.
@@ -116,7 +116,7 @@ def shapes_of_flat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return flat
 
 
-def from_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Tensor]:
+def from_flat(state: Mapping[str, Tensor], config: MimiCodecConfig) -> dict[str, Tensor]:
     """Convert a flat state dict to Kyutai's layout, in the spelling of the released files.
 
     moshi and rustymimi both read that spelling. Raises InputError for a configuration that the layout cannot represent.
@@ -138,7 +138,7 @@ def from_flat(state: Mapping[str, Tensor], config: CodecConfig) -> dict[str, Ten
     return out
 
 
-def _split_projections(weight: Tensor, config: CodecConfig) -> dict[str, Tensor]:
+def _split_projections(weight: Tensor, config: MimiCodecConfig) -> dict[str, Tensor]:
     """[(H + 2 H_kv) * D, hidden] -> q, k and v, with the rows of q and k in flat order."""
     kv_rows = config.num_key_value_heads * config.head_dim
     q, k, v = weight.split([weight.shape[0] - 2 * kv_rows, kv_rows, kv_rows])
@@ -155,7 +155,7 @@ def _to_pairs(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _transposed_layers(config: CodecConfig) -> set[str]:
+def _transposed_layers(config: MimiCodecConfig) -> set[str]:
     """The indices of the transposed convolutions in the decoder's layers."""
     step = 2 + config.num_residual_layers
     return {str(2 + i * step) for i in range(len(config.upsampling_ratios))}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.config import AnyConfig, CodecConfig
+from ..models.config import AnyConfig, MimiCodecConfig
 from . import kyutai
 
 MAX_SIZE_RATIO = 4  # between parameters of checkpoint and model; up to that, the model is built and misfits are listed
@@ -28,7 +28,7 @@ def check_size(config: AnyConfig, state: Mapping[str, Tensor], source: object) -
         )
 
 
-def infer_config(state: Mapping[str, Tensor]) -> CodecConfig:
+def infer_config(state: Mapping[str, Tensor]) -> MimiCodecConfig:
     """Infer the configuration of a Mimi from the shapes of its state dict, in Kyutai's layout or the flat one.
 
     What shapes do not determine is taken from kyutai/mimi: heads of 64 dimensions, the attention window, RoPE's base,
@@ -52,9 +52,9 @@ def infer_config(state: Mapping[str, Tensor]) -> CodecConfig:
     codebook = _shape(state, "quantizer.semantic_residual_vector_quantizer.layers.0.codebook.embed_sum", 2)
     if not ratios:
         raise InputError("this is not a Mimi checkpoint: its decoder has no transposed convolutions")
-    head_dim = 64 if q_proj[0] % 64 == 0 else q_proj[0] // CodecConfig.num_attention_heads
+    head_dim = 64 if q_proj[0] % 64 == 0 else q_proj[0] // MimiCodecConfig.num_attention_heads
     resampled = "upsample.conv.weight" in state
-    return CodecConfig(
+    return MimiCodecConfig(
         audio_channels=first[1],
         hidden_size=hidden,
         num_filters=first[0],
@@ -77,7 +77,7 @@ def infer_config(state: Mapping[str, Tensor]) -> CodecConfig:
         num_key_value_heads=k_proj[0] // max(head_dim, 1),
         head_dim=head_dim,
         attention_bias="encoder_transformer.layers.0.self_attn.q_proj.bias" in state,
-        frame_rate=0.0 if resampled else CodecConfig.sampling_rate / math.prod(ratios),
+        frame_rate=0.0 if resampled else MimiCodecConfig.sampling_rate / math.prod(ratios),
     )
 
 

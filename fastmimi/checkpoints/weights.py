@@ -26,7 +26,7 @@ from ..errors import InputError, named, one_line, shown
 from ..io.files import path_of, replacing
 from ..models import checks
 from ..models.codec import Codec
-from ..models.config import AnyConfig, CodecConfig
+from ..models.config import AnyConfig, MimiCodecConfig
 from ..models.mimi import Mimi
 from ..models.registry import ARCHITECTURES, MODEL_TYPES, architecture_of, build, config_from_json
 from ..models.validation import read_json
@@ -203,7 +203,7 @@ def read_checkpoint(source: str | Path) -> tuple[AnyConfig, State]:
         config = shapes.infer_config(state)
         shapes.check_size(config, state, source)
     if kyutai.is_kyutai(state):
-        assert isinstance(config, CodecConfig)
+        assert isinstance(config, MimiCodecConfig)
         state = kyutai.to_flat(state, config)
     return config, state
 
@@ -286,7 +286,7 @@ def save_kyutai(model: Codec, path: str | Path) -> None:
     dimensions do not add up to `hidden_size`.
     """
     _check_model(model)
-    if not isinstance(model.config, CodecConfig):
+    if not isinstance(model.config, MimiCodecConfig):
         raise InputError(f"only a Mimi can be saved in Kyutai's layout, got a {type(model).__name__}")
     _write(kyutai.from_flat(fold_weight_norm(model.state_dict()), model.config), path_of(path, "path"))
 

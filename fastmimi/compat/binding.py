@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.config import CodecConfig
+from ..models.config import MimiCodecConfig
 from ..models.mimi import Mimi
 
 NESTED = (  # flat path -> path in transformers >= 5.20, where encoder and decoder are models of their own
@@ -32,7 +32,7 @@ class Binding:
     def __init__(self, peer: Any):
         # Every lookup of a submodule that was made: (parent, name, child), child None where there was none
         self._lookups: dict[tuple[int, str], tuple[nn.Module, str, nn.Module | None]] = {}
-        config = CodecConfig.from_dict(peer.config.to_dict())
+        config = MimiCodecConfig.from_dict(peer.config.to_dict())
         resampled = config.latent_stride > 1
         config.has_encoder = self._has(peer, "encoder_transformer", "encoder.layers", *["downsample"] * resampled)
         config.has_decoder = self._has(peer, "decoder_transformer", "decoder.layers", *["upsample"] * resampled)

@@ -35,7 +35,7 @@ from torch import Tensor
 from ..checkpoints import kyutai, shapes, weights
 from ..errors import InputError
 from ..models import checks
-from ..models.config import CodecConfig
+from ..models.config import MimiCodecConfig
 from ..models.mimi import Mimi
 from ..runtime import masks
 from ..runtime.packing import Packable
@@ -109,7 +109,7 @@ def get_mimi(
     Raises InputError if the file is missing, not safetensors or does not fit the configuration, if the configuration is
     not supported, and if the model does not have that many codebooks.
     """
-    config = CodecConfig() if mimi_config is None else codec_config(mimi_config)
+    config = MimiCodecConfig() if mimi_config is None else codec_config(mimi_config)
     where = checks.device(device)
     if filename is None:
         core = weights.random(config)
@@ -123,8 +123,8 @@ def get_mimi(
     return MimiModel(core).to(where).eval()
 
 
-def codec_config(mimi_config: dict[str, Any]) -> CodecConfig:
-    """Convert moshi's `mimi_config` to a CodecConfig. Raises InputError, naming the key, for what is not supported."""
+def codec_config(mimi_config: dict[str, Any]) -> MimiCodecConfig:
+    """Convert moshi's `mimi_config`. Raises InputError, naming the key, for what is not supported."""
     if not isinstance(mimi_config, dict):
         raise InputError(f"mimi_config must be a dictionary, got {type(mimi_config).__name__}")
     if missing := [key for key in ("sample_rate", "channels", "frame_rate", *DEFAULTS) if key not in mimi_config]:
@@ -153,7 +153,7 @@ def codec_config(mimi_config: dict[str, Any]) -> CodecConfig:
             )
     if heads % transformer["kv_repeat"]:
         raise InputError(f"num_heads={heads} must be divisible by kv_repeat={transformer['kv_repeat']}")
-    return CodecConfig(
+    return MimiCodecConfig(
         sampling_rate=mimi_config["sample_rate"],
         frame_rate=mimi_config["frame_rate"],
         audio_channels=seanet["channels"],

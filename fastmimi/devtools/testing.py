@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from ..checkpoints.weights import random
 from ..errors import InputError
-from ..models.config import CodecConfig
+from ..models.config import MimiCodecConfig
 from ..models.mimi import Mimi
 
 SMALL: dict[str, Any] = {
@@ -48,7 +48,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "not_causal_reflect": {**SMALL, "use_causal_conv": False, "pad_mode": "reflect"},
     "trim": {**SMALL, "trim_right_ratio": 0.5},
 }
-STREAMABLE = [name for name, values in CONFIGS.items() if name != "mimi" and CodecConfig.from_dict(values).streamable]
+STREAMABLE = [
+    name for name, values in CONFIGS.items() if name != "mimi" and MimiCodecConfig.from_dict(values).streamable
+]
 
 
 def lengths(frame_size: int, sample_rate: int = 24_000) -> list[int]:
@@ -58,7 +60,7 @@ def lengths(frame_size: int, sample_rate: int = 24_000) -> list[int]:
 
 def small_model(name: str = "small", seed: int = 0, **changes: Any) -> Mimi:
     """A codec with random weights of one of the `CONFIGS`, in eval mode, without gradients."""
-    return random(CodecConfig.from_dict({**CONFIGS[name], **changes}), seed).eval().requires_grad_(False)
+    return random(MimiCodecConfig.from_dict({**CONFIGS[name], **changes}), seed).eval().requires_grad_(False)
 
 
 def noise(*shape: int, seed: int = 0, scale: float = 0.3) -> Tensor:

@@ -1,8 +1,8 @@
 """Model configurations, checked when they are made.
 
-`CodecConfig` has the fields of transformers' `MimiConfig` with the same meaning, so it reads the `config.json` of any
-checkpoint, whichever version of transformers wrote it, without importing transformers. A field's annotation is its type
-and range (validation.py); constraints between fields are checked here.
+`MimiCodecConfig` has the fields of transformers' `MimiConfig` with the same meaning, so it reads the `config.json` of
+any checkpoint, whichever version of transformers wrote it, without importing transformers. A field's annotation is its
+type and range (validation.py); constraints between fields are checked here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIMI_TYPES = ("mimi", "mimi_encoder", "mimi_decoder")  # `model_type` in transfo
 
 
 @dataclass
-class CodecConfig:
+class MimiCodecConfig:
     """Architecture of a Mimi-like codec; defaults are Kyutai's Mimi (arXiv 2410.00037, section 3.3).
 
     Lengths are in samples of `sampling_rate` (Hz); `sliding_window` in positions of the transformers, which run at
@@ -181,8 +181,8 @@ class CodecConfig:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CodecConfig:
-        """Read transformers' `config.json` (4.57 to 5.x) or `CodecConfig.to_dict()`; unknown fields are left out."""
+    def from_dict(cls, values: dict[str, Any]) -> MimiCodecConfig:
+        """Read transformers' `config.json` (4.57 to 5.x) or what `to_dict` gives; unknown fields are left out."""
         values = _fields_of(values)
         if values.get("rope_parameters") is None:
             values.pop("rope_parameters", None)
@@ -203,7 +203,7 @@ class CodecConfig:
         return cls(**{name: value for name, value in values.items() if name in known})
 
     @classmethod
-    def from_json(cls, path: str | Path) -> CodecConfig:
+    def from_json(cls, path: str | Path) -> MimiCodecConfig:
         """Read a `config.json`. Raises InputError where it is not JSON or describes another model."""
         values = read_json(path)
         if values.get("model_type", "mimi") not in MIMI_TYPES:
@@ -377,7 +377,8 @@ class JodioConfig:
         return {"model_type": "jodio", "architectures": ["JodioModel"], **asdict(self)}
 
 
-AnyConfig = CodecConfig | JodioConfig
+AnyConfig = MimiCodecConfig | JodioConfig
+CodecConfig = MimiCodecConfig  # its name in fastmimi 0.1
 
 
 def _fields_of(values: Any) -> dict[str, Any]:

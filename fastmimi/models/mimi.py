@@ -17,7 +17,7 @@ from ..runtime.ops import ForwardContext
 from ..runtime.state import StreamingModule
 from . import checks
 from .codec import Codec
-from .config import CodecConfig
+from .config import MimiCodecConfig
 from .quantizer import SplitQuantizer
 from .seanet import CausalConv1d, CausalConvTranspose1d, SeanetDecoder, SeanetEncoder
 from .transformer import Transformer
@@ -34,9 +34,9 @@ class Mimi(Codec):
 
     @torch.inference_mode(False)  # inference tensors could not be packed once (runtime/packing.py)
     def __init__(
-        self, config: CodecConfig | None = None, *, impl: dispatch.Impl = "auto", num_codebooks: int | None = None
+        self, config: MimiCodecConfig | None = None, *, impl: dispatch.Impl = "auto", num_codebooks: int | None = None
     ):
-        config = checks.config(config, CodecConfig)
+        config = checks.config(config, MimiCodecConfig)
         super().__init__(config, impl, num_codebooks)
         hidden, stride = config.hidden_size, config.latent_stride
         self.encoder = SeanetEncoder(config) if config.has_encoder else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..runtime import packing
 from ..runtime.ops import ForwardContext
-from .config import CodecConfig
+from .config import MimiCodecConfig
 
 EPSILON = 1e-5  # least usage of an entry, as in both peers
 
@@ -25,7 +25,7 @@ class Codebook(nn.Module):
     embed_sum: Tensor
     cluster_usage: Tensor
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config: MimiCodecConfig):
         super().__init__()
         self.register_buffer("initialized", torch.ones(1))
         self.register_buffer("cluster_usage", torch.ones(config.codebook_size))
@@ -54,7 +54,7 @@ def centroids(embed_sum: Tensor, cluster_usage: Tensor) -> Tensor:
 class Level(nn.Module):
     """One level of a residual quantizer; its name gives checkpoints their keys `layers.<i>.codebook`."""
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config: MimiCodecConfig):
         super().__init__()
         self.codebook = Codebook(config)
 
@@ -141,7 +141,7 @@ class ResidualQuantizer(nn.Module):
 class MimiResidualQuantizer(ResidualQuantizer):
     """Entries as the running sums of training; peer: `MimiResidualVectorQuantizer`."""
 
-    def __init__(self, config: CodecConfig, levels: int):
+    def __init__(self, config: MimiCodecConfig, levels: int):
         super().__init__()
         self.layers = nn.ModuleList(Level(config) for _ in range(levels))
         width = config.vector_quantization_hidden_dimension
@@ -179,7 +179,7 @@ class SplitQuantizer(nn.Module):
         self.acoustic_residual_vector_quantizer = acoustic
 
     @classmethod
-    def of(cls, config: CodecConfig) -> SplitQuantizer:
+    def of(cls, config: MimiCodecConfig) -> SplitQuantizer:
         """Mimi's, with PyTorch's initial weights."""
         levels = config.num_semantic_quantizers, config.num_quantizers - config.num_semantic_quantizers
         return cls(*(MimiResidualQuantizer(config, count) for count in levels))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import InputError, shown
 from .codec import Codec
-from .config import MIMI_TYPES, AnyConfig, CodecConfig, JodioConfig
+from .config import MIMI_TYPES, AnyConfig, JodioConfig, MimiCodecConfig
 from .jodio import JodioModel
 from .mimi import Mimi
 from .validation import naming, read_json
@@ -30,7 +30,7 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "mimi": Architecture(CodecConfig, Mimi, MIMI_TYPES, flat=True),
+    "mimi": Architecture(MimiCodecConfig, Mimi, MIMI_TYPES, flat=True),
     "jodio": Architecture(JodioConfig, JodioModel, ("jodio",), flat=False),
 }
 MODEL_TYPES = tuple(kind for architecture in ARCHITECTURES.values() for kind in architecture.model_types)

@@ -18,7 +18,7 @@ from ..runtime.ops import ForwardContext
 from ..runtime.quantized import scales_of
 from ..runtime.signatures import Overlap, Padding
 from ..runtime.state import StreamingModule
-from .config import CodecConfig
+from .config import MimiCodecConfig
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class CausalConv1d(StreamingModule, nn.Module):
     """A padded convolution, [B, C_in, T] -> [B, C_out, ceil(T / stride)]; peer: transformers' `MimiConv1d`."""
 
     def __init__(
-        self, config: CodecConfig, channels: tuple[int, int], kernel_size: int, *, stride: int = 1, dilation: int = 1,
-        bias: bool = True, pad_mode: str | None = None, pre: str = "none", samples: int = 1,
+        self, config: MimiCodecConfig, channels: tuple[int, int], kernel_size: int, *, stride: int = 1,
+        dilation: int = 1, bias: bool = True, pad_mode: str | None = None, pre: str = "none", samples: int = 1,
     ):  # fmt: skip
         super().__init__()
         self.conv = nn.Conv1d(*channels, kernel_size, stride, dilation=dilation, bias=bias)
@@ -115,7 +115,7 @@ class CausalConvTranspose1d(StreamingModule, nn.Module):
     """An upsampling transposed convolution, [B, C_in, T] -> [B, C_out, T * stride]; peer: `MimiConvTranspose1d`."""
 
     def __init__(
-        self, config: CodecConfig, channels: tuple[int, int], stride: int, *, groups: int = 1, bias: bool = True,
+        self, config: MimiCodecConfig, channels: tuple[int, int], stride: int, *, groups: int = 1, bias: bool = True,
         pre: str = "none",
     ):  # fmt: skip
         super().__init__()
@@ -135,7 +135,7 @@ class CausalConvTranspose1d(StreamingModule, nn.Module):
 class ResBlock(nn.Module):
     """A residual unit, [B, C, T] -> [B, C, T]; peer: `MimiResnetBlock`, with its numbering of the convolutions."""
 
-    def __init__(self, config: CodecConfig, dim: int, dilation: int):
+    def __init__(self, config: MimiCodecConfig, dim: int, dilation: int):
         super().__init__()
         hidden = dim // config.compress
         kernel = config.residual_kernel_size
@@ -163,7 +163,7 @@ class ResBlock(nn.Module):
 class SeanetEncoder(nn.Module):
     """Audio [B, channels, N] -> latents [B, hidden_size, ceil(N / hop_length)]."""
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config: MimiCodecConfig):
         super().__init__()
         width, hop = config.num_filters, 1  # samples of audio between two steps
         layers: list[nn.Module | None] = [CausalConv1d(config, (config.audio_channels, width), config.kernel_size)]
@@ -187,7 +187,7 @@ class SeanetEncoder(nn.Module):
 class SeanetDecoder(nn.Module):
     """Latents [B, hidden_size, T] -> audio [B, channels, T * hop_length]."""
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config: MimiCodecConfig):
         super().__init__()
         width = config.num_filters * 2 ** len(config.upsampling_ratios)
         layers: list[nn.Module | None] = [CausalConv1d(config, (config.hidden_size, width), config.kernel_size)]

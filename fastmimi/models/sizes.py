@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .config import CodecConfig, JodioConfig, JodioTransformerConfig
+    from .config import JodioConfig, JodioTransformerConfig, MimiCodecConfig
 
 
-def of_mimi(config: CodecConfig) -> int:
+def of_mimi(config: MimiCodecConfig) -> int:
     """Of a Mimi with both halves or one of them."""
     hidden, stride = config.hidden_size, config.latent_stride
     total = _quantizer(config)
@@ -42,7 +42,7 @@ def _conv(channels_in: int, channels_out: int, kernel: int = 1) -> int:
     return channels_in * channels_out * kernel + channels_out
 
 
-def _seanet(config: CodecConfig, *, decoder: bool) -> int:
+def _seanet(config: MimiCodecConfig, *, decoder: bool) -> int:
     def conv(slow: int, fast: int, kernel: int) -> int:
         return _conv(slow, fast, kernel) if decoder else _conv(fast, slow, kernel)
 
@@ -59,13 +59,13 @@ def _seanet(config: CodecConfig, *, decoder: bool) -> int:
     return total + conv(width, config.audio_channels, near_audio)
 
 
-def _resblock(config: CodecConfig, width: int) -> int:
+def _resblock(config: MimiCodecConfig, width: int) -> int:
     inner = width // config.compress
     shortcut = _conv(width, width) if config.use_conv_shortcut else 0
     return _conv(width, inner, config.residual_kernel_size) + _conv(inner, width) + shortcut
 
 
-def _transformer(config: CodecConfig) -> int:
+def _transformer(config: MimiCodecConfig) -> int:
     hidden = config.hidden_size
     wide, narrow = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = 2 * hidden * (wide + narrow + config.intermediate_size) + 6 * hidden  # norms and scales
@@ -79,7 +79,7 @@ def _jodio_transformer(config: JodioTransformerConfig) -> int:
     return config.num_hidden_layers * layer + hidden
 
 
-def _quantizer(config: CodecConfig) -> int:
+def _quantizer(config: MimiCodecConfig) -> int:
     width, size = config.vector_quantization_hidden_dimension, config.codebook_size
     projections = 4 * width * config.hidden_size if width != config.hidden_size else 0
     return config.num_quantizers * (1 + size + size * width) + projections

@@ -16,7 +16,7 @@ from ..runtime.ops import ForwardContext
 from ..runtime.quantized import scales_of
 from ..runtime.signatures import RingCaches
 from ..runtime.state import StreamingModule
-from .config import CodecConfig
+from .config import MimiCodecConfig
 from .validation import ACTIVATIONS
 
 
@@ -29,7 +29,7 @@ def activation(name: str) -> str | Callable[[Tensor], Tensor]:
     return ACT2FN[name]
 
 
-def rope_frequencies(config: CodecConfig) -> tuple[Tensor, float]:
+def rope_frequencies(config: MimiCodecConfig) -> tuple[Tensor, float]:
     """Inverse frequencies [head_dim / 2] in fp32 and the scale of cos and sin, as transformers computes them."""
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
@@ -72,7 +72,7 @@ class Rings(StreamingModule):
 class Attention(Rings, nn.Module):
     """The parameters of self-attention over the last `sliding_window` positions."""
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config: MimiCodecConfig):
         super().__init__()
         self.head_dim = config.head_dim
         self.window = config.sliding_window
@@ -88,7 +88,7 @@ class Attention(Rings, nn.Module):
 class FeedForward(nn.Module):
     """The parameters hidden_size -> intermediate_size -> hidden_size."""
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config: MimiCodecConfig):
         super().__init__()
         self.activation = activation(config.hidden_act)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -98,7 +98,7 @@ class FeedForward(nn.Module):
 class LayerScale(nn.Module):
     """A learnt scale per channel (arXiv 2103.17239), starting at 0.01."""
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config: MimiCodecConfig):
         super().__init__()
         self.scale = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_initial_scale))
 
@@ -106,7 +106,7 @@ class LayerScale(nn.Module):
 class TransformerLayer(nn.Module):
     """[B, T, hidden] -> the same: one op; the modules own its parameters, under transformers' names."""
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config: MimiCodecConfig):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = FeedForward(config)

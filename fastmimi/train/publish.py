@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..io import plot
 from ..io.files import replacing
 from ..models.codec import Codec
-from ..models.config import CodecConfig
+from ..models.config import MimiCodecConfig
 from .config import TrainConfig
 
 CURVES = ("mel", "l1", "features", "adversarial", "discriminator", "cosine", "commitment", "explained", "used")
@@ -38,7 +38,7 @@ def publish(runs: Sequence[Path], target: Path) -> None:
         if not (run / "model").is_dir():
             raise InputError(f"{run} is not a training run with a checkpoint: it has no folder `model`")
     codec, configs = load(runs[-1] / "model"), [TrainConfig.read(run / "config.yaml") for run in runs]
-    if not isinstance(codec.config, CodecConfig):
+    if not isinstance(codec.config, MimiCodecConfig):
         raise InputError(
             f"only a Mimi can be published in half precision, and {runs[-1]} trained a {type(codec).__name__}"
         )

@@ -57,7 +57,7 @@ def test_kyutai_file(name, tmp_path):
 @pytest.mark.slow
 def test_the_configuration_is_inferred_from_shapes(tmp_path):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = fastmimi.CodecConfig(num_filters=8, hidden_size=128, upsample_groups=128, num_quantizers=9, **heads)
+    config = fastmimi.MimiCodecConfig(num_filters=8, hidden_size=128, upsample_groups=128, num_quantizers=9, **heads)
     model = weights.random(config)
     model.eval().requires_grad_(False)
     fastmimi.save_kyutai(model, tmp_path / "a.safetensors")

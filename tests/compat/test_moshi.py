@@ -158,7 +158,7 @@ def test_properties_and_forward(pair):
 def test_constants_and_the_default_configuration(loaders):
     for name in ("SAMPLE_RATE", "FRAME_RATE", "MIMI_NAME", "DEFAULT_REPO"):
         assert getattr(drop_in, name) == getattr(loaders, name), name
-    assert drop_in.codec_config(loaders._mimi_config) == drop_in.CodecConfig()
+    assert drop_in.codec_config(loaders._mimi_config) == drop_in.MimiCodecConfig()
 
 
 # ---- streaming

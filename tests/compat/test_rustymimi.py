@@ -16,7 +16,7 @@ import torch
 from fastmimi.checkpoints import weights
 from fastmimi.compat import rustymimi as drop_in
 from fastmimi.devtools import testing
-from fastmimi.models.config import CodecConfig
+from fastmimi.models.config import MimiCodecConfig
 from fastmimi.models.mimi import Mimi
 
 pytestmark = pytest.mark.slow  # a model of 300 MB
@@ -26,7 +26,7 @@ FRAME = 1920
 @pytest.fixture(scope="module")
 def file():
     """A checkpoint of the only architecture that rustymimi supports; every weight affects results. Deleted: 300 MB."""
-    model = weights.random(CodecConfig(num_quantizers=8))
+    model = weights.random(MimiCodecConfig(num_quantizers=8))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

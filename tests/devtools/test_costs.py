@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmimi import CodecConfig, JodioConfig
+from fastmimi import JodioConfig, MimiCodecConfig
 from fastmimi.checkpoints.weights import random
 from fastmimi.devtools import costs
 from fastmimi.devtools.testing import CONFIGS, noise
 
 
 @pytest.mark.parametrize("config", [
-    CodecConfig.from_dict(CONFIGS["small"]), CodecConfig.from_dict(CONFIGS["shortcut"]),
-    CodecConfig.from_dict(CONFIGS["attention"]), JodioConfig.small(),
+    MimiCodecConfig.from_dict(CONFIGS["small"]), MimiCodecConfig.from_dict(CONFIGS["shortcut"]),
+    MimiCodecConfig.from_dict(CONFIGS["attention"]), JodioConfig.small(),
 ])  # fmt: skip
 @torch.no_grad()
 def test_total_flops_agree_with_pytorchs_counter(config):

@@ -181,8 +181,8 @@ def test_live_weight_norm_is_followed(model):
 
 
 def test_halves():
-    encoder = Mimi(fastmimi.CodecConfig.from_dict({**SMALL, **FAST, "decoder_config": None}))
-    decoder = Mimi(fastmimi.CodecConfig.from_dict({**SMALL, **FAST, "encoder_config": None}))
+    encoder = Mimi(fastmimi.MimiCodecConfig.from_dict({**SMALL, **FAST, "decoder_config": None}))
+    decoder = Mimi(fastmimi.MimiCodecConfig.from_dict({**SMALL, **FAST, "encoder_config": None}))
     codes = encoder.encode(noise(1, 1, 480))
     assert decoder.decode(codes).shape == (1, 1, 480)
     with pytest.raises(ValueError, match="decode needs the decoder"):
@@ -292,4 +292,4 @@ def test_other_bad_arguments(model):
 )
 def test_bad_configurations(change, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Mimi(fastmimi.CodecConfig.from_dict({**SMALL, **change}))
+        Mimi(fastmimi.MimiCodecConfig.from_dict({**SMALL, **change}))

@@ -291,7 +291,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 
 
 def test_a_mimi_is_no_jodio(tmp_path):
-    fastmimi.save_pretrained(weights.random(fastmimi.CodecConfig(num_hidden_layers=1, num_filters=8)), tmp_path)
+    fastmimi.save_pretrained(weights.random(fastmimi.MimiCodecConfig(num_hidden_layers=1, num_filters=8)), tmp_path)
     with pytest.raises(fastmimi.InputError, match="holds a Mimi, not a JodioModel"):
         JodioModel.from_pretrained(tmp_path)
     with pytest.raises(fastmimi.InputError, match="only a Mimi can be saved in Kyutai's layout, got a JodioModel"):

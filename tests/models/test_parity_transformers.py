@@ -7,7 +7,7 @@ import torch
 
 from fastmimi.checkpoints.weights import fill, to_flat
 from fastmimi.devtools.testing import CONFIGS, assert_same_codes, lengths, noise, relative_error
-from fastmimi.models.config import CodecConfig
+from fastmimi.models.config import MimiCodecConfig
 from fastmimi.models.mimi import Mimi
 
 transformers = pytest.importorskip("transformers")
@@ -30,7 +30,7 @@ def peer_and_core(name):
     for key, parameter in peer.named_parameters():
         if key.endswith("layer_scale.scale"):
             parameter.uniform_(0.2, 1.0)  # so that the transformers affect the results
-    core = Mimi(CodecConfig.from_dict(peer.config.to_dict()))
+    core = Mimi(MimiCodecConfig.from_dict(peer.config.to_dict()))
     fill(core, to_flat(peer.state_dict()))
     return peer, core.eval().requires_grad_(False)
 
@@ -77,7 +77,7 @@ def test_without_resampling():
     for key, buffer in peer.named_buffers():
         if key.endswith("embed_sum"):
             buffer.normal_(std=0.3)
-    core = Mimi(CodecConfig.from_dict(config.to_dict()))
+    core = Mimi(MimiCodecConfig.from_dict(config.to_dict()))
     fill(core, to_flat(peer.state_dict()))
     core = core.eval().requires_grad_(False)
     assert core.downsample is None and core.upsample is None and core.frame_size == 960

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi import CodecConfig, InputError, JodioConfig, JodioModel, Mimi
+from fastmimi import InputError, JodioConfig, JodioModel, Mimi, MimiCodecConfig
 from fastmimi.devtools.testing import CONFIGS, SMALL, noise, small_model
 from fastmimi.models.config import JodioTransformerConfig
 from fastmimi.models.validation import ROPES, read_json
@@ -61,7 +61,7 @@ LLAMA = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings
 )  # fmt: skip
 def test_a_wrong_value_is_named(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        CodecConfig.from_dict({**SMALL, **change})
+        MimiCodecConfig.from_dict({**SMALL, **change})
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_wrong_value_of_a_jodio_is_named(values: dict[str, Any], sentence: str
 
 
 @pytest.mark.parametrize("values", [None, 3, "{}", [("hidden_size", 8)]])
-@pytest.mark.parametrize("kind", [CodecConfig, JodioConfig])
+@pytest.mark.parametrize("kind", [MimiCodecConfig, JodioConfig])
 def test_what_is_no_dictionary(kind: type, values: Any) -> None:
     with pytest.raises(InputError, match="a configuration must be a dictionary of its fields, got"):
         kind.from_dict(values)
@@ -95,22 +95,22 @@ def test_what_transformers_writes_for_derived_fields() -> None:
         "frame_rate": None,
         "rope_parameters": None,
     }
-    config = CodecConfig.from_dict({**nulls, "vector_quantization_hidden_dimension": 512, "unknown": object()})
+    config = MimiCodecConfig.from_dict({**nulls, "vector_quantization_hidden_dimension": 512, "unknown": object()})
     assert (config.codebook_dim, config.head_dim, config.frame_rate) == (512, 64, 12.5)
     assert config.upsampling_ratios == [8, 6, 5, 4]
-    assert CodecConfig(upsampling_ratios=(8, 6, 5, 4)) == CodecConfig()  # type: ignore[arg-type]
-    assert CodecConfig(norm_eps=0, trim_right_ratio=1) == CodecConfig(norm_eps=0.0)
+    assert MimiCodecConfig(upsampling_ratios=(8, 6, 5, 4)) == MimiCodecConfig()  # type: ignore[arg-type]
+    assert MimiCodecConfig(norm_eps=0, trim_right_ratio=1) == MimiCodecConfig(norm_eps=0.0)
     scales = [p for name, p in small_model(layer_scale_initial_scale=0).named_parameters() if name.endswith("scale")]
     assert {p.dtype for p in scales} == {torch.float32}
 
 
 def test_configurations_are_plain_dataclasses() -> None:
-    for config in (CodecConfig(), JodioConfig.small(), JodioTransformerConfig()):
+    for config in (MimiCodecConfig(), JodioConfig.small(), JodioTransformerConfig()):
         assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == dataclasses.replace(config) == config
         assert type(config)(**vars(config)) == config
-    assert dataclasses.asdict(CodecConfig())["hidden_size"] == 512
+    assert dataclasses.asdict(MimiCodecConfig())["hidden_size"] == 512
     with pytest.raises(InputError, match="hidden_size must be greater"):
-        dataclasses.replace(CodecConfig(), hidden_size=0)
+        dataclasses.replace(MimiCodecConfig(), hidden_size=0)
 
 
 @pytest.mark.parametrize("kind", sorted(ROPES))
@@ -120,7 +120,7 @@ def test_every_rope_that_passes_is_built(kind: str) -> None:
 
     if kind not in ("default", *peer.ROPE_INIT_FUNCTIONS):
         pytest.skip(f"transformers has no {kind} yet")
-    frequencies = Mimi(CodecConfig.from_dict({**SMALL, "rope_parameters": values})).encoder_transformer._inv_freq
+    frequencies = Mimi(MimiCodecConfig.from_dict({**SMALL, "rope_parameters": values})).encoder_transformer._inv_freq
     assert frequencies.shape == (4,) and frequencies.isfinite().all()
 
 
@@ -134,7 +134,7 @@ def size(model: torch.nn.Module) -> int:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("halves", [{}, {"has_encoder": False}, {"has_decoder": False}])
 def test_parameters_are_counted_without_building(name: str, halves: dict[str, bool]) -> None:
-    config = CodecConfig.from_dict({**CONFIGS[name], **halves})
+    config = MimiCodecConfig.from_dict({**CONFIGS[name], **halves})
     with torch.device("meta"):
         assert size(Mimi(config)) == config.num_parameters
         config = dataclasses.replace(config, frame_rate=config.encodec_frame_rate)  # nothing is resampled
@@ -166,7 +166,7 @@ def test_a_configuration_of_another_size_is_not_built(
     values = {**model.config.to_dict(), **change}
     (tmp_path / "config.json").write_text(json.dumps(values))
     monkeypatch.setattr(fastmimi.checkpoints.weights, "Mimi", None)  # not called
-    described, held = CodecConfig.from_dict(values).num_parameters, model.config.num_parameters
+    described, held = MimiCodecConfig.from_dict(values).num_parameters, model.config.num_parameters
     with pytest.raises(InputError, match=f"a model of {described:,} parameters, and .* holds {held:,}"):
         fastmimi.load(tmp_path)
 
@@ -190,7 +190,7 @@ def test_a_configuration_of_another_size_is_not_built(
 def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, sentence: str) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=sentence):
-        CodecConfig.from_json(tmp_path / "config.json")
+        MimiCodecConfig.from_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("path", [None, 3, b"config.json"])

@@ -241,7 +241,7 @@ LAZY = "def f():\n    "
 SOUND: Tree = {
     "fastmimi/__init__.py": LAZY + "from fastmimi.compat import transformers",
     "fastmimi/__main__.py": "from .cli import main",
-    "fastmimi/runtime/ops.py": "import typing\nif typing.TYPE_CHECKING:\n    from ..models.config import CodecConfig",
+    "fastmimi/runtime/ops.py": "import typing\nif typing.TYPE_CHECKING:\n    from ..models.config import JodioConfig",
     "fastmimi/runtime/dispatch.py": "from .ops import OPS\n" + LAZY + "importlib.import_module(backend)",
     "fastmimi/models/mimi.py": "from ..runtime import dispatch, layout\n" + LAZY + "import transformers",
     "fastmimi/models/jodio.py": LAZY + "from ..checkpoints.weights import load",

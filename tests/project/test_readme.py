@@ -19,7 +19,7 @@ import fastmimi
 from fastmimi.checkpoints.weights import DEMO, random
 from fastmimi.cli import app
 from fastmimi.devtools.testing import noise
-from fastmimi.models.config import CodecConfig
+from fastmimi.models.config import MimiCodecConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
@@ -110,7 +110,7 @@ def test_the_training_example(folder, tiny_training):
     for name in ("speech", "held-out"):
         (folder / name).mkdir()
         shutil.copy(ROOT / "tests" / "data" / "synthetic.ogg", folder / name)
-    fastmimi.save_pretrained(random(CodecConfig(**tiny.model.changes)), folder / "tiny")
+    fastmimi.save_pretrained(random(MimiCodecConfig(**tiny.model.changes)), folder / "tiny")
     for name, config in zip(("speech.yaml", "decoder.yaml"), blocks(TRAINING, "yaml"), strict=True):
         config = config.replace("kyutai/mimi", "tiny").replace("microsoft/wavlm-large", "wavlm.json")
         (folder / name).write_text(config)

@@ -10,7 +10,7 @@ import transformers
 import fastmimi
 from fastmimi.compat.moshi import get_mimi
 from fastmimi.devtools.testing import SMALL, noise, small_model
-from fastmimi.models.config import CodecConfig
+from fastmimi.models.config import MimiCodecConfig
 from fastmimi.runtime import layout, packing
 from fastmimi.runtime.dispatch import Target, implementation, why_not
 
@@ -57,7 +57,7 @@ def loaded(folder):
 
 
 def constructed(folder):
-    return fastmimi.Mimi(CodecConfig.from_dict(SMALL)).eval()
+    return fastmimi.Mimi(MimiCodecConfig.from_dict(SMALL)).eval()
 
 
 def cast(folder):

@@ -119,7 +119,7 @@ def test_every_number_has_limits():
 @pytest.mark.parametrize(
     "architecture, changes, kind, name",
     [
-        ("mimi", {"filters": 3}, "CodecConfig", "filters"),
+        ("mimi", {"filters": 3}, "MimiCodecConfig", "filters"),
         ("jodio", {"hidden_size": 3}, "JodioConfig", "hidden_size"),
         ("jodio", {"encoder_transformer": {"heads": 3}}, "JodioTransformerConfig", "heads"),
     ],
