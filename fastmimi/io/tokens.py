@@ -5,7 +5,7 @@ can represent every entry of a codebook (int16 for 2048 entries). In a packed fi
 same K * T codes in the same order, each in as few bits as needed (11 for 2048 entries), least significant bit first,
 without gaps; the last byte is filled up with zero bits. Everything else is metadata, stored as text:
 
-    format            "fastmimi.io.tokens"
+    format            "fastmimi.tokens"
     version           "1"
     sample_rate       of the encoded and the decoded audio, in Hz
     frame_rate        frames per second
@@ -36,7 +36,7 @@ from ..errors import InputError, named, one_line, shown
 from ..models.validation import Count, Positive, check_fields
 from .files import check_input, path_of, replacing
 
-FORMAT, VERSION = "fastmimi.io.tokens", "1"
+FORMAT, VERSION = "fastmimi.tokens", "1"  # as in every file so far: no path of a module
 MAX_BITS = 16
 _FIELDS = {  # name and type of each metadata field; strings are stored as they are, other types as JSON
     "codebook_size": int,

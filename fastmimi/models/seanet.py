@@ -100,9 +100,8 @@ class CausalConv1d(StreamingModule, nn.Module):
         self.conv = nn.Conv1d(*channels, kernel_size, stride, dilation=dilation, bias=bias)
         total = (kernel_size - 1) * dilation + 1 - stride
         right = 0 if config.use_causal_conv else total // 2
-        self.around = Surroundings(
-            total - right, right, stride, pad_mode or config.pad_mode, pre=pre, samples=samples
-        )  # fmt: skip
+        mode = pad_mode or config.pad_mode
+        self.around = Surroundings(total - right, right, stride, mode, pre=pre, samples=samples)
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         return {self.name: (batch, self.conv.in_channels, self.around.left)}

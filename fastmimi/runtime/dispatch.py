@@ -136,7 +136,10 @@ def implementation(op: str, candidate: str) -> Callable[..., Any]:
 
 
 def recorder(ops: Ops) -> Any:
-    """The module that records steps of these implementations (kernels/cpu/_program.py); None unless all are native."""
+    """The module that records steps of these implementations (kernels/cpu/_program.py); None unless all are native.
+
+    An op without a native kernel does not count: a step that runs it is not equal to its recording, which is dropped.
+    """
     native = {op: function for op, function in ops._asdict().items() if not is_absent(op, "cpu")}
     if not all(function is implementation(op, "cpu") for op, function in native.items()):
         return None

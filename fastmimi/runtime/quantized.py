@@ -42,14 +42,17 @@ def round_to_grid(weight: Tensor, channel: int = 0) -> tuple[Tensor, Tensor]:
 
 def scales_of(*modules: nn.Module) -> Tensor | None:
     """The scales of the modules' weights, one after the other; None unless all are quantized."""
-    found = tuple(scale for module in modules if (scale := getattr(module, "weight_scale", None)) is not None)
-    if len(found) < len(modules):
-        return None
+    found = []
+    for module in modules:
+        scale = module._buffers.get("weight_scale")  # getattr would raise and catch an error in each layer of a frame
+        if scale is None:
+            return None
+        found.append(scale)
     if len(found) == 1:
         return found[0]
     if torch.compiler.is_compiling():  # tracing sees no versions
         return torch.cat(found)
-    return packing.packed(found, "scales", lambda *scales: torch.cat(scales))
+    return packing.packed(tuple(found), "scales", lambda *scales: torch.cat(scales))
 
 
 def integers(weight: Tensor, scale: Tensor | None, channel: int = 0) -> Tensor | None:

@@ -122,7 +122,7 @@ def test_safetensors_reads_a_plain_file(tmp_path: Path) -> None:
         np.testing.assert_array_equal(file.get_tensor("codes"), written.codes)
         assert file.get_tensor("codes").dtype == np.int16
         assert file.metadata() == {
-            "format": "fastmimi.io.tokens",
+            "format": "fastmimi.tokens",
             "version": "1",
             "codebook_size": "2048",
             "sample_rate": "24000",

@@ -1,4 +1,4 @@
-"""Tensors that do not fit together: every backend refuses them alike, by a ValueError, and then has changed nothing."""
+"""Tensors that do not fit together: the kernels of every backend refuse them by the same sentence."""
 
 from __future__ import annotations
 
