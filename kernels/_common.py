@@ -27,19 +27,19 @@ def conv_length(
         span = (weight.shape[2] - 1) * dilation + 1
         raise ValueError(f"x and its padding must span the kernel's {span} samples, got {x.shape[2]} + {sum(pad)}")
     if history is not None:
-        check_state("history", history, (*x.shape[:2], pad[0]))
+        check_state("history", history, (len(x), pad[0], x.shape[1]))
     return length
 
 
 def conv_transpose_length(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, trim: tuple[int, int],
-    overlap: Tensor | None,
+    history: Tensor | None,
 ) -> int:  # fmt: skip
     """Check a transposed convolution of x [B, C, T] with weight [C, C_out / groups, K], and return T_out."""
     outputs, kernel = weight.shape[1] * groups, weight.shape[2]
     _check_channels(x, len(weight), outputs, bias)
-    if overlap is not None:
-        check_state("overlap", overlap, (len(x), outputs, max(0, kernel - stride)))
+    if history is not None:
+        check_state("history", history, (len(x), taps_of(kernel, stride) - 1, x.shape[1]))
         return x.shape[2] * stride
     length = lengths.upsampled(x.shape[2], kernel, stride, trim)
     if length < 0 or trim[0] < 0:

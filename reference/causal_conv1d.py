@@ -3,7 +3,7 @@
     y[b, o, t] = post( bias[o] + sum_{c, k} weight[o, c, k] * pre(x)[b, c, t * stride + k * dilation - pad_left] ) + r
 
 `pre` and `post` are activations; r is the residual. When a whole signal is processed at once (offline), `pad` is the
-number of samples padded on the left and on the right. When streaming, the left padding is `history` [B, C, pad_left],
+number of samples padded on the left and on the right. When streaming, the left padding is `history` [B, pad_left, C],
 the last samples of the previous calls, which is updated in place for the active batch rows. On the right, a stream is
 padded at its end only. Follows transformers' `MimiConv1d` and moshi's `StreamingConv1d`.
 """
@@ -33,7 +33,7 @@ def causal_conv1d(
     post: str = "none",
     residual: Tensor | None = None,  # [B, C_out, T_out]
     scales: Tensor | None = None,  # [C_out]: the weight is these times int8 values, which a kernel may use
-    history: Tensor | None = None,  # [B, C, pad[0]], mutated
+    history: Tensor | None = None,  # [B, pad[0], C], mutated
     first: Tensor | None = None,  # [B] bool: rows at the start of their stream
     active: Tensor | None = None,  # [B] bool: rows whose history advances
 ) -> Tensor:  # [B, C_out, T_out]
@@ -72,18 +72,18 @@ def ieee_convolutions(x: Tensor) -> Iterator[None]:
 
 
 def with_history(x: Tensor, history: Tensor, first: Tensor | None, active: Tensor | None, pad_mode: str) -> Tensor:
-    """Prepend the history [B, C, P] to x [B, C, T] -> [B, C, P + T], and update it in place for the active rows.
+    """Prepend the history [B, P, C] to x [B, C, T] -> [B, C, P + T], and update it in place for the active rows.
 
     With 'replicate', the first sample stands in for the history of a row at the start of its stream.
     """
     assert first is not None and active is not None, "a history needs `first` and `active`"
-    length = history.shape[-1]
-    past = history
+    past = history.mT
+    length = past.shape[-1]
     if pad_mode == "replicate" and length:
-        past = torch.where(first[:, None, None], x[..., :1], history)
+        past = torch.where(first[:, None, None], x[..., :1], past)
     x = torch.cat([past, x], dim=-1)
     if length:
-        history.copy_(torch.where(active[:, None, None], x[..., -length:], history))
+        history.copy_(torch.where(active[:, None, None], x[..., -length:].mT, history))
     return x
 
 

@@ -23,7 +23,7 @@ def resblock(
     shortcut_weight: Tensor | None = None,  # [C, C, 1]
     shortcut_bias: Tensor | None = None,
     scales: Tensor | None = None,  # [C / compress + C], of both weights: as in `causal_conv1d`
-    history: Tensor | None = None,  # [B, C, pad[0]], mutated
+    history: Tensor | None = None,  # [B, pad[0], C], mutated
     first: Tensor | None = None,  # [B] bool
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C, T]

@@ -45,7 +45,7 @@ class Conv1d(StreamingModule, nn.Conv1d):
         self.around = Surroundings(left, right, post=post, samples=samples)
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        return {self.name: (batch, self.in_channels, self.around.left)}
+        return {self.name: (batch, self.around.left, self.in_channels)}
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # type: ignore[override]
         return self.around.convolve(self, x, context, self.name)
@@ -61,7 +61,7 @@ class ConvTranspose1d(StreamingModule, nn.ConvTranspose1d):
         self.trim = (kernel - 1, kernel - 1 - beyond) if config.as_printed_padding else (0, kernel - stride)
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        return {self.name: (batch, self.out_channels, max(0, sum(self.trim)))}
+        return {self.name: (batch, -(-self.kernel_size[0] // self.stride[0]) - 1, self.in_channels)}
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # type: ignore[override]
         return upsample(self, self.trim, x, context, self.name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..runtime import packing
 from ..runtime.ops import ForwardContext
 from ..runtime.quantized import scales_of
-from ..runtime.signatures import Overlap, Padding
+from ..runtime.signatures import History, Padding
 from ..runtime.state import StreamingModule
 from .config import MimiCodecConfig
 
@@ -62,13 +62,13 @@ class Surroundings:
 def upsample(
     conv: nn.ConvTranspose1d, trim: tuple[int, int], x: Tensor, context: ForwardContext, name: str, pre: str = "none"
 ) -> Tensor:
-    """[B, C_in, T] -> [B, C_out, T * stride], with the overlap of streams kept as `name`.
+    """[B, C_in, T] -> [B, C_out, T * stride], with the last inputs of streams kept as `name`.
 
     trim: of the full result; a negative number on the right appends outputs that no input reaches.
     """
-    state: Overlap = {}
+    state: History = {}
     if context.state is not None:
-        state = {"overlap": context.state.buffers[name], "active": context.state.active}
+        state = {"history": context.state.buffers[name], "first": context.state.first, "active": context.state.active}
     return context.ops.causal_conv_transpose1d(
         x, weight_of(conv), conv.bias, stride=conv.stride[0], groups=conv.groups, trim=trim, pre=pre,
         scales=scales_of(conv), **state,
@@ -104,7 +104,7 @@ class CausalConv1d(StreamingModule, nn.Module):
         self.around = Surroundings(total - right, right, stride, mode, pre=pre, samples=samples)
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        return {self.name: (batch, self.conv.in_channels, self.around.left)}
+        return {self.name: (batch, self.around.left, self.conv.in_channels)}
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         return self.around.convolve(self.conv, x, context, self.name)
@@ -125,7 +125,7 @@ class CausalConvTranspose1d(StreamingModule, nn.Module):
         self.pre = pre
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        return {self.name: (batch, self.conv.out_channels, sum(self.trim))}
+        return {self.name: (batch, 1, self.conv.in_channels)}
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         return upsample(self.conv, self.trim, x, context, self.name, self.pre)

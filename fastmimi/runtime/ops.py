@@ -100,10 +100,10 @@ def _conv_flops(y: Tensor, x: Tensor, weight: Tensor, *_: object, **__: object) 
 
 def _conv_transpose(
     x: Tensor, weight: Tensor, *_: object, stride: int = 1, groups: int = 1, trim: tuple[int, int] = (0, 0),
-    overlap: Tensor | None = None, **__: object,
+    history: Tensor | None = None, **__: object,
 ) -> Tensor:  # fmt: skip
     channels, kernel = weight.shape[1] * groups, weight.shape[2]
-    if overlap is not None:
+    if history is not None:
         return empty_channels_last(x, channels, x.shape[2] * stride)
     return empty_channels_last(x, channels, upsampled(x.shape[2], kernel, stride, trim))
 
@@ -174,10 +174,10 @@ OPS: dict[str, Op] = {
         _conv_flops,
     ),
     "causal_conv_transpose1d": Op(
-        "[activation ->] transposed convolution, overlap-add, bias, trim",
+        "[activation ->] transposed convolution, bias, trim",
         "Tensor x, Tensor weight, Tensor? bias=None, Tensor? scales=None",
         "int stride=1, int groups=1, SymInt[2] trim=[0, 0], str pre='none'",
-        "Tensor(a!) overlap, Tensor active",
+        _HISTORY,
         _conv_transpose,
         _conv_transpose_flops,
     ),

@@ -22,10 +22,11 @@ class Padding(TypedDict, total=False):
     active: Tensor
 
 
-class Overlap(TypedDict, total=False):
-    """What the last call of streams left behind its output."""
+class History(TypedDict, total=False):
+    """The last inputs of the previous calls of streams."""
 
-    overlap: Tensor
+    history: Tensor
+    first: Tensor
     active: Tensor
 
 
@@ -51,7 +52,7 @@ class CausalConvTranspose1d(Protocol):
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, groups: int = 1,
         trim: tuple[int, int] = (0, 0), pre: str = "none", scales: Tensor | None = None,
-        overlap: Tensor | None = None, active: Tensor | None = None,
+        history: Tensor | None = None, first: Tensor | None = None, active: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 

@@ -25,7 +25,8 @@ class Input(ctypes.Structure):
     _fields_ = (
         ("x", pointer), ("dtype", integer), ("batch", long), ("length", long), ("channels", long),
         ("batch_step", long), ("step", long), ("left", long), ("right", long), ("pad_mode", integer),
-        ("history", pointer), ("history_step", long), ("first", pointer), ("active", pointer),
+        ("history", pointer), ("history_batch_step", long), ("history_step", long), ("first", pointer),
+        ("active", pointer),
     )  # fmt: skip
 
 
@@ -40,7 +41,7 @@ class Output(ctypes.Structure):
     _fields_ = (
         ("y", pointer), ("dtype", integer), ("row_step", long), ("bias", pointer), ("post", integer),
         ("scale", pointer), ("dequantize", pointer), ("residual", pointer), ("residual_dtype", integer),
-        ("residual_row_step", long), ("rows", long), ("tail", pointer),
+        ("residual_row_step", long),
     )  # fmt: skip
 
 
@@ -89,21 +90,13 @@ class ResblockCall(ctypes.Structure):
 
 class DepthwiseCall(ctypes.Structure):
     _fields_ = (
-        ("input", Input), ("weight", pointer), ("bias", pointer), ("output", Output), ("stride", long), ("taps", long),
+        ("input", Input), ("weight", pointer), ("bias", pointer), ("y", pointer), ("stride", long), ("taps", long),
         ("pre", integer), ("rows", long), ("threads", integer),
     )  # fmt: skip
 
 
 class AdvanceCall(ctypes.Structure):
     _fields_ = (("input", Input),)
-
-
-class OverlapCall(ctypes.Structure):
-    _fields_ = (
-        ("dtype", integer), ("y", pointer), ("tail", pointer), ("overlap", pointer), ("active", pointer),
-        ("batch", long), ("samples", long), ("tail_samples", long), ("outputs", long), ("length", long),
-        ("y_batch_step", long), ("y_step", long), ("overlap_step", long),
-    )  # fmt: skip
 
 
 class AttentionCall(ctypes.Structure):
@@ -129,11 +122,9 @@ class RvqDecodeCall(ctypes.Structure):
     )  # fmt: skip
 
 
-NO_TAIL = 2**62  # `rows` of an Output without a tail
 ENTRIES: dict[str, type[ctypes.Structure]] = {
     "conv": ConvCall, "resblock": ResblockCall, "depthwise": DepthwiseCall, "advance": AdvanceCall,
-    "overlap": OverlapCall, "attention": AttentionCall, "layer": LayerCall, "rvq_encode": RvqEncodeCall,
-    "rvq_decode": RvqDecodeCall,
+    "attention": AttentionCall, "layer": LayerCall, "rvq_encode": RvqEncodeCall, "rvq_decode": RvqDecodeCall,
 }  # fmt: skip
 ENUMERATIONS: dict[str, Iterable[str]] = {
     "Dtype": ("f32", "bf16"), "PadMode": PAD_MODES, "Activation": ACTIVATIONS, "Kind": KINDS,

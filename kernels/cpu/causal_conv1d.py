@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...runtime import layout
 from .._common import conv_length
-from ._abi import ACTIVATIONS, DTYPES, NO_TAIL, PAD_MODES, Input, Output
+from ._abi import ACTIVATIONS, DTYPES, PAD_MODES, Input, Output
 from ._native import native
 from ._pack import Panels, address, check_dtypes, panels
 
@@ -68,10 +68,12 @@ def input_of(
 
     If x holds some of the channels of a grouped convolution, `channel` is the index of its first one in the history.
     """
-    begin = None if history is None else history.data_ptr() + channel * pad[0] * history.element_size()
+    begin, steps = None, (0, 0)
+    if history is not None:
+        begin, steps = history.data_ptr() + channel * history.element_size(), history.stride()[:2]
     return Input(
         x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[2], x.shape[1], x.stride(0), x.stride(2), *pad,
-        PAD_MODES[pad_mode], begin, 0 if history is None else history.stride(0), address(first), address(active),
+        PAD_MODES[pad_mode], begin, *steps, address(first), address(active),
     )  # fmt: skip
 
 
@@ -80,5 +82,5 @@ def output_of(y: Tensor, weights: Panels, residual: Tensor | None = None) -> Out
     return Output(
         y.data_ptr(), DTYPES[y.dtype], y.stride(2), weights.structure.bias, 0, None,
         weights.structure.dequantize, address(residual),
-        DTYPES[y.dtype], 0 if residual is None else residual.stride(2), NO_TAIL, None,
+        DTYPES[y.dtype], 0 if residual is None else residual.stride(2),
     )  # fmt: skip

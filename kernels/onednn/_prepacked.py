@@ -153,7 +153,7 @@ def padded(
     pad: tuple[int, int],
     pad_mode: str = "constant",
     pre: str = "none",
-    history: Tensor | None = None,  # [B, C, pad[0]], mutated
+    history: Tensor | None = None,  # [B, pad[0], C], mutated
     first: Tensor | None = None,  # [B] bool
     active: Tensor | None = None,  # [B] bool
 ) -> Tensor:  # [B, C, pad[0] + T + pad[1]], activated, channels-last
@@ -169,8 +169,8 @@ def padded(
     if history is not None and left:
         assert first is not None and active is not None, "a history needs `first` and `active`"
         begins = first[:, None, None] & (pad_mode == "replicate")
-        y[..., :left] = torch.where(begins, x[..., :1], history)
-        history.copy_(torch.where(active[:, None, None], y[..., length : length + left], history))
+        y[..., :left] = torch.where(begins, x[..., :1], history.mT)
+        history.copy_(torch.where(active[:, None, None], y[..., length : length + left].mT, history))
         left = 0
     known = y[..., left : y.shape[2] - right]
     if left:

@@ -48,7 +48,7 @@ def test_whole(op, shape, length, pre, post):
 def test_chunks_equal_the_whole_and_masked_rows_stay(op, shape, mode):
     x, weight, bias, options, left = case(shape, 48)
     whole = op(x, weight, bias, pad=(left, 0), pad_mode=mode, pre="elu", **options)
-    history = torch.full((3, x.shape[1], left), float("nan"))  # to be replaced on the first call, or zero
+    history = torch.full((3, left, x.shape[1]), float("nan"))  # to be replaced on the first call, or zero
     if mode == "constant":
         history.zero_()
     active = torch.tensor([True, True, False])
@@ -61,7 +61,7 @@ def test_chunks_equal_the_whole_and_masked_rows_stay(op, shape, mode):
         )  # fmt: skip
     assert relative_error(torch.cat(pieces, dim=-1)[:2], whole[:2]) < 1e-6
     assert torch.equal(history[2], frozen) or bool(history[2].isnan().all() and frozen.isnan().all())
-    assert torch.equal(history[:2], x[:2, :, 48 - left :] if left else history[:2])
+    assert torch.equal(history[:2], x[:2, :, 48 - left :].mT)
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 9])
@@ -128,7 +128,7 @@ def test_many_streams_at_once(op, batch, sizes):
     """Batch rows share tiles, or take several; each has its own history, fresh rows their own first sample."""
     x, weight = noise(batch, 20, sum(sizes), seed=1), noise(30, 20, 3, seed=2)
     active = torch.arange(batch) % 3 != 1
-    history, kept = noise(batch, 20, 2, seed=3), noise(batch, 20, 2, seed=3)
+    history, kept = noise(batch, 2, 20, seed=3), noise(batch, 2, 20, seed=3)
     first, pieces, expected = torch.arange(batch) % 2 == 0, [], []
     for piece in x.split(sizes, dim=-1):
         options = {"pad": (2, 0), "pad_mode": "replicate", "first": first, "active": active}

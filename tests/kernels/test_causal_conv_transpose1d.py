@@ -19,6 +19,11 @@ def case(shape, length, batch=3):
     return x, weight, noise(c_out, seed=3), {"stride": stride, "groups": groups}, kernel - stride
 
 
+def empty_history(x, weight, stride):
+    """Zeros [B, taps - 1, C]: the inputs before the first one that contribute to its outputs."""
+    return x.new_zeros(x.shape[0], -(-weight.shape[2] // stride) - 1, x.shape[1])
+
+
 def overlap_add(x, weight, bias, stride, groups):
     """sum over t and k of weight[:, :, k] applied to x[:, :, t], at t * stride + k; outputs to stride * T + 1."""
     x, weight = x.double(), weight.double()
@@ -51,15 +56,16 @@ def test_whole(op, shape, length, left):
 def test_chunks_equal_the_whole_and_masked_rows_stay(op, shape):
     x, weight, bias, options, tail = case(shape, 12)
     whole = op(x, weight, bias, trim=(0, tail), pre="elu", **options)
-    overlap = torch.zeros(3, bias.shape[0], max(0, tail))
-    overlap[2] = 7.0
-    active = torch.tensor([True, True, False])
+    history = empty_history(x, weight, options["stride"])
+    history[2] = 7.0
+    active, first = torch.tensor([True, True, False]), torch.zeros(3, dtype=torch.bool)
     pieces = [
-        op(piece, weight, bias, pre="elu", overlap=overlap, active=active, **options)
+        op(piece, weight, bias, pre="elu", history=history, first=first, active=active, **options)
         for piece in x.split([1, 4, 2, 5], dim=-1)
     ]
     assert relative_error(torch.cat(pieces, dim=-1)[:2], whole[:2]) < 1e-6
-    assert (overlap[2] == 7.0).all()
+    assert (history[2] == 7.0).all()
+    assert torch.equal(history[:2], x[:2, :, 12 - history.shape[1] :].mT)
 
 
 @pytest.mark.slow
@@ -78,17 +84,18 @@ def test_the_models_shapes(op, c_in, c_out, stride, groups, dtype, length):
     assert_as_exact(op, reference, (x, weight, bias), longest=longest, trim=trim, **options)
 
     def streaming(f):
-        """The op with the overlap that it leaves behind its output."""
+        """The op on a chunk of a stream, whose history it replaces by the last inputs."""
 
-        def call(x, weight, bias, overlap):
-            overlap = overlap.clone()
-            y = f(x, weight, bias, overlap=overlap, active=torch.tensor([True]), **options)
-            return torch.cat([y, overlap], dim=-1)
+        def call(x, weight, bias, history):
+            kept, flags = history.clone(), {"first": torch.tensor([False]), "active": torch.tensor([True])}
+            y = f(x, weight, bias, history=kept, **flags, **options)
+            assert torch.equal(kept, torch.cat([history, x.mT], dim=1)[:, x.shape[2] :])
+            return y
 
         return call
 
-    overlap = noise(1, c_out, max(0, kernel - stride), seed=4).to(dtype)
-    assert_as_exact(streaming(op), streaming(reference), (x, weight, bias, overlap), longest=longest)
+    history = noise(*empty_history(x, weight, stride).shape, seed=4).to(dtype)
+    assert_as_exact(streaming(op), streaming(reference), (x, weight, bias, history), longest=longest)
 
 
 def test_nothing_in_nothing_out(op):
@@ -100,12 +107,12 @@ def test_nothing_in_nothing_out(op):
 def test_many_streams_at_once(op, batch, sizes, groups):
     x, weight = noise(batch, 20, sum(sizes), seed=1), noise(20, 20 // groups, 6, seed=2)
     active = torch.arange(batch) % 3 != 1
-    overlap, kept = noise(batch, 20, 4, seed=3), noise(batch, 20, 4, seed=3)
+    history, kept = noise(batch, 2, 20, seed=3), noise(batch, 2, 20, seed=3)
     for piece in x.split(sizes, dim=-1):
-        options = {"stride": 2, "groups": groups, "active": active}
-        mine = op(piece, weight, overlap=overlap, **options)
-        assert relative_error(mine, reference(piece, weight, overlap=kept, **options)) < 1e-6
-        assert relative_error(overlap, kept) < 1e-6
+        options = {"stride": 2, "groups": groups, "active": active, "first": active & False}
+        mine = op(piece, weight, history=history, **options)
+        assert relative_error(mine, reference(piece, weight, history=kept, **options)) < 1e-6
+        assert torch.equal(history, kept)
 
 
 def test_not_contiguous_input(op):

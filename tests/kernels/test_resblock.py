@@ -35,7 +35,7 @@ def test_chunks_equal_the_whole_and_masked_rows_stay(op, dilation, mode):
     weights, skip, left = case(dilation, True)
     options = {"dilation": dilation, "pad": (left, 0), "pad_mode": mode, **skip}
     whole = op(x, *weights, **options)
-    history = torch.zeros(3, 8, left)
+    history = torch.zeros(3, left, 8)
     history[2] = 7.0
     active, pieces = torch.tensor([True, True, False]), []
     for i, piece in enumerate(x.split([1, 9, 30], dim=-1)):
@@ -60,7 +60,7 @@ def test_the_models_shapes(op, channels, dtype):
 def test_many_streams_at_once(op, batch, sizes):
     x, (weights, _, left) = noise(batch, 8, sum(sizes), seed=9), case(3, False)
     active, first = torch.arange(batch) % 3 != 1, torch.arange(batch) % 2 == 0
-    history, kept = noise(batch, 8, left, seed=3), noise(batch, 8, left, seed=3)
+    history, kept = noise(batch, left, 8, seed=3), noise(batch, left, 8, seed=3)
     for piece in x.split(sizes, dim=-1):
         options = {"dilation": 3, "pad": (left, 0), "pad_mode": "replicate", "first": first, "active": active}
         mine = op(piece, *weights, history=history, **options)

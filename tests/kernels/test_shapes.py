@@ -34,11 +34,11 @@ WRONG: dict[str, tuple[str, type[Exception], str, Call]] = {
     ),
     "too short for streams": (
         "causal_conv1d", ValueError, r"must span the kernel's 5 samples, got 1 \+ 3",
-        lambda f: f(X[..., :1], noise(4, 4, 5), stride=2, pad=(3, 0), history=noise(2, 4, 3), **STATE),
+        lambda f: f(X[..., :1], noise(4, 4, 5), stride=2, pad=(3, 0), history=noise(2, 3, 4), **STATE),
     ),
     "history": (
-        "causal_conv1d", ValueError, r"history must be contiguous and \(2, 4, 2\), got \(2, 4, 1\)",
-        lambda f: f(X, noise(3, 4, 3), pad=(2, 0), history=noise(2, 4, 1), **STATE),
+        "causal_conv1d", ValueError, r"history must be contiguous and \(2, 2, 4\), got \(2, 1, 4\)",
+        lambda f: f(X, noise(3, 4, 3), pad=(2, 0), history=noise(2, 1, 4), **STATE),
     ),
     "upsampled channels": (
         "causal_conv_transpose1d", ValueError, "x must have the 5 channels of the weight, got 4",
@@ -56,9 +56,9 @@ WRONG: dict[str, tuple[str, type[Exception], str, Call]] = {
         "causal_conv_transpose1d", ValueError, r"trim must .* got \(-1, 0\)",
         lambda f: f(X, noise(4, 4, 4), stride=2, trim=(-1, 0)),
     ),
-    "overlap": (
-        "causal_conv_transpose1d", ValueError, "overlap must be",
-        lambda f: f(X, noise(4, 3, 4), stride=2, overlap=noise(2, 3, 1), active=ON),
+    "history of a transposed convolution": (
+        "causal_conv_transpose1d", ValueError, r"history must be contiguous and \(2, 1, 4\), got \(2, 2, 3\)",
+        lambda f: f(X, noise(4, 3, 4), stride=2, history=noise(2, 2, 3), **STATE),
     ),
     "unit": (
         "resblock", ValueError, "x must have the 5 channels of the weight, got 4",

@@ -16,7 +16,7 @@ def device(kind):
 
 def history(channels, length):
     flags = {"first": torch.tensor([True, False]), "active": torch.tensor([True, False])}
-    return {"history": noise(2, channels, length, seed=9), **flags}
+    return {"history": noise(2, length, channels, seed=9), **flags}
 
 
 def layer():
@@ -49,7 +49,6 @@ def cases():
         "cache_v": noise(2, 2, 4, 8, seed=2),
         "active": torch.tensor([True] * 2),
     }
-    overlap = {"overlap": noise(2, 5, 2), "active": torch.tensor([True, False])}
     codebooks, codes = noise(3, 16, 6), torch.randint(0, 16, (3, 7))
     pad = {"pad": [2, 0], "pad_mode": "replicate"}
     return [
@@ -60,8 +59,8 @@ def cases():
             history(6, 2),
         ),
         ("causal_conv1d", (x, noise(4, 6, 4), None, None), {"stride": 2, "pad": [2, 1]}, history(6, 2)),
-        ("causal_conv_transpose1d", (x, noise(6, 5, 4), noise(5)), {"stride": 2, "trim": [1, 1]}, overlap),
-        ("causal_conv_transpose1d", (noise(2, 5, 4), noise(5, 1, 4), None), {"stride": 2, "groups": 5}, overlap),
+        ("causal_conv_transpose1d", (x, noise(6, 5, 4), noise(5)), {"stride": 2, "trim": [1, 1]}, history(6, 1)),
+        ("causal_conv_transpose1d", (noise(2, 5, 4), noise(5, 1, 4), None), {"stride": 2, "groups": 5}, history(5, 1)),
         ("resblock", (x, *weights), pad, history(6, 2)),
         ("window_attention", (q, q, q, noise(4)), {"window": 4}, {"offset": torch.tensor([3, 0]), **ring}),
         ("transformer_layer", layer(), {"window": 4, "eps": 1e-5}, {"offset": torch.tensor([3, 0]), **ring}),

@@ -23,8 +23,8 @@ MIRRORED(struct, Input, {
   long batch, length, channels, batch_step, step;
   long left, right;  // padding, in samples
   int pad_mode;
-  void* history;  // [B, C, left], contiguous except for its batch step, or null
-  long history_step;
+  void* history;  // [B, left, C], channels contiguous, or null
+  long history_batch_step, history_step;
   const bool *first, *active;  // [B]
 });
 
@@ -37,21 +37,19 @@ INLINE void activate_row(T* to, const From* from, long channels, long padded, in
   for (; c < padded; c++) to[c] = T{};
 }
 
+// The history of batch row b at time i < 0
+template <class T>
+INLINE T* past(const Input& in, long b, long i) {
+  return (T*)in.history + b * in.history_batch_step + (i + in.left) * in.history_step;
+}
+
 // Writes the activated input at time i of batch row b, -left <= i < length + right: from x, the history or the padding.
 // With count > 1, also the rows that follow it; they must be in x, without gaps between rows in x and in `to`.
 template <class T, class From>
 void fill_row(T* to, const Input& in, long b, long i, int activation, long count, long padded) {
   const From* x = (const From*)in.x + b * in.batch_step;
-  if (i < 0 && in.history && !(in.pad_mode == REPLICATE && in.first[b])) {
-    const From* h = (const From*)in.history + b * in.history_step + i + in.left;
-    From column[W] = {};
-    for (long c = 0; c < padded; c += W) {
-      long count = min(W, in.channels - c);
-      for (long j = 0; j < count; j++) column[j] = h[(c + j) * in.left];
-      activate_row(to + c, column, max(0, count), min(W, padded - c), activation);
-    }
-    return;
-  }
+  if (i < 0 && in.history && !(in.pad_mode == REPLICATE && in.first[b]))
+    return activate_row(to, past<From>(in, b, i), in.channels, padded, activation);
   if (i < 0 || i >= in.length) {
     if (in.pad_mode == REPLICATE) i = i < 0 ? 0 : in.length - 1;
     if (in.pad_mode == REFLECT) {  // an input no longer than the padding is first extended with zeros
@@ -95,14 +93,11 @@ void advance_history(const Input& in) {
   for (long b = 0; b < in.batch; b++) {
     if (!in.active[b]) continue;
     const T* x = (const T*)in.x + b * in.batch_step;
-    T* history = (T*)in.history + b * in.history_step;
     bool replicate = in.pad_mode == REPLICATE && in.first[b];
-    for (long j = 0; j < in.left; j++) {
-      long t = in.length - in.left + j;
-      for (long c = 0; c < in.channels; c++) {
-        T* h = history + c * in.left;
-        h[j] = t >= 0 ? x[t * in.step + c] : replicate ? x[c] : h[j + in.length];
-      }
+    for (long i = -in.left; i < 0; i++) {
+      long t = i + in.length;  // the time in this call that is time i of the next one
+      const T* from = t >= 0 ? x + t * in.step : replicate ? x : past<T>(in, b, t);
+      memcpy((void*)past<T>(in, b, i), from, in.channels * sizeof(T));
     }
   }
 }
@@ -137,8 +132,6 @@ void run_conv(const Input& in, const Weights& w, Output out, long stride, long d
   long receptive_field = (w.taps - 1) * dilation + 1;
   auto output_at = [&](long b, long m) {
     Output o = out;
-    o.rows -= m;
-    if (o.tail) o.tail += b * (out_length - out.rows) * o.row_step;
     size_t size = o.dtype == F32 ? 4 : 2, residual_size = o.residual_dtype == F32 ? 4 : 2;
     o.y = (char*)o.y + (b * out_batch_step + m * o.row_step) * size;
     if (o.residual)
@@ -178,51 +171,23 @@ void run_conv(const Input& in, const Weights& w, Output out, long stride, long d
   }
 }
 
-// Overlap-add of a streaming transposed convolution: `overlap` [B, O, length], the tail of the previous call, is added
-// to the first `length` samples of y [B, T s, O]. The tail [B, rows, s, O] of this call, to which no bias has been
-// added, becomes the overlap of the active rows. Where y is shorter than the overlap, the rest is added to the tail.
+// Depthwise transposed convolution, outputs y [s, C] of time t in batch row b; weights and bias are fp32:
+//   y[j, c] = bias[c] + sum_tap weight[tap, j, c] x[t - taps + 1 + tap, c]
 template <class T>
-void overlap_add(T* y, float* tail, T* overlap, const bool* active, long batch, long samples, long tail_samples,
-                 long outputs, long length, long y_batch_step, long y_step, long overlap_step) {
-  for (long b = 0; b < batch; b++, y += y_batch_step, tail += tail_samples * outputs, overlap += overlap_step)
-    for (long o = 0; o < outputs; o++) {
-      for (long p = 0; p < length; p++) {
-        float before = to_float(overlap[o * length + p]);
-        T* sum = y + p * y_step + o;
-        if (p < samples)
-          store_partial(sum, load_partial(sum, 1) + before, 1);
-        else
-          tail[(p - samples) * outputs + o] += before;
-      }
-      if (!active[b]) continue;
-      for (long p = 0; p < length; p++) store_partial(overlap + o * length + p, broadcast(tail[p * outputs + o]), 1);
-    }
-}
-
-// Depthwise transposed convolution, output samples [t s, (t + 1) s) of batch row b; weights and bias are fp32:
-//   y[t s + j, c] = bias[c] + sum_tap weight[tap, j, c] x[t - taps + 1 + tap, c]
-template <class From>
-void depthwise_rows(const Input& in, const float* weight, const float* bias, Output out, long stride, long taps, long b,
+void depthwise_rows(const Input& in, const float* weight, const float* bias, T* y, long stride, long taps, long b,
                     long t, int pre) {
-  const From* x = (const From*)in.x + b * in.batch_step;
+  const T* x = (const T*)in.x + b * in.batch_step;
   for (long j = 0; j < stride; j++)
     for (long c = 0; c < in.channels; c += W) {
       long count = min(W, in.channels - c);
-      vf sum = (vf){};
+      vf sum = bias ? load_up_to(bias + c, count) : (vf){};
       for (long tap = 0; tap < taps; tap++) {
         long i = t - taps + 1 + tap;
-        if (i < 0 || i >= in.length) continue;
-        vf value = activate(load_up_to(x + i * in.step + c, count), pre);
+        if (i >= in.length || (i < 0 && !in.history)) continue;
+        vf value = activate(load_up_to((i < 0 ? past<T>(in, b, i) : x + i * in.step) + c, count), pre);
         sum += value * load_up_to(weight + (tap * stride + j) * in.channels + c, count);
       }
-      if (t < out.rows) {
-        if (bias) sum += load_up_to(bias + c, count);
-        long position = (t * stride + j) * in.channels + c;
-        store_up_to((From*)out.y + b * out.rows * stride * in.channels + position, sum, count);
-      } else {
-        long position = ((t - out.rows) * stride + j) * in.channels + c;
-        store_up_to(out.tail + b * (taps - 1) * stride * in.channels + position, sum, count);
-      }
+      store_up_to(y + j * in.channels + c, sum, count);
     }
 }
 

@@ -84,8 +84,6 @@ MIRRORED(struct, Output, {
   const void* residual = nullptr;
   int residual_dtype = F32;
   long residual_row_step = 0;
-  long rows = LONG_MAX;   // rows from this index on are written to `tail`, without bias, activation and residual
-  float* tail = nullptr;  // has the row step of y
 });
 
 #if defined(__AVX512BF16__)
@@ -177,7 +175,6 @@ INLINE void store_up_to(T* p, vf x, long count) {
 // Applies the epilogue to x, outputs [n, n + W) of row m, and stores the first `count` of them
 INLINE void apply_epilogue(vf x, const Output& out, long m, long n, long count) {
   if (out.dequantize) x *= load(out.dequantize + n);
-  if (m >= out.rows) return store_up_to(out.tail + (m - out.rows) * out.row_step + n, x, count);
   if (out.bias) x += load(out.bias + n);
   x = activate(x, out.post);
   if (out.scale) x *= load(out.scale + n);
@@ -211,7 +208,7 @@ INLINE void apply_epilogue_fp32(const vf (*sum)[2], long rows, const Output& out
 // compiled once and not again in each of the many instances of the micro-kernel, which call it once per tile.
 __attribute__((noinline)) void tile_epilogue(const vf (*sum)[2], long rows, const Output& out, long m, long n,
                                              long width) {
-  if (width - n >= P && out.bias && out.dtype == F32 && !out.scale && !out.dequantize && m + rows <= out.rows) {
+  if (width - n >= P && out.bias && out.dtype == F32 && !out.scale && !out.dequantize) {
     if (out.post == NONE && !out.residual) return apply_epilogue_fp32<NONE, false>(sum, rows, out, m, n);
     if (out.post == ELU && !out.residual) return apply_epilogue_fp32<ELU, false>(sum, rows, out, m, n);
     if (out.post == NONE && out.residual_dtype == F32) return apply_epilogue_fp32<NONE, true>(sum, rows, out, m, n);

@@ -37,7 +37,7 @@ MIRRORED(struct, ResblockCall, {
 MIRRORED(struct, DepthwiseCall, {
   Input input;
   const float *weight, *bias;
-  Output output;
+  void* y;
   long stride, taps;
   int pre;
   long rows;
@@ -45,15 +45,6 @@ MIRRORED(struct, DepthwiseCall, {
 });
 
 MIRRORED(struct, AdvanceCall, { Input input; });
-
-MIRRORED(struct, OverlapCall, {
-  int dtype;
-  void* y;
-  float* tail;
-  void* overlap;
-  const bool* active;
-  long batch, samples, tail_samples, outputs, length, y_batch_step, y_step, overlap_step;
-});
 
 MIRRORED(struct, AttentionCall, {
   Attention attention;
@@ -118,8 +109,8 @@ EXPORT const Declaration* JOIN(declarations, VARIANT)() {
   static constexpr Declaration table[] = {Dtype_ABI,         PadMode_ABI,       Activation_ABI,    Kind_ABI,
                                           Input_ABI,         Weights_ABI,       Output_ABI,        Attention_ABI,
                                           Linear_ABI,        Layer_ABI,         ConvCall_ABI,      ResblockCall_ABI,
-                                          DepthwiseCall_ABI, AdvanceCall_ABI,   OverlapCall_ABI,   AttentionCall_ABI,
-                                          LayerCall_ABI,     RvqEncodeCall_ABI, RvqDecodeCall_ABI, {}};
+                                          DepthwiseCall_ABI, AdvanceCall_ABI,   AttentionCall_ABI, LayerCall_ABI,
+                                          RvqEncodeCall_ABI, RvqDecodeCall_ABI, {}};
   return table;
 }
 
@@ -143,21 +134,13 @@ ENTRY(depthwise, DepthwiseCall) {
   with_dtype(call.input.dtype, [&](auto element) {
 #pragma omp parallel for num_threads(call.threads)
     for (long i = 0; i < call.input.batch * call.rows; i++)
-      depthwise_rows<decltype(element)>(call.input, call.weight, call.bias, call.output, call.stride, call.taps,
-                                        i / call.rows, i % call.rows, call.pre);
+      depthwise_rows(call.input, call.weight, call.bias, (decltype(element)*)call.y + i * call.stride * call.input.channels,
+                     call.stride, call.taps, i / call.rows, i % call.rows, call.pre);
   });
 }
 
 ENTRY(advance, AdvanceCall) {
   with_dtype(call.input.dtype, [&](auto element) { advance_history<decltype(element)>(call.input); });
-}
-
-ENTRY(overlap, OverlapCall) {
-  with_dtype(call.dtype, [&](auto element) {
-    typedef decltype(element) T;
-    overlap_add((T*)call.y, call.tail, (T*)call.overlap, call.active, call.batch, call.samples, call.tail_samples,
-                call.outputs, call.length, call.y_batch_step, call.y_step, call.overlap_step);
-  });
 }
 
 ENTRY(attention, AttentionCall) {
