@@ -1,6 +1,6 @@
-"""Reference for `causal_conv1d`: [activation ->] strided, dilated convolution + bias [-> activation] [+ residual].
+"""Reference for `causal_conv1d`: [activation ->] strided, dilated convolution + bias [+ residual] [-> activation].
 
-    y[b, o, t] = post( bias[o] + sum_{c, k} weight[o, c, k] * pre(x)[b, c, t * stride + k * dilation - pad_left] ) + r
+    y[b, o, t] = post( bias[o] + sum_{c, k} weight[o, c, k] * pre(x)[b, c, t * stride + k * dilation - pad_left] + r )
 
 `pre` and `post` are activations; r is the residual. When a whole signal is processed at once (offline), `pad` is the
 number of samples padded on the left and on the right. When streaming, the left padding is `history` [B, pad_left, C],
@@ -44,8 +44,7 @@ def causal_conv1d(
         x = pad1d(with_history(x, history, first, active, pad_mode), (0, pad[1]), pad_mode)
     with ieee_convolutions(x):
         y = F.conv1d(ACTIVATIONS[pre](x), weight, bias, stride=stride, dilation=dilation, groups=groups)
-    y = ACTIVATIONS[post](y)
-    return y if residual is None else y + residual
+    return ACTIVATIONS[post](y if residual is None else y + residual)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Reference for `resblock`, a SEANet residual unit: ELU, dilated convolution, ELU, 1 x 1 convolution, + skip.
+"""Reference for `resblock`, a SEANet residual unit: ELU, dilated convolution, ELU, 1 x 1 convolution, + skip [-> ELU].
 
 The skip connection is the input or, with `shortcut_weight`, a 1 x 1 convolution of it. Only the dilated convolution
 looks at earlier samples, so only it has a history. Follows transformers' `MimiResnetBlock` and moshi's
@@ -20,6 +20,7 @@ def resblock(
     dilation: int = 1,
     pad: tuple[int, int] = (0, 0),
     pad_mode: str = "constant",
+    post: str = "none",  # as in `causal_conv1d`: the next layer's activation
     shortcut_weight: Tensor | None = None,  # [C, C, 1]
     shortcut_bias: Tensor | None = None,
     scales: Tensor | None = None,  # [C / compress + C], of both weights: as in `causal_conv1d`
@@ -32,4 +33,4 @@ def resblock(
         x, weight1, bias1, dilation=dilation, pad=pad, pad_mode=pad_mode, pre="elu",
         history=history, first=first, active=active,
     )  # fmt: skip
-    return causal_conv1d(hidden, weight2, bias2, pre="elu", residual=skip)
+    return causal_conv1d(hidden, weight2, bias2, pre="elu", post=post, residual=skip)

@@ -1,13 +1,14 @@
 """SEANet, the convolutional encoder and decoder (arXiv 2009.02095 as in 2410.00037, section 3.3.1).
 
-Modules own parameters under transformers' names and know their paddings; the arithmetic is in the ops. Activations sit
-before the convolutions and are fused into them, which is why the numbering of `layers` has gaps.
+Modules own parameters under transformers' names and know their paddings; the arithmetic is in the ops. The activation
+between two layers is fused into the first of them, which applies it once per element (the second would once per tap);
+it keeps its number, which is why the numbering of `layers` has gaps.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,14 +95,14 @@ class CausalConv1d(StreamingModule, nn.Module):
 
     def __init__(
         self, config: MimiCodecConfig, channels: tuple[int, int], kernel_size: int, *, stride: int = 1,
-        dilation: int = 1, bias: bool = True, pad_mode: str | None = None, pre: str = "none", samples: int = 1,
+        dilation: int = 1, bias: bool = True, pad_mode: str | None = None, samples: int = 1,
     ):  # fmt: skip
         super().__init__()
         self.conv = nn.Conv1d(*channels, kernel_size, stride, dilation=dilation, bias=bias)
         total = (kernel_size - 1) * dilation + 1 - stride
         right = 0 if config.use_causal_conv else total // 2
         mode = pad_mode or config.pad_mode
-        self.around = Surroundings(total - right, right, stride, mode, pre=pre, samples=samples)
+        self.around = Surroundings(total - right, right, stride, mode, samples=samples)
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         return {self.name: (batch, self.around.left, self.conv.in_channels)}
@@ -114,15 +115,14 @@ class CausalConvTranspose1d(StreamingModule, nn.Module):
     """An upsampling transposed convolution, [B, C_in, T] -> [B, C_out, T * stride]; peer: `MimiConvTranspose1d`."""
 
     def __init__(
-        self, config: MimiCodecConfig, channels: tuple[int, int], stride: int, *, groups: int = 1, bias: bool = True,
-        pre: str = "none",
-    ):  # fmt: skip
+        self, config: MimiCodecConfig, channels: tuple[int, int], stride: int, *, groups: int = 1, bias: bool = True
+    ):
         super().__init__()
         self.conv = nn.ConvTranspose1d(*channels, 2 * stride, stride, groups=groups, bias=bias)
         total = stride  # kernel - stride
         right = math.ceil(total * config.trim_right_ratio) if config.use_causal_conv else total // 2
         self.trim = (total - right, right)
-        self.pre = pre
+        self.pre = "none"
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         return {self.name: (batch, 1, self.conv.in_channels)}
@@ -145,6 +145,7 @@ class ResBlock(nn.Module):
             }
         )
         self.shortcut = CausalConv1d(config, (dim, dim), 1) if config.use_conv_shortcut else None
+        self.post = "none"
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         first: Any = self.block["1"]
@@ -152,7 +153,7 @@ class ResBlock(nn.Module):
         shortcut = None if self.shortcut is None else self.shortcut.conv
         return context.ops.resblock(
             x, first.conv.weight, first.conv.bias, second.conv.weight, second.conv.bias,
-            dilation=first.conv.dilation[0], scales=scales_of(first.conv, second.conv),
+            dilation=first.conv.dilation[0], post=self.post, scales=scales_of(first.conv, second.conv),
             shortcut_weight=None if shortcut is None else shortcut.weight,
             shortcut_bias=None if shortcut is None else shortcut.bias,
             **first.around.padding(x, context, first.name),
@@ -170,9 +171,9 @@ class SeanetEncoder(nn.Module):
             layers += [
                 ResBlock(config, width, config.dilation_growth_rate**j) for j in range(config.num_residual_layers)
             ]
-            layers += [None, CausalConv1d(config, (width, 2 * width), 2 * ratio, stride=ratio, pre="elu", samples=hop)]
+            layers += [None, CausalConv1d(config, (width, 2 * width), 2 * ratio, stride=ratio, samples=hop)]
             width, hop = width * 2, hop * ratio
-        layers += [None, CausalConv1d(config, (width, config.hidden_size), config.last_kernel_size, pre="elu")]
+        layers += [None, CausalConv1d(config, (width, config.hidden_size), config.last_kernel_size)]
         self.layers = _numbered(layers)
         self.hop = hop
 
@@ -191,12 +192,12 @@ class SeanetDecoder(nn.Module):
         width = config.num_filters * 2 ** len(config.upsampling_ratios)
         layers: list[nn.Module | None] = [CausalConv1d(config, (config.hidden_size, width), config.kernel_size)]
         for ratio in config.upsampling_ratios:
-            layers += [None, CausalConvTranspose1d(config, (width, width // 2), ratio, pre="elu")]
+            layers += [None, CausalConvTranspose1d(config, (width, width // 2), ratio)]
             width //= 2
             layers += [
                 ResBlock(config, width, config.dilation_growth_rate**j) for j in range(config.num_residual_layers)
             ]
-        layers += [None, CausalConv1d(config, (width, config.audio_channels), config.last_kernel_size, pre="elu")]
+        layers += [None, CausalConv1d(config, (width, config.audio_channels), config.last_kernel_size)]
         self.layers = _numbered(layers)
         self.ratio = config.upsampling_ratios[0]  # of the slow layers
 
@@ -242,5 +243,18 @@ def fill_tail(x: Tensor, lengths: Tensor, pad_mode: str) -> Tensor:
 
 
 def _numbered(layers: list[nn.Module | None]) -> nn.ModuleDict:
-    """Layers under their index; None holds the number of an activation that is fused into the next layer."""
+    """Layers under their index; None stands for an ELU, which is fused into the layer before it.
+
+    A transposed convolution, which is there only without residual units, has none: then it is in the layer after it.
+    """
+    for before, activation, after in zip(layers, layers[1:], layers[2:], strict=False):
+        if activation is None:
+            if isinstance(before, CausalConv1d):
+                before.around = replace(before.around, post="elu")
+            elif isinstance(before, ResBlock):
+                before.post = "elu"
+            elif isinstance(after, CausalConv1d):
+                after.around = replace(after.around, pre="elu")
+            else:
+                after.pre = "elu"
     return nn.ModuleDict({str(i): layer for i, layer in enumerate(layers) if layer is not None})

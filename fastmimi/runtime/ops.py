@@ -165,7 +165,7 @@ _RINGS = "Tensor offset, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor active"
 _HISTORY = "Tensor(a!) history, Tensor first, Tensor active"
 OPS: dict[str, Op] = {
     "causal_conv1d": Op(
-        "[activation ->] causal, dilated, strided convolution + bias [-> activation] [+ residual]",
+        "[activation ->] causal, dilated, strided convolution + bias [+ residual] [-> activation]",
         "Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? scales=None",
         "int stride=1, int dilation=1, int groups=1, SymInt[2] pad=[0, 0], str pad_mode='constant', "
         "str pre='none', str post='none'",
@@ -182,10 +182,10 @@ OPS: dict[str, Op] = {
         _conv_transpose_flops,
     ),
     "resblock": Op(
-        "a SEANet residual unit: ELU, conv k3, ELU, conv k1, + input",
+        "a SEANet residual unit: ELU, conv k3, ELU, conv k1, + input [-> activation]",
         "Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
         "Tensor? shortcut_weight=None, Tensor? shortcut_bias=None, Tensor? scales=None",
-        "int dilation=1, SymInt[2] pad=[0, 0], str pad_mode='constant'",
+        "int dilation=1, SymInt[2] pad=[0, 0], str pad_mode='constant', str post='none'",
         _HISTORY,
         _resblock,
         _resblock_flops,

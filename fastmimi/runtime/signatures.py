@@ -59,9 +59,9 @@ class CausalConvTranspose1d(Protocol):
 class Resblock(Protocol):
     def __call__(
         self, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, dilation: int = 1,
-        pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", shortcut_weight: Tensor | None = None,
-        shortcut_bias: Tensor | None = None, scales: Tensor | None = None, history: Tensor | None = None,
-        first: Tensor | None = None, active: Tensor | None = None,
+        pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", post: str = "none",
+        shortcut_weight: Tensor | None = None, shortcut_bias: Tensor | None = None, scales: Tensor | None = None,
+        history: Tensor | None = None, first: Tensor | None = None, active: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def causal_conv_transpose1d(
     """As in the reference; the result is channels-last."""
     check_dtypes(x, weight, history)
     total = conv_transpose_length(x, weight, bias, stride, groups, trim, history)
-    (channels, per_group, kernel), taps = weight.shape, taps_of(weight.shape[2], stride)
+    (channels, per_group, _), taps = weight.shape, taps_of(weight.shape[2], stride)
     out, begin, threads = per_group * groups, 0 if history is not None else trim[0], torch.get_num_threads()
     x = layout.channels_last(x)
     batch, _, length = x.shape

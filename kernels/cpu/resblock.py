@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...runtime import layout
 from .._common import check_resblock
+from ._abi import ACTIVATIONS
 from ._native import native
 from ._pack import check_dtypes, panels
 from .causal_conv1d import by_taps, causal_conv1d, input_of, output_of
@@ -19,9 +20,9 @@ from .causal_conv1d import by_taps, causal_conv1d, input_of, output_of
 
 def resblock(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, dilation: int = 1,
-    pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", shortcut_weight: Tensor | None = None,
-    shortcut_bias: Tensor | None = None, scales: Tensor | None = None, history: Tensor | None = None,
-    first: Tensor | None = None, active: Tensor | None = None,
+    pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", post: str = "none",
+    shortcut_weight: Tensor | None = None, shortcut_bias: Tensor | None = None, scales: Tensor | None = None,
+    history: Tensor | None = None, first: Tensor | None = None, active: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference; the result is channels-last."""
     check_dtypes(x, weight1, weight2, history)
@@ -37,8 +38,10 @@ def resblock(
         hidden, outputs = (panels(w, b, None, "by taps", by_taps) for w, b in ((weight1, bias1), (weight2, bias2)))
     native().keep(x, hidden, outputs, skip, y)
     source = input_of(x, pad, pad_mode, history, first, active)
+    target = output_of(y, outputs, skip)
+    target.post = ACTIVATIONS[post]
     native().resblock(
-        source, hidden.structure, outputs.structure, output_of(y, outputs, skip), hidden.kind, dilation, y.shape[2],
+        source, hidden.structure, outputs.structure, target, hidden.kind, dilation, y.shape[2],
         y.stride(0), skip.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     if history is not None and pad[0]:

@@ -24,7 +24,4 @@ def causal_conv1d(
     if not x.shape[0]:
         return layout.empty_channels_last(x, len(weight), length)
     residual = None if residual is None else residual.expand(x.shape[0], len(weight), length)
-    fused = residual if post == "none" else None
-    y = conv(x, weight, bias, stride=stride, dilation=dilation, groups=groups, residual=fused)
-    y = IN_PLACE[post](y)
-    return y if residual is None or residual is fused else y + residual
+    return IN_PLACE[post](conv(x, weight, bias, stride=stride, dilation=dilation, groups=groups, residual=residual))

@@ -2,9 +2,9 @@
 
     y[t s + j, o] = bias[o] + sum_{tap, c} w[c, o, j + (taps - 1 - tap) s] x[t - taps + 1 + tap, c],  taps = ceil(K / s)
 
-There is no overlap-add; streams keep the last taps - 1 inputs, as for any convolution. For one step of the decoder's first transposed convolution (1024 to
-512 channels, kernel 16, stride 8, two positions), PyTorch's own operation took 13 ms and this takes 1.1 ms, on 2 cores
-of an AMD EPYC of the Zen 4 generation.
+There is no overlap-add; streams keep the last taps - 1 inputs, as for any convolution. For one step of the decoder's
+first transposed convolution (1024 to 512 channels, kernel 16, stride 8, two positions), PyTorch's own operation took 13
+ms and this takes 1.1 ms, on 2 cores of an AMD EPYC of the Zen 4 generation.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from .causal_conv1d import causal_conv1d
 
 def resblock(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, dilation: int = 1,
-    pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", shortcut_weight: Tensor | None = None,
-    shortcut_bias: Tensor | None = None, scales: Tensor | None = None, history: Tensor | None = None,
-    first: Tensor | None = None, active: Tensor | None = None,
+    pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", post: str = "none",
+    shortcut_weight: Tensor | None = None, shortcut_bias: Tensor | None = None, scales: Tensor | None = None,
+    history: Tensor | None = None, first: Tensor | None = None, active: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference; the result is channels-last."""
     check_resblock(x, weight1, bias1, weight2, bias2, dilation, pad, history)
@@ -24,4 +24,4 @@ def resblock(
         x, weight1, bias1, dilation=dilation, pad=pad, pad_mode=pad_mode, pre="elu",
         history=history, first=first, active=active,
     )  # fmt: skip
-    return causal_conv1d(IN_PLACE["elu"](hidden), weight2, bias2, residual=skip)
+    return causal_conv1d(IN_PLACE["elu"](hidden), weight2, bias2, residual=skip, post=post)

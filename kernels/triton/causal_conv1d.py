@@ -1,9 +1,12 @@
-"""Triton kernel for `causal_conv1d`: activation, convolution, bias, activation and residual in one launch.
+"""Triton kernel for `causal_conv1d`: activation, convolution, bias, residual and activation in one launch.
 
-    y[b, t, o] = post(bias[o] + sum_{k, c} w[o, k, c] * pre(x)[b, t * stride + k * dilation - pad, c]) + r[b, t, o]
+    y[b, t, o] = post(bias[o] + sum_{k, c} w[o, k, c] * pre(x)[b, t * stride + k * dilation - pad, c] + r[b, t, o])
 
 The sum is computed by `_conv.convolve`. When streaming, the same launch also reads the history, and the last program of
 each group of batch rows to arrive updates it.
+
+`post` is applied once per element; `pre` once per element, tap and tile of outputs, which takes longer than the product
+itself. So the models ask for the activation where its input is made.
 
 Memory traffic, computed and not measured: the first strided convolution of the encoder (64 to 128 channels, stride 4)
 reads x and writes y, which is half as large, 1.5 tensors of the size of x. With padding and activation as separate
@@ -15,6 +18,7 @@ The output is channels-last; an input that is not is copied. Groups are launched
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,40 +41,59 @@ from ._conv import (
 
 @triton.jit(do_not_specialize=LENGTHS)
 def causal_conv1d_fwd_kernel(
-    p_x, p_w, p_bias, p_residual, p_history, p_first, p_active, p_arrivals, p_y,
-    B, T, T_out, C, O, K, stride, dilation, pad, mirror, seg, per_tile,
-    sx_b, sx_t, sr_b, sr_t, sy_b, sy_t, sh_b,
+    p_x, p_w, p_bias, p_residual, p_history, p_first, p_active, p_arrivals, p_sums, p_y,
+    B, T, T_out, C, O, K, stride, dilation, pad, mirror, seg, per_tile, groups,
+    sx_b, sx_t, sr_b, sr_t, sy_b, sy_t, sh_b, sh_t,
     PRE: tl.constexpr, POST: tl.constexpr, MODE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    STREAM: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    STREAM: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = p_y.dtype.element_ty
     columns = tl.cdiv(O, BLOCK_O)
-    tile = tl.program_id(0) // columns
-    o = (tl.program_id(0) % columns) * BLOCK_O + tl.arange(0, BLOCK_O)
-    b, t, m_row, group = rows_of(tile, B, T_out, seg, per_tile, BLOCK_T)
+    part = tl.program_id(0) // SPLITS  # of the output
+    split = tl.program_id(0) % SPLITS
+    o = (part % columns) * BLOCK_O + tl.arange(0, BLOCK_O)
+    b, t, m_row, group = rows_of(part // columns, B, T_out, seg, per_tile, 0, BLOCK_T)
     fresh = m_row
     if STREAM and MODE == "replicate":
         fresh = tl.load(p_first + b, mask=m_row, other=0) != 0
+    r_start = 0
+    r_stop = K * C
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(K * C, BLOCK_R), SPLITS) * BLOCK_R
+        r_start = split * share
+        r_stop = tl.minimum(r_start + share, K * C)
     acc = convolve(
-        p_x, p_history, p_w, b, t, m_row, fresh, o,
-        T, C, O, K, stride, dilation, pad, mirror, sx_b, sx_t, sh_b,
-        PRE, MODE, STREAM, BLOCK_T, BLOCK_O, BLOCK_C, TAPS, PRECISION,
+        p_x, p_history, p_w, b, t, m_row, fresh, o, r_start, r_stop,
+        T, C, O, K, stride, dilation, pad, mirror, sx_b, sx_t, sh_b, sh_t,
+        PRE, MODE, STREAM, FLAT, EVEN, BLOCK_T, BLOCK_O, BLOCK_R, PRECISION,
     )  # fmt: skip
+    if SPLITS > 1:
+        i = tl.arange(0, BLOCK_T)[:, None] * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
+        p_sum = p_sums + part.to(tl.int64) * (SPLITS * BLOCK_T * BLOCK_O) + i
+        tl.store(p_sum + split * (BLOCK_T * BLOCK_O), acc)
+        tl.debug_barrier()  # all threads have stored their sums
+        p_arrived = p_arrivals + groups + part
+        if tl.atomic_add(p_arrived, 1, sem="acq_rel") < SPLITS - 1:
+            return
+        tl.store(p_arrived, 0)
+        acc = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+        for s in range(SPLITS):
+            acc += tl.load(p_sum + s * (BLOCK_T * BLOCK_O), cache_modifier=".cg")
     m_o = o < O
     m_y = m_row[:, None] & m_o[None, :]
     if BIAS:
         acc += tl.load(p_bias + o, mask=m_o, other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, POST, dtype == tl.float32)
     t64 = t.to(tl.int64)
     if RESIDUAL:
         p_r = p_residual + (b * sr_b + t64 * sr_t)[:, None] + o[None, :]
         acc += tl.load(p_r, mask=m_y, other=0.0).to(tl.float32)
+    acc = activate(acc, POST, dtype == tl.float32)
     tl.store(p_y + (b * sy_b + t64 * sy_t)[:, None] + o[None, :], acc.to(dtype), mask=m_y)
     if STREAM:
         advance_history(
-            p_x, p_history, p_first, p_active, p_arrivals, tile, group, tl.cdiv(T_out, seg) * columns, B, per_tile,
-            T, C, pad, sx_b, sx_t, sh_b, MODE, 64, BLOCK_P,
+            p_x, p_history, p_first, p_active, p_arrivals, group, tl.cdiv(T_out, seg) * columns, B, per_tile,
+            T, C, pad, sx_b, sx_t, sh_b, sh_t, MODE, 1024,
         )  # fmt: skip
 
 
@@ -89,28 +112,36 @@ def causal_conv1d(
     for g in range(groups):
         px, pw, pb, pr, ph, py = (
             t if t is None or groups == 1 else t.chunk(groups, dim)[g]
-            for t, dim in ((x, 1), (weight, 0), (bias, 0), (residual, 1), (history, 1), (y, 1))
+            for t, dim in ((x, 1), (weight, 0), (bias, 0), (residual, 1), (history, 2), (y, 1))
         )
-        _launch_group(px, pw, pb, pr, ph, first, active, py, stride, dilation, pad, pad_mode, pre, post)
+        launch_group(px, by_taps(pw), pb, pr, ph, first, active, py, stride, dilation, pad, pad_mode, pre, post)
     return y
 
 
-def _launch_group(x, weight, bias, residual, history, first, active, y, stride, dilation, pad, pad_mode, pre, post):
-    """Compute one group into its channels of y."""
-    (batch, channels, length), (out, _, kernel), total = x.shape, weight.shape, y.shape[2]
-    weight = by_taps(weight)
+def launch_group(
+    x, weight, bias, residual, history, first, active, y, stride=1, dilation=1, pad=(0, 0), pad_mode="constant",
+    pre="none", post="none",
+):  # fmt: skip
+    """Compute one group into its channels of y; the weight is [C_out, K, C]."""
+    (batch, channels, length), (out, kernel, _), total = x.shape, weight.shape, y.shape[2]
     stream = history is not None and pad[0] > 0
-    tile = blocks(batch * total, channels, out, kernel, x, stream)
+    tile = blocks(batch * total, channels, out, kernel, x)
     seg, per_tile, groups_of_rows, tiles = segments(batch, total, tile["BLOCK_T"])
-    r = y if residual is None else residual
+    parts, splits = groups_of_rows * tiles * triton.cdiv(out, tile["BLOCK_O"]), tile["SPLITS"]
+    r, sums = y if residual is None else residual, x
     h, f, a = (history, first, active) if stream else (x, x, x)
-    counters = _launch.arrivals(x, groups_of_rows) if stream else x
+    counters = _launch.arrivals(x, groups_of_rows + parts) if stream or splits > 1 else x
+    if splits > 1:
+        sums = x.new_empty(parts, splits, tile["BLOCK_T"], tile["BLOCK_O"], dtype=torch.float32)
+    h_t = h.stride(1) if stream else 0
+    flat = (dilation == 1 or kernel == 1) and pad_mode == "constant" and x.stride(2) == channels
     _launch.launch(
-        "causal_conv1d", causal_conv1d_fwd_kernel, (groups_of_rows * tiles * triton.cdiv(out, tile["BLOCK_O"]),),
-        x, weight, weight if bias is None else bias, r, h, f, a, counters, y,
+        "causal_conv1d", causal_conv1d_fwd_kernel, (parts * splits,),
+        x, weight, weight if bias is None else bias, r, h, f, a, counters, sums, y,
         batch, length, total, channels, out, kernel, stride, dilation, pad[0],
-        mirrored_length(length, pad, pad_mode), seg, per_tile,
-        x.stride(0), x.stride(2), r.stride(0), r.stride(2), y.stride(0), y.stride(2), h.stride(0),
+        mirrored_length(length, pad, pad_mode), seg, per_tile, groups_of_rows,
+        x.stride(0), x.stride(2), r.stride(0), r.stride(2), y.stride(0), y.stride(2), h.stride(0), h_t,
         PRE=pre, POST=post, MODE=pad_mode, BIAS=bias is not None, RESIDUAL=residual is not None, STREAM=stream,
-        BLOCK_P=triton.next_power_of_2(pad[0]) if stream else 1, PRECISION=_launch.precision(x), **tile,
+        FLAT=flat and (not stream or h_t == channels), EVEN=channels % tile["BLOCK_R"] == 0,
+        PRECISION=_launch.precision(x), **tile,
     )  # fmt: skip

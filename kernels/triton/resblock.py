@@ -16,11 +16,15 @@ computed and not measured:
 At 16 kFLOP per sample it computes 0.39 GFLOP, 64 FLOP per byte: a fifth of the ratio of arithmetic to memory bandwidth
 of an H100 by its data sheet (990 TFLOP/s to 3.35 TB/s). So it is limited by bandwidth.
 
+Each element is loaded and activated once. The products of a tile with the three taps have a row for each time of the
+tile; those of earlier taps are moved down by one and two times the dilation and added. So a tile needs the times before
+its own, HALO = 2 * dilation rows that it computes and discards (of 128; a history stands for them in streams).
+
 Fusing the strided convolution that follows would halve the traffic of the pair once more. But with a window of
 2 * stride samples each tile would compute rows of its neighbour again, and the wider accumulators would make the tiles
 shorter. It is left out until this kernel has been measured, as is the fusion with the transposed convolution before the
-unit in the decoder. With more than `WIDEST` hidden channels, where arithmetic is the limit, the accumulator would spill
-registers: `causal_conv1d` is launched twice instead.
+unit in the decoder. With more than `WIDEST` hidden channels, where arithmetic is the limit, the accumulators would
+spill registers: `causal_conv1d` is launched twice instead, as for other kernels and for padding on the right.
 
 A `shortcut` convolution (Mimi has none) is a launch of its own, whose result is added instead of x.
 """
@@ -38,111 +42,138 @@ from ...runtime import layout
 from .._common import check_resblock
 from . import _launch
 from ._conv import (
+    FEW_ROWS,
     LENGTHS,
     activate,
     advance_history,
     by_taps,
-    convolve,
     mirrored_length,
     rows_of,
     segments,
+    time_in_signal,
 )
 from .causal_conv1d import causal_conv1d
 
-WIDEST = {torch.float32: 64, torch.float16: 256, torch.bfloat16: 256}  # hidden channels that fit in registers
+TAPS = 3  # of the kernel below
+WIDEST = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # hidden channels that fit in registers
+
+
+@triton.jit
+def moved_down(x, rows, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Row i of the result is row i - rows of x [BLOCK_T, BLOCK_H]; the first ones are arbitrary."""
+    i = tl.maximum(tl.arange(0, BLOCK_T) - rows, 0)
+    return tl.gather(x, tl.broadcast_to(i[:, None], [BLOCK_T, BLOCK_H]), axis=0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def resblock_fwd_kernel(
     p_x, p_w1, p_b1, p_w2, p_b2, p_skip, p_history, p_first, p_active, p_arrivals, p_y,
-    B, T, C, H, K, dilation, pad, mirror, seg, per_tile,
-    sx_b, sx_t, ss_b, ss_t, sy_b, sy_t, sh_b,
-    MODE: tl.constexpr, STREAM: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    B, T, C, H, dilation, pad, mirror, seg, per_tile, sx_b, sx_t, ss_b, ss_t, sy_b, sy_t, sh_b,
+    POST: tl.constexpr, MODE: tl.constexpr, STREAM: tl.constexpr, ONCE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """ONCE: x is the skip and its channels are one block, so that it is loaded once."""
     dtype: tl.constexpr = p_y.dtype.element_ty
     FINE: tl.constexpr = dtype == tl.float32
     tile = tl.program_id(0)
-    b, t, m_row, group = rows_of(tile, B, T, seg, per_tile, BLOCK_T)
+    b, t, m_row, group = rows_of(tile, B, T, seg, per_tile, pad, BLOCK_T)
     fresh = m_row
     if STREAM and MODE == "replicate":
         fresh = tl.load(p_first + b, mask=m_row, other=0) != 0
+    time = time_in_signal(t, T, mirror, fresh, MODE)
+    p_rows = p_x + b * sx_b + time.to(tl.int64) * sx_t
+    m_x = m_row & (time < T)
+    if STREAM:
+        p_rows = tl.where(time < 0, p_history + b * sh_b + (pad + time) * C, p_rows)
+    else:
+        m_x = m_x & (time >= 0)
     h = tl.arange(0, BLOCK_H)
-    acc = convolve(
-        p_x, p_history, p_w1, b, t, m_row, fresh, h,
-        T, C, H, K, 1, dilation, pad, mirror, sx_b, sx_t, sh_b,
-        "elu", MODE, STREAM, BLOCK_T, BLOCK_H, BLOCK_C, TAPS, PRECISION,
-    )  # fmt: skip
-    acc += tl.load(p_b1 + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
-    b_h = activate(acc, "elu", FINE).to(dtype)  # [BLOCK_T, BLOCK_H]
+    m_h = (h < H)[:, None]
+    p_weights = p_w1 + (h * (3 * C))[:, None]  # [H, 3, C]
+    first = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
+    second = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
+    third = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
+    c = tl.arange(0, BLOCK_C)
+    b_x = tl.zeros([BLOCK_T, BLOCK_C], dtype=dtype)
+    for c0 in range(0, 1 if ONCE else C, BLOCK_C):
+        m_c = (c0 + c < C)[None, :]
+        b_x = tl.load(p_rows[:, None] + (c0 + c)[None, :], mask=m_x[:, None] & m_c, other=0.0)
+        b_e = activate(b_x.to(tl.float32), "elu", FINE).to(dtype)
+        p_w = p_weights + (c0 + c)[None, :]
+        first = tl.dot(b_e, tl.trans(tl.load(p_w, mask=m_h & m_c, other=0.0)), first, input_precision=PRECISION)
+        second = tl.dot(b_e, tl.trans(tl.load(p_w + C, mask=m_h & m_c, other=0.0)), second, input_precision=PRECISION)
+        third = tl.dot(b_e, tl.trans(tl.load(p_w + 2 * C, mask=m_h & m_c, other=0.0)), third, input_precision=PRECISION)
+    third += moved_down(second, dilation, BLOCK_T, BLOCK_H) + moved_down(first, 2 * dilation, BLOCK_T, BLOCK_H)
+    third += tl.load(p_b1 + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    b_h = activate(third, "elu", FINE).to(dtype)  # [BLOCK_T, BLOCK_H]
+    m_row = m_row & (tl.arange(0, BLOCK_T) % (seg + pad) >= pad)
     t64 = t.to(tl.int64)
     p_skips = p_skip + b * ss_b + t64 * ss_t
-    p_rows = p_y + b * sy_b + t64 * sy_t
-    for o0 in range(0, C, BLOCK_O):
-        o = o0 + tl.arange(0, BLOCK_O)
+    p_results = p_y + b * sy_b + t64 * sy_t
+    for c0 in range(0, 1 if ONCE else C, BLOCK_C):
+        o = c0 + c
         m_o = o < C
         m_y = m_row[:, None] & m_o[None, :]
         b_w = tl.load(p_w2 + o[:, None] * H + h[None, :], mask=m_o[:, None] & (h < H)[None, :], other=0.0)
-        b_y = tl.load(p_skips[:, None] + o[None, :], mask=m_y, other=0.0).to(tl.float32)
+        if ONCE:
+            b_y = b_x.to(tl.float32)
+        else:
+            b_y = tl.load(p_skips[:, None] + o[None, :], mask=m_y, other=0.0).to(tl.float32)
         b_y += tl.load(p_b2 + o, mask=m_o, other=0.0).to(tl.float32)[None, :]
         b_y = tl.dot(b_h, tl.trans(b_w), b_y, input_precision=PRECISION)
-        tl.store(p_rows[:, None] + o[None, :], b_y.to(dtype), mask=m_y)
+        tl.store(p_results[:, None] + o[None, :], activate(b_y, POST, FINE).to(dtype), mask=m_y)
     if STREAM:
         advance_history(
-            p_x, p_history, p_first, p_active, p_arrivals, tile, group, tl.cdiv(T, seg), B, per_tile,
-            T, C, pad, sx_b, sx_t, sh_b, MODE, 64, BLOCK_P,
+            p_x, p_history, p_first, p_active, p_arrivals, group, tl.cdiv(T, seg), B, per_tile,
+            T, C, pad, sx_b, sx_t, sh_b, C, MODE, 1024,
         )  # fmt: skip
 
 
 def resblock(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, dilation: int = 1,
-    pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", shortcut_weight: Tensor | None = None,
-    shortcut_bias: Tensor | None = None, scales: Tensor | None = None, history: Tensor | None = None,
-    first: Tensor | None = None, active: Tensor | None = None,
+    pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", post: str = "none",
+    shortcut_weight: Tensor | None = None, shortcut_bias: Tensor | None = None, scales: Tensor | None = None,
+    history: Tensor | None = None, first: Tensor | None = None, active: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference; the result is channels-last."""
     check_resblock(x, weight1, bias1, weight2, bias2, dilation, pad, history)
     (batch, channels, length), (hidden, _, kernel) = x.shape, weight1.shape
     x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
-    if hidden > WIDEST[x.dtype]:
+    tile = _blocks(batch * length, channels, hidden, x)
+    halo = (TAPS - 1) * dilation
+    if kernel != TAPS or tuple(pad) != (halo, 0) or halo > tile["BLOCK_T"] // 2 or hidden > WIDEST[x.dtype]:
         hidden_channels = causal_conv1d(
             x, weight1, bias1, dilation=dilation, pad=pad, pad_mode=pad_mode, pre="elu", post="elu",
             history=history, first=first, active=active,
         )  # fmt: skip
-        return causal_conv1d(hidden_channels, weight2, bias2, residual=skip)
+        return causal_conv1d(hidden_channels, weight2, bias2, residual=skip, post=post)
     y = layout.empty_channels_last(x, channels, length)
     if not batch:
         return y
-    stream = history is not None and pad[0] > 0
-    tile = _blocks(batch * length, channels, hidden, kernel, x, stream)
-    seg, per_tile, groups, tiles = segments(batch, length, tile["BLOCK_T"])
+    seg, per_tile, groups, tiles = segments(batch, length, tile["BLOCK_T"], halo)
+    stream = history is not None
     h: Any = history if stream else x
     f, a = (first, active) if stream else (x, x)
     _launch.launch(
         "resblock", resblock_fwd_kernel, (groups * tiles,),
         x, by_taps(weight1), bias1, weight2.contiguous(), bias2, skip, h, f, a,
         _launch.arrivals(x, groups) if stream else x, y,
-        batch, length, channels, hidden, kernel, dilation, pad[0], mirrored_length(length, pad, pad_mode),
-        seg, per_tile,
+        batch, length, channels, hidden, dilation, halo, mirrored_length(length, pad, pad_mode), seg, per_tile,
         x.stride(0), x.stride(2), skip.stride(0), skip.stride(2), y.stride(0), y.stride(2), h.stride(0),
-        MODE=pad_mode, STREAM=stream, BLOCK_P=triton.next_power_of_2(pad[0]) if stream else 1,
+        POST=post, MODE=pad_mode, STREAM=stream, ONCE=skip is x and tile["BLOCK_C"] >= channels,
         PRECISION=_launch.precision(x), **tile,
     )  # fmt: skip
     return y
 
 
-def _blocks(rows: int, channels: int, hidden: int, kernel: int, x: Tensor, stream: bool) -> dict[str, int]:
+def _blocks(rows: int, channels: int, hidden: int, x: Tensor) -> dict[str, int]:
     """Block sizes, warps and pipeline stages for `rows` = B * T rows."""
     fp32 = x.dtype == torch.float32
-    reduction = 32 if fp32 else 64  # as in `_conv.blocks`
     block_h = max(16, triton.next_power_of_2(hidden))
-    block_c = min(reduction, triton.next_power_of_2(channels))
-    taps = min(reduction // block_c, max(triton.next_power_of_2(kernel), 16 // block_c))
-    block_t = 16 if rows <= 64 else 64 if fp32 or stream or block_h > 64 else 128
+    block_t = 16 if rows <= FEW_ROWS else 64 if fp32 or block_h > 64 else 128
     return {
-        "BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_C": block_c, "TAPS": taps,
-        "BLOCK_O": min(32 if fp32 else 64, max(16, triton.next_power_of_2(channels))),
-        "num_warps": 8 if block_h > 32 and rows > 64 else 4, "num_stages": 2,
+        "BLOCK_T": block_t, "BLOCK_H": block_h,
+        "BLOCK_C": min(32 if fp32 else 64, max(16, triton.next_power_of_2(channels))),
+        "num_warps": 8 if block_h > 32 and rows > FEW_ROWS else 4, "num_stages": 2,
     }  # fmt: skip

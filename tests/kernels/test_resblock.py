@@ -25,7 +25,9 @@ def test_whole(op, dilation, shortcut, length):
     hidden = F.conv1d(F.pad(F.elu(wide), (left, 0)), w1, b1, dilation=dilation)
     truth = F.conv1d(F.elu(hidden), w2, b2)
     truth += F.conv1d(wide, *(t.double() for t in skip.values())) if shortcut else wide
-    assert relative_error(op(x, *weights, dilation=dilation, pad=(left, 0), **skip), truth) < 1e-6
+    options = {"dilation": dilation, "pad": (left, 0), **skip}
+    assert relative_error(op(x, *weights, **options), truth) < 1e-6
+    assert relative_error(op(x, *weights, post="elu", **options), F.elu(truth)) < 1e-6
 
 
 @pytest.mark.parametrize("dilation", [1, 5])

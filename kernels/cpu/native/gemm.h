@@ -78,7 +78,7 @@ MIRRORED(struct, Output, {
   int dtype = F32;
   long row_step = 0;
   const float* bias = nullptr;
-  int post = NONE;                    // activation
+  int post = NONE;                    // activation of the whole, the residual included
   const float* scale = nullptr;       // LayerScale
   const float* dequantize = nullptr;  // quantization step of each output's int8 weights
   const void* residual = nullptr;
@@ -176,13 +176,13 @@ INLINE void store_up_to(T* p, vf x, long count) {
 INLINE void apply_epilogue(vf x, const Output& out, long m, long n, long count) {
   if (out.dequantize) x *= load(out.dequantize + n);
   if (out.bias) x += load(out.bias + n);
-  x = activate(x, out.post);
   if (out.scale) x *= load(out.scale + n);
   if (out.residual) {
     long i = m * out.residual_row_step + n;
     x += out.residual_dtype == F32 ? load_up_to((const float*)out.residual + i, count)
                                    : load_up_to((const bf16*)out.residual + i, count);
   }
+  x = activate(x, out.post);
   long i = m * out.row_step + n;
   if (out.dtype == F32)
     store_up_to((float*)out.y + i, x, count);
@@ -198,9 +198,9 @@ INLINE void apply_epilogue_fp32(const vf (*sum)[2], long rows, const Output& out
   float* y = (float*)out.y + m * out.row_step + n;
   const float* residual = (const float*)out.residual + m * out.residual_row_step + n;
   for (long r = 0; r < rows; r++, y += out.row_step, residual += out.residual_row_step) {
-    vf a = activate(sum[r][0] + left, POST), b = activate(sum[r][1] + right, POST);
-    store(y, RESIDUAL ? a + load(residual) : a);
-    store(y + W, RESIDUAL ? b + load(residual + W) : b);
+    vf a = sum[r][0] + left, b = sum[r][1] + right;
+    store(y, activate(RESIDUAL ? a + load(residual) : a, POST));
+    store(y + W, activate(RESIDUAL ? b + load(residual + W) : b, POST));
   }
 }
 
@@ -212,6 +212,7 @@ __attribute__((noinline)) void tile_epilogue(const vf (*sum)[2], long rows, cons
     if (out.post == NONE && !out.residual) return apply_epilogue_fp32<NONE, false>(sum, rows, out, m, n);
     if (out.post == ELU && !out.residual) return apply_epilogue_fp32<ELU, false>(sum, rows, out, m, n);
     if (out.post == NONE && out.residual_dtype == F32) return apply_epilogue_fp32<NONE, true>(sum, rows, out, m, n);
+    if (out.post == ELU && out.residual_dtype == F32) return apply_epilogue_fp32<ELU, true>(sum, rows, out, m, n);
   }
   for (long r = 0; r < rows; r++) {
     apply_epilogue(sum[r][0], out, m + r, n, width - n);
