@@ -25,13 +25,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from ...runtime import packing
+from ._launch import INTERPRETED
 
 # Arguments that vary from call to call: Triton must not specialize (recompile) kernels for their values.
 LENGTHS = ("B", "T", "T_out", "mirror", "seg", "per_tile")
 PROCESSORS = 132  # of an H100; enough programs for so many are about enough for any GPU
 MOST_SPLITS = 16
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Flushes results under 2^-126 to zero, which `tl.exp2` spends three instructions more on not to do
+exp2 = tl.exp2 if INTERPRETED else libdevice.exp2
 FEW_ROWS, SOME_ROWS = 64, 2048  # of the GEMM: a frame of one stream; of some tens of streams
 
 
@@ -39,7 +44,7 @@ FEW_ROWS, SOME_ROWS = 64, 2048  # of the GEMM: a frame of one stream; of some te
 def activate(x, KIND: tl.constexpr, FINE: tl.constexpr):
     """none, elu or silu of fp32 x. FINE: exp(x) - 1 is relatively accurate near 0, as needed for fp32 results."""
     if KIND == "elu":
-        below = tl.exp(x) - 1.0
+        below = exp2(x * LOG2_E) - 1.0
         if FINE:
             near = 1.0 / 720 + x * (1.0 / 5040)
             near = 1.0 / 24 + x * (1.0 / 120 + x * near)
@@ -47,22 +52,26 @@ def activate(x, KIND: tl.constexpr, FINE: tl.constexpr):
             below = tl.where(x > -0.35, near, below)
         x = tl.where(x > 0, x, below)
     elif KIND == "silu":
-        x = x / (1.0 + tl.exp(-x))
+        x = x / (1.0 + exp2(x * -LOG2_E))
     return x
 
 
 @triton.jit
-def rows_of(tile, B, length, seg, per_tile, HALO, BLOCK_T: tl.constexpr):
-    """The rows of a tile: batch rows b [BLOCK_T] int64, times t [BLOCK_T], the mask of valid rows, and the group.
+def rows_of(tile, B, length, seg, per_tile, halo, SHARED: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The rows of a tile: batch rows b int64, times t, the mask of valid rows, and the group.
 
-    Each segment has HALO rows before it, for the times before its own.
+    Each segment has `halo` rows before it, for the times before its own. Without SHARED, `per_tile` is 1, and b is a
+    number; else all are [BLOCK_T].
     """
     per_row = tl.cdiv(length, seg)  # tiles per batch row
     group = tile // per_row
     i = tl.arange(0, BLOCK_T)
-    b = group * per_tile + i // (seg + HALO)
-    t = (tile % per_row) * seg + i % (seg + HALO) - HALO
-    return b.to(tl.int64), t, (i < per_tile * (seg + HALO)) & (t < length) & (b < B), group
+    if SHARED:
+        b = (group * per_tile + i // (seg + halo)).to(tl.int64)
+        t = (tile % per_row) * seg + i % (seg + halo) - halo
+        return b, t, (i < per_tile * (seg + halo)) & (t < length) & (b < B), group
+    t = (tile % per_row) * seg + i - halo
+    return group.to(tl.int64), t, (i < seg + halo) & (t < length), group
 
 
 @triton.jit
@@ -93,10 +102,9 @@ def convolve(
     dtype: tl.constexpr = p_x.dtype.element_ty
     window = K * C
     start = t * stride - pad  # [BLOCK_T]
-    p_rows, p_past = p_x + b * sx_b, p_history + b * sh_b + pad * sh_t
+    begin = start.to(tl.int64) * C if FLAT else start * 0
+    p_rows, p_past = p_x + b * sx_b + begin, p_history + b * sh_b + pad * sh_t + begin  # [BLOCK_T]
     if FLAT:
-        begin = start.to(tl.int64) * C
-        p_rows, p_past = p_rows + begin, p_past + begin
         # the elements of a window that are in x: [low, high)
         low = tl.minimum(tl.maximum(-begin, 0), window).to(tl.int32)
         high = tl.where(m_row, tl.minimum(tl.maximum(T.to(tl.int64) * C - begin, 0), window), 0).to(tl.int32)

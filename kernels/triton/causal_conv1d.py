@@ -45,7 +45,7 @@ def causal_conv1d_fwd_kernel(
     B, T, T_out, C, O, K, stride, dilation, pad, mirror, seg, per_tile, groups,
     sx_b, sx_t, sr_b, sr_t, sy_b, sy_t, sh_b, sh_t,
     PRE: tl.constexpr, POST: tl.constexpr, MODE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    STREAM: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
+    STREAM: tl.constexpr, SHARED: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = p_y.dtype.element_ty
@@ -53,7 +53,7 @@ def causal_conv1d_fwd_kernel(
     part = tl.program_id(0) // SPLITS  # of the output
     split = tl.program_id(0) % SPLITS
     o = (part % columns) * BLOCK_O + tl.arange(0, BLOCK_O)
-    b, t, m_row, group = rows_of(part // columns, B, T_out, seg, per_tile, 0, BLOCK_T)
+    b, t, m_row, group = rows_of(part // columns, B, T_out, seg, per_tile, 0, SHARED, BLOCK_T)
     fresh = m_row
     if STREAM and MODE == "replicate":
         fresh = tl.load(p_first + b, mask=m_row, other=0) != 0
@@ -142,6 +142,6 @@ def launch_group(
         mirrored_length(length, pad, pad_mode), seg, per_tile, groups_of_rows,
         x.stride(0), x.stride(2), r.stride(0), r.stride(2), y.stride(0), y.stride(2), h.stride(0), h_t,
         PRE=pre, POST=post, MODE=pad_mode, BIAS=bias is not None, RESIDUAL=residual is not None, STREAM=stream,
-        FLAT=flat and (not stream or h_t == channels), EVEN=channels % tile["BLOCK_R"] == 0,
+        SHARED=per_tile > 1, FLAT=flat and (not stream or h_t == channels), EVEN=channels % tile["BLOCK_R"] == 0,
         PRECISION=_launch.precision(x), **tile,
     )  # fmt: skip

@@ -28,7 +28,8 @@ from .causal_conv1d import launch_group
 def causal_conv_transpose1d_depthwise_kernel(
     p_x, p_w, p_bias, p_history, p_active, p_y,
     B, T, T_out, rows, C, K, stride, taps, left, seg, per_tile, tiles, sx_b, sx_t, sh_b, sh_t, sy_b, sy_t,
-    PRE: tl.constexpr, BIAS: tl.constexpr, STREAM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRE: tl.constexpr, BIAS: tl.constexpr, STREAM: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Depthwise: outputs j < stride of each row are sums over taps only. Offline, `left` outputs are trimmed.
 
@@ -40,16 +41,18 @@ def causal_conv_transpose1d_depthwise_kernel(
     m_c = c < C
     first_tile = tl.program_id(0) // columns * tiles
     for tile in range(first_tile, first_tile + tiles):
-        b, t, m_row, _ = rows_of(tile, B, rows, seg, per_tile, 0, BLOCK_T)
+        b, t, m_row, _ = rows_of(tile, B, rows, seg, per_tile, 0, SHARED, BLOCK_T)
+        if SHARED:
+            b = b[:, None]
         m = m_row[:, None] & m_c[None, :]
         for j in range(stride):
             acc = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
             for i in range(taps):
                 time = (t - i)[:, None]
-                p_rows = p_x + (b * sx_b)[:, None] + time.to(tl.int64) * sx_t + c[None, :]
+                p_rows = p_x + b * sx_b + time.to(tl.int64) * sx_t + c[None, :]
                 m_x = m & (time < T)
                 if STREAM:
-                    p_past = p_history + (b * sh_b)[:, None] + (taps - 1 + time) * sh_t + c[None, :]
+                    p_past = p_history + b * sh_b + (taps - 1 + time) * sh_t + c[None, :]
                     p_rows = tl.where(time < 0, p_past, p_rows)
                 else:
                     m_x &= time >= 0
@@ -59,7 +62,7 @@ def causal_conv_transpose1d_depthwise_kernel(
             if BIAS:
                 acc += tl.load(p_bias + c, mask=m_c, other=0.0).to(tl.float32)[None, :]
             p = (t * stride + j - left)[:, None]
-            p_out = p_y + (b * sy_b)[:, None] + p.to(tl.int64) * sy_t + c[None, :]
+            p_out = p_y + b * sy_b + p.to(tl.int64) * sy_t + c[None, :]
             tl.store(p_out, acc.to(dtype), mask=m & (p >= 0) & (p < T_out))
     if STREAM:
         b = first_tile // tl.cdiv(rows, seg) * per_tile + tl.arange(0, BLOCK_T)
@@ -125,6 +128,6 @@ def _depthwise(x, weight, bias, stride, left, pre, history, active, total):
         x, weight.contiguous(), weight if bias is None else bias, h, a, y,
         batch, length, total, rows, channels, kernel, stride, taps, left, seg, per_tile, per_program,
         x.stride(0), x.stride(2), h.stride(0), h.stride(1), y.stride(0), y.stride(2),
-        PRE=pre, BIAS=bias is not None, STREAM=stream, **tile,
+        PRE=pre, BIAS=bias is not None, STREAM=stream, SHARED=per_tile > 1, **tile,
     )  # fmt: skip
     return y

@@ -69,14 +69,14 @@ def moved_down(x, rows, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
 def resblock_fwd_kernel(
     p_x, p_w1, p_b1, p_w2, p_b2, p_skip, p_history, p_first, p_active, p_arrivals, p_y,
     B, T, C, H, dilation, pad, mirror, seg, per_tile, sx_b, sx_t, ss_b, ss_t, sy_b, sy_t, sh_b,
-    POST: tl.constexpr, MODE: tl.constexpr, STREAM: tl.constexpr, ONCE: tl.constexpr,
+    POST: tl.constexpr, MODE: tl.constexpr, STREAM: tl.constexpr, SHARED: tl.constexpr, ONCE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ONCE: x is the skip and its channels are one block, so that it is loaded once."""
     dtype: tl.constexpr = p_y.dtype.element_ty
     FINE: tl.constexpr = dtype == tl.float32
     tile = tl.program_id(0)
-    b, t, m_row, group = rows_of(tile, B, T, seg, per_tile, pad, BLOCK_T)
+    b, t, m_row, group = rows_of(tile, B, T, seg, per_tile, pad, SHARED, BLOCK_T)
     fresh = m_row
     if STREAM and MODE == "replicate":
         fresh = tl.load(p_first + b, mask=m_row, other=0) != 0
@@ -106,7 +106,8 @@ def resblock_fwd_kernel(
     third += moved_down(second, dilation, BLOCK_T, BLOCK_H) + moved_down(first, 2 * dilation, BLOCK_T, BLOCK_H)
     third += tl.load(p_b1 + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
     b_h = activate(third, "elu", FINE).to(dtype)  # [BLOCK_T, BLOCK_H]
-    m_row = m_row & (tl.arange(0, BLOCK_T) % (seg + pad) >= pad)
+    i = tl.arange(0, BLOCK_T)
+    m_row = m_row & ((i % (seg + pad) if SHARED else i) >= pad)
     t64 = t.to(tl.int64)
     p_skips = p_skip + b * ss_b + t64 * ss_t
     p_results = p_y + b * sy_b + t64 * sy_t
@@ -161,7 +162,7 @@ def resblock(
         _launch.arrivals(x, groups) if stream else x, y,
         batch, length, channels, hidden, dilation, halo, mirrored_length(length, pad, pad_mode), seg, per_tile,
         x.stride(0), x.stride(2), skip.stride(0), skip.stride(2), y.stride(0), y.stride(2), h.stride(0),
-        POST=post, MODE=pad_mode, STREAM=stream, ONCE=skip is x and tile["BLOCK_C"] >= channels,
+        POST=post, MODE=pad_mode, STREAM=stream, SHARED=per_tile > 1, ONCE=skip is x and tile["BLOCK_C"] >= channels,
         PRECISION=_launch.precision(x), **tile,
     )  # fmt: skip
     return y
