@@ -69,9 +69,12 @@ def rows_of(tile, B, length, seg, per_tile, halo, SHARED: tl.constexpr, BLOCK_T:
     if SHARED:
         b = (group * per_tile + i // (seg + halo)).to(tl.int64)
         t = (tile % per_row) * seg + i % (seg + halo) - halo
-        return b, t, (i < per_tile * (seg + halo)) & (t < length) & (b < B), group
-    t = (tile % per_row) * seg + i - halo
-    return group.to(tl.int64), t, (i < seg + halo) & (t < length), group
+        valid = (i < per_tile * (seg + halo)) & (t < length) & (b < B)
+    else:
+        b = group.to(tl.int64)
+        t = (tile % per_row) * seg + i - halo
+        valid = (i < seg + halo) & (t < length)
+    return b, t, valid, group
 
 
 @triton.jit
