@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,10 +139,11 @@ def in_the_rings_dtype(attention: Callable[..., Tensor]) -> Callable[..., Tensor
     """Make a `window_attention` compute in the dtype of its rings where q, k and v have a narrower one, by autocast."""
 
     @wraps(attention)
-    def wrapped(q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, **options: Any) -> Tensor:
-        ring = options.get("cache_k")
-        if ring is None or ring.dtype == q.dtype:
-            return attention(q, k, v, inv_freq, **options)
-        return attention(*(x.to(ring.dtype) for x in (q, k, v)), inv_freq, **options).to(q.dtype)
+    def wrapped(
+        q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, *, cache_k: Tensor | None = None, **options: object
+    ) -> Tensor:
+        if cache_k is None or cache_k.dtype == q.dtype:
+            return attention(q, k, v, inv_freq, cache_k=cache_k, **options)
+        return attention(*(x.to(cache_k.dtype) for x in (q, k, v)), inv_freq, cache_k=cache_k, **options).to(q.dtype)
 
     return wrapped

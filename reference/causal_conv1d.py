@@ -10,7 +10,6 @@ padded at its end only. Follows transformers' `MimiConv1d` and moshi's `Streamin
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +57,7 @@ def ieee_convolutions(x: Tensor) -> Iterator[None]:
         return
     if torch.compiler.is_compiling():  # the compiled graph would not contain the setting
         raise RuntimeError("the reference's fp32 convolutions cannot be compiled for a GPU: they would run in TF32")
-    flags: Any = torch.backends.cudnn
+    flags: object = torch.backends.cudnn
     name = "allow_tf32"
     if hasattr(flags, "conv"):  # torch >= 2.9, where the old flag may not be read once the new one has been set
         flags, name = flags.conv, "fp32_precision"

@@ -11,8 +11,7 @@ Kyutai's layout is that of `tokenizer-*.safetensors` files, which moshi and rust
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -70,7 +69,7 @@ FROM_FLAT = (  # flat names -> Kyutai's names, except for SEANet's convolutions,
 )
 
 
-def is_kyutai(state: Mapping[str, Any]) -> bool:
+def is_kyutai(state: Iterable[str]) -> bool:
     """Whether the names of a state dict are those of Kyutai's layout."""
     return any(name.startswith("encoder.model.") for name in state)
 

@@ -291,7 +291,7 @@ def save_kyutai(model: Codec, path: str | Path) -> None:
     _write(kyutai.from_flat(fold_weight_norm(model.state_dict()), model.config), path_of(path, "path"))
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: object) -> None:
     if not isinstance(model, Codec):
         raise InputError(f"model must be a Mimi or a JodioModel, got {type(model).__name__}")
 

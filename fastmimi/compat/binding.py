@@ -8,13 +8,16 @@ on both. If one of the peer's modules is replaced later, `Binding.is_current` be
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..models.config import MimiCodecConfig
 from ..models.mimi import Mimi
+
+if TYPE_CHECKING:
+    from .transformers import DropIn
 
 NESTED = (  # flat path -> path in transformers >= 5.20, where encoder and decoder are models of their own
     (r"^(encoder|decoder)\.layers\.", r"\1.\1_seanet.layers."),
@@ -29,7 +32,7 @@ class Binding:
     Raises InputError for a configuration that `Mimi` does not support.
     """
 
-    def __init__(self, peer: Any):
+    def __init__(self, peer: DropIn):
         # Every lookup of a submodule that was made: (parent, name, child), child None where there was none
         self._lookups: dict[tuple[int, str], tuple[nn.Module, str, nn.Module | None]] = {}
         config = MimiCodecConfig.from_dict(peer.config.to_dict())
@@ -53,7 +56,7 @@ class Binding:
         """Whether the peer still has the modules that the core was made from."""
         return all(parent._modules.get(name) is child for parent, name, child in self._lookups.values())
 
-    def synced_core(self, peer: Any) -> Mimi:
+    def synced_core(self, peer: DropIn) -> Mimi:
         """The core, after copying the peer's training mode, gradient checkpointing and `impl` to it."""
         for ours, theirs in self._transformers:
             ours.gradient_checkpointing = getattr(theirs, "gradient_checkpointing", False)
@@ -62,10 +65,10 @@ class Binding:
         self.core.impl = peer.impl
         return self.core
 
-    def _has(self, peer: Any, *paths: str) -> bool:
+    def _has(self, peer: nn.Module, *paths: str) -> bool:
         return all(self._find(peer, path) is not None for path in paths)
 
-    def _find(self, peer: Any, path: str) -> nn.Module | None:
+    def _find(self, peer: nn.Module, path: str) -> nn.Module | None:
         """The peer's module at a flat path, in whichever layout it is, or None; its lookups are recorded.
 
         The path is tried as it is, in the nested layout, and in that layout without its first part, for a peer that is

@@ -27,7 +27,6 @@ import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from ..errors import InputError
 from ..models import checks
 from ..models.config import MimiCodecConfig
 from ..models.mimi import Mimi
+from ..models.validation import Json
 from ..runtime import masks
 from ..runtime.packing import Packable
 from ..runtime.state import StreamState
@@ -49,7 +49,7 @@ DEFAULT_REPO = "kyutai/moshiko-pytorch-bf16"  # holds MIMI_NAME
 # The defaults of moshi's classes, for what a mimi_config leaves out; `codec_config` says which of those that are None
 # must be given. The norm has no effect, since weight norm is folded on loading; neither have the quantizer's dropout,
 # decay and ratios, which are for training.
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, Json] = {
     "seanet": {
         "channels": 1, "dimension": 128, "n_filters": 32, "n_residual_layers": 3, "ratios": [8, 5, 4, 2],
         "kernel_size": 7, "last_kernel_size": 7, "residual_kernel_size": 3, "dilation_base": 2, "compress": 2,
@@ -88,13 +88,13 @@ class QuantizedResult:
     codes: Tensor
     bandwidth: Tensor
     penalty: Tensor | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, object] = field(default_factory=dict)
 
 
 @torch.inference_mode(False)  # inference tensors would be packed at every call (runtime/packing.py)
 def get_mimi(
     filename: str | Path | None,
-    mimi_config: dict[str, Any] | None = None,
+    mimi_config: Json | None = None,
     device: torch.device | str = "cpu",
     num_codebooks: int = 8,
 ) -> MimiModel:
@@ -123,7 +123,7 @@ def get_mimi(
     return MimiModel(core).to(where).eval()
 
 
-def codec_config(mimi_config: dict[str, Any]) -> MimiCodecConfig:
+def codec_config(mimi_config: Json) -> MimiCodecConfig:
     """Convert moshi's `mimi_config`. Raises InputError, naming the key, for what is not supported."""
     if not isinstance(mimi_config, dict):
         raise InputError(f"mimi_config must be a dictionary, got {type(mimi_config).__name__}")
@@ -184,7 +184,7 @@ def codec_config(mimi_config: dict[str, Any]) -> MimiCodecConfig:
     )
 
 
-def _section(mimi_config: dict[str, Any], name: str) -> dict[str, Any]:
+def _section(mimi_config: Json, name: str) -> Json:
     """One section of a mimi_config, completed with moshi's defaults."""
     section = mimi_config[name]
     if not isinstance(section, dict):
@@ -194,7 +194,7 @@ def _section(mimi_config: dict[str, Any], name: str) -> dict[str, Any]:
     return DEFAULTS[name] | section
 
 
-def _require(section: str, values: dict[str, Any], **required: Any) -> None:
+def _require(section: str, values: Json, **required: object) -> None:
     """Raise InputError unless the values of a section ("" for the top level) are the required ones."""
     for name, value in required.items():
         got = list(values[name]) if isinstance(values[name], tuple) else values[name]

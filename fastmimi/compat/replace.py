@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from transformers.models.mimi import modeling_mimi as peer
 
@@ -44,7 +42,7 @@ def restore_mimi(model: nn.Module) -> nn.Module:
     return model
 
 
-def _modules(model: Any) -> list[nn.Module]:
+def _modules(model: object) -> list[nn.Module]:
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return list(model.modules())

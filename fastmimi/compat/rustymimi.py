@@ -34,7 +34,6 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread, current_thread
-from typing import Any
 
 import numpy as np
 import torch
@@ -164,17 +163,20 @@ class StreamTokenizer:
         return None if audio is None else audio[0, 0]
 
 
+Step = Callable[[np.ndarray], np.ndarray | None]
+
+
 class Worker:
     """A daemon thread that calls `step` on each item of `inbox` and queues its results, unless None, and its errors."""
 
-    def __init__(self, name: str, step: Callable[[Any], Any]):
+    def __init__(self, name: str, step: Step):
         # SimpleQueue is reentrant, so that a finalizer may use it even while it interrupts another call of the queue
-        self.inbox: SimpleQueue[Any] = SimpleQueue()
-        self.outbox: SimpleQueue[Any] = SimpleQueue()
+        self.inbox: SimpleQueue[np.ndarray | None] = SimpleQueue()
+        self.outbox: SimpleQueue[np.ndarray | BaseException] = SimpleQueue()
         self.thread = Thread(target=_work, args=(step, self.inbox, self.outbox), name=name, daemon=True)
         self.thread.start()
 
-    def get(self) -> Any:
+    def get(self) -> np.ndarray | None:
         """The next result, or None if none is ready; an error is raised when it is next."""
         try:
             result = self.outbox.get_nowait()
@@ -185,10 +187,10 @@ class Worker:
         return result
 
 
-def _work(step: Callable[[Any], Any], inbox: SimpleQueue[Any], outbox: SimpleQueue[Any]) -> None:
+def _work(step: Step, inbox: SimpleQueue[np.ndarray | None], outbox: SimpleQueue[np.ndarray | BaseException]) -> None:
     while (item := inbox.get()) is not None:
         try:
-            result = step(item)
+            result: np.ndarray | BaseException | None = step(item)
         except BaseException as error:
             result = error
         if result is not None:

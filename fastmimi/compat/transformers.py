@@ -22,9 +22,9 @@ and attentions, the peer's own padding caches, models on several devices, and, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -56,7 +56,7 @@ class PaddingCache(peer.MimiConv1dPaddingCache):
 class Codebook(peer.MimiEuclideanCodebook):
     """The peer's codebook, with entries that stay fp32 and are never cached out of date."""
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Codebook:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
         return apply_in_full_precision(self, fn)
 
     @property
@@ -67,7 +67,7 @@ class Codebook(peer.MimiEuclideanCodebook):
 class DropIn(Packable):
     """Base class of the three models. The core is made on first use, and anew after submodules were replaced."""
 
-    config: Any
+    config: transformers.MimiConfig
     impl: Impl = "auto"  # which implementation runs each op, see `Codec`
 
     @classmethod
@@ -86,10 +86,10 @@ class DropIn(Packable):
             binding = self.__dict__["_binding"] = Binding(self)
         return binding.synced_core(self)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_binding"}  # a copy makes its own
 
-    def _needs_peer(self, kwargs: dict[str, Any], cache: Any = None) -> bool:
+    def _needs_peer(self, kwargs: Mapping[str, object], cache: object = None) -> bool:
         """Whether only the peer's modules can serve the request."""
         if cache is not None and not isinstance(cache, PaddingCache):
             return True  # a cache with one entry per layer: the peer's, or another model's copy of that class
@@ -100,8 +100,9 @@ class DropIn(Packable):
         return wants_states or len({p.device for p in self.parameters()}) > 1
 
     def _encode_latents(
-        self, core: Mimi, audio: Tensor, past: Any, cache: PaddingCache | None, streaming: bool, transformer: Any
-    ) -> tuple[Tensor, Any]:
+        self, core: Mimi, audio: Tensor, past: peer.Cache | None, cache: PaddingCache | None, streaming: bool,
+        transformer: Any,
+    ) -> tuple[Tensor, peer.Cache | None]:  # fmt: skip
         """Latents [B, hidden, T] and the new key-value cache; the transformer is the peer's."""
         state = None
         audio = checks.finite(checks.audio(audio, core.config).to(core.device, core.dtype))
@@ -125,8 +126,8 @@ class DropIn(Packable):
         return ragged if ragged.total == frames else None
 
     def _decode_latents(
-        self, core: Mimi, latents: Tensor, padding_mask: Tensor | None, past: Any, transformer: Any
-    ) -> Any:
+        self, core: Mimi, latents: Tensor, padding_mask: Tensor | None, past: peer.Cache | None, transformer: Any
+    ) -> tuple[Tensor, peer.Cache | None]:
         """Audio [B, C, N] of latents [B, hidden, T], trimmed to the mask's length, and the new key-value cache."""
         frames = self._frames(padding_mask, latents.shape[-1])
         result = [past]
@@ -162,7 +163,7 @@ def _delegated(name: str) -> property:
 class MimiModel(DropIn, peer.MimiModel):
     """Drop-in for `transformers.MimiModel`: see there for the arguments, and the top of this module for differences."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: transformers.MimiConfig):
         super().__init__(config)
         adopt(self)
 
@@ -177,12 +178,12 @@ class MimiModel(DropIn, peer.MimiModel):
         input_values: Tensor,
         padding_mask: Tensor | None = None,
         num_quantizers: int | None = None,
-        past: Any = None,
-        padding_cache: Any = None,
+        past: peer.Cache | None = None,
+        padding_cache: peer.MimiConv1dPaddingCache | None = None,
         use_streaming: bool | None = None,
         return_dict: bool | None = None,
         *,
-        extra: dict[str, Any],
+        extra: dict[str, object],
     ) -> Any:
         """Audio [B, channels, N] -> `MimiEncoderOutput` with codes [B, K, ceil(N / frame_size)].
 
@@ -214,10 +215,10 @@ class MimiModel(DropIn, peer.MimiModel):
         self,
         audio_codes: Tensor,
         padding_mask: Tensor | None = None,
-        past: Any = None,
+        past: peer.Cache | None = None,
         return_dict: bool | None = None,
         *,
-        extra: dict[str, Any],
+        extra: dict[str, object],
     ) -> Any:
         """Codes [B, K, T] -> `MimiDecoderOutput` with audio [B, channels, T * frame_size], trimmed to the mask."""
         if self._needs_peer(extra):
@@ -235,11 +236,11 @@ class MimiModel(DropIn, peer.MimiModel):
         padding_mask: Tensor | None = None,
         num_quantizers: int | None = None,
         audio_codes: Tensor | None = None,
-        encoder_past: Any = None,
-        decoder_past: Any = None,
+        encoder_past: peer.Cache | None = None,
+        decoder_past: peer.Cache | None = None,
         return_dict: bool | None = None,
         *,
-        extra: dict[str, Any],  # ignored, as in the peer
+        extra: dict[str, object],  # ignored, as in the peer
     ) -> Any:
         """Audio [B, channels, N] -> `MimiOutput` with codes, and audio of the input's length; differentiable."""
         length = (input_values if padding_mask is None else padding_mask).shape[-1]
@@ -291,12 +292,12 @@ if HALVES:
             self,
             input_values: Tensor,
             padding_mask: Tensor | None = None,
-            past: Any = None,
-            padding_cache: Any = None,
+            past: peer.Cache | None = None,
+            padding_cache: peer.MimiConv1dPaddingCache | None = None,
             use_streaming: bool | None = None,
             return_dict: bool | None = None,
             *,
-            extra: dict[str, Any],
+            extra: dict[str, object],
         ) -> Any:
             """Audio [B, channels, N] -> `MimiEncoderModelOutput` with latents [B, hidden, ceil(N / frame_size)]."""
             if self._needs_peer(extra, padding_cache):
@@ -325,10 +326,10 @@ if HALVES:
             self,
             latents: Tensor,
             padding_mask: Tensor | None = None,
-            past: Any = None,
+            past: peer.Cache | None = None,
             return_dict: bool | None = None,
             *,
-            extra: dict[str, Any],
+            extra: dict[str, object],
         ) -> Any:
             """Latents [B, hidden_size, T] -> `MimiDecoderOutput` with audio [B, channels, T * frame_size]."""
             if self._needs_peer(extra):
@@ -341,7 +342,7 @@ if HALVES:
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), cls._can_record_outputs)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> NoReturn:
     if name in ("MimiEncoderModel", "MimiDecoderModel"):
         raise AttributeError(
             f"{name} needs a transformers that has it (5.20 or newer), and {transformers.__version__} is installed"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,11 @@ class _Counter:
         self.ops = Ops(**{op: self._op(op) for op in OPS})
 
     def _op(self, op: str) -> Callable[..., Tensor]:
-        def run(*tensors: Any, dropout: float = 0.0, residual_dropout: float = 0.0, **options: Any) -> Tensor:
-            y = OPS[op].fake(*tensors, **options)
-            self._add(OPS[op].flops(y, *tensors, **options), tensors[0], y, y.shape[OPS[op].time])
+        def run(
+            x: Tensor, *tensors: Tensor | None, dropout: float = 0.0, residual_dropout: float = 0.0, **options: object
+        ) -> Tensor:
+            y = OPS[op].fake(x, *tensors, **options)
+            self._add(OPS[op].flops(y, x, *tensors, **options), x, y, y.shape[OPS[op].time])
             return y
 
         return run
@@ -111,7 +113,7 @@ class _Counter:
             for handle in handles:
                 handle.remove()
 
-    def _linear(self, layer: Any, inputs: tuple[Tensor], y: Tensor) -> None:
+    def _linear(self, layer: nn.Linear, inputs: tuple[Tensor], y: Tensor) -> None:
         self._add(2.0 * layer.weight.numel() * y.shape[1], inputs[0], y, y.shape[1])
 
 
@@ -130,7 +132,7 @@ def ceilings(device: str = "cpu") -> dict[str, float]:
     The measurement takes half a second.
     """
 
-    def best(call: Any, rounds: int = 8) -> float:
+    def best(call: Callable[[], object], rounds: int = 8) -> float:
         times = []
         for _ in range(rounds + 1):  # the first one is a warm-up
             start = time.perf_counter()
@@ -145,7 +147,7 @@ def ceilings(device: str = "cpu") -> dict[str, float]:
         # as a convolution of kernel size 1: on a CPU, oneDNN runs it at peak rate on every processor
         x = torch.randn(1, n, 32, n // 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(n, n, 1, 1, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
-        found[f"{name} GFLOP/s"] = 2 * n**3 / best(lambda x=x, w=weight: torch.nn.functional.conv2d(x, w)) / 1e9
+        found[f"{name} GFLOP/s"] = 2 * n**3 / best(partial(torch.nn.functional.conv2d, x, weight)) / 1e9
     source = torch.ones(64 << 20, device=device)
     target = torch.empty_like(source)
     found["copy GB/s"] = 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..models.config import MimiCodecConfig
 from ..models.mimi import Mimi
 
-SMALL: dict[str, Any] = {
+SMALL: dict[str, object] = {
     "hidden_size": 32,
     "num_filters": 4,
     "codebook_size": 64,
@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
 }
 
 # Arguments of transformers' `MimiConfig`; each entry varies one aspect of the architecture.
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, dict[str, object]] = {
     "mimi": {},
     "small": SMALL,
     "ratios": {**SMALL, "upsampling_ratios": [5, 4, 2], "kernel_size": 5, "last_kernel_size": 5},
@@ -58,7 +58,7 @@ def lengths(frame_size: int, sample_rate: int = 24_000) -> list[int]:
     return [1, frame_size - 1, frame_size, frame_size + 1, int(10.5 * sample_rate)]
 
 
-def small_model(name: str = "small", seed: int = 0, **changes: Any) -> Mimi:
+def small_model(name: str = "small", seed: int = 0, **changes: object) -> Mimi:
     """A codec with random weights of one of the `CONFIGS`, in eval mode, without gradients."""
     return random(MimiCodecConfig.from_dict({**CONFIGS[name], **changes}), seed).eval().requires_grad_(False)
 
@@ -94,8 +94,8 @@ class Errors:
         assert self.mine <= self.allowed, f"off by {self.mine:.2e} of the peak, {self.allowed:.2e} allowed: {self}"
 
 
-def assert_as_exact(op: Callable[..., Tensor], reference: Callable[..., Tensor], operands: Sequence[Any],
-                    *, longest: int, fixed: Collection[int] = (), **options: Any) -> None:  # fmt: skip
+def assert_as_exact(op: Callable[..., Tensor], reference: Callable[..., Tensor], operands: Sequence[Tensor | None],
+                    *, longest: int, fixed: Collection[int] = (), **options: object) -> None:  # fmt: skip
     """Raise AssertionError if the error of `op` is larger than its sums, or plain PyTorch, explain.
 
     The allowed error against the reference in fp64 is one unit in the last place more than the larger of
@@ -122,8 +122,8 @@ def assert_as_exact(op: Callable[..., Tensor], reference: Callable[..., Tensor],
     errors(op, reference, operands, longest=longest, fixed=fixed, **options).check()
 
 
-def errors(op: Callable[..., Tensor], reference: Callable[..., Tensor], operands: Sequence[Any],
-           *, longest: int, fixed: Collection[int] = (), **options: Any) -> Errors:  # fmt: skip
+def errors(op: Callable[..., Tensor], reference: Callable[..., Tensor], operands: Sequence[Tensor | None],
+           *, longest: int, fixed: Collection[int] = (), **options: object) -> Errors:  # fmt: skip
     """The errors that `assert_as_exact` compares."""
     mine, plain = op(*operands, **options), reference(*operands, **options)
     assert mine.dtype == plain.dtype
@@ -131,22 +131,22 @@ def errors(op: Callable[..., Tensor], reference: Callable[..., Tensor], operands
     return Errors(relative_error(mine, truth), relative_error(plain, truth), bound, torch.finfo(mine.dtype).eps)
 
 
-def exact(reference: Callable[..., Tensor], operands: Sequence[Any], dtype: torch.dtype,
-          *, longest: int, fixed: Collection[int] = (), **options: Any) -> tuple[Tensor, float]:  # fmt: skip
+def exact(reference: Callable[..., Tensor], operands: Sequence[Tensor | None], dtype: torch.dtype,
+          *, longest: int, fixed: Collection[int] = (), **options: object) -> tuple[Tensor, float]:  # fmt: skip
     """The reference in fp64, and the bound of `assert_as_exact` for computing it in `dtype`."""
-    rounded = [i for i, t in enumerate(operands) if i not in fixed and t is not None and t.is_floating_point()]
+    rounded = {i: t for i, t in enumerate(operands) if i not in fixed and t is not None and t.is_floating_point()}
 
     def in_fp64(factors: Sequence[Tensor | float]) -> Tensor:
         given = list(operands)
-        for i, factor in zip(rounded, factors, strict=True):
-            given[i] = given[i].double() * factor
+        for (i, operand), factor in zip(rounded.items(), factors, strict=True):
+            given[i] = operand.double() * factor
         return reference(*given, **options)
 
     truth, bound = in_fp64([1.0] * len(rounded)), 0.0
     size = longest**0.5 * torch.finfo(torch.float32).eps / 2 + torch.finfo(dtype).eps
     generator = torch.Generator("cpu").manual_seed(0)
     for _ in range(3):
-        factors = [1 + size * _signs(operands[i], generator).double() for i in rounded]
+        factors = [1 + size * _signs(operand, generator).double() for operand in rounded.values()]
         bound = max(bound, relative_error(in_fp64(factors), truth))
     return truth, bound
 

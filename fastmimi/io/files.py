@@ -7,12 +7,11 @@ import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError, shown
 
 
-def path_of(value: Any, name: str) -> Path:
+def path_of(value: object, name: str) -> Path:
     """`value` as a Path. Raises InputError, calling the argument `name`, if it is not a path."""
     if not isinstance(value, str | Path) or "\0" in str(value):
         raise InputError(f"{name} must be a path, got {shown(value)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,8 +203,8 @@ def _codes(figure: Figure, axes: Axes, codes: np.ndarray, frame_seconds: float, 
 _IMAGE: dict[str, Any] = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
 
 
-def _mel(hz: Any) -> Any:
-    return 2595 * np.log10(1 + np.asarray(hz) / 700)
+def _mel(hz: float) -> float:
+    return 2595 * math.log10(1 + hz / 700)
 
 
 def _hz(mel: np.ndarray) -> np.ndarray:

@@ -255,7 +255,7 @@ def _check_bits(bits: int) -> None:
         raise InputError(f"bits must be from 1 to {MAX_BITS}, got {bits}")
 
 
-def _parse_json(text: str) -> Any:
+def _parse_json(text: str) -> object:
     """The value of a JSON text, None if it is not valid."""
     try:
         return json.loads(text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ParamSpec
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch
 if TYPE_CHECKING:
     from ..models.codec import Codec
 
+P = ParamSpec("P")
 STEP_FRAMES = 50  # frames of codes per chunk: 4 s
 
 
@@ -28,7 +29,7 @@ class Clock:
     slowest: float = 0.0
     steps: int = 0
 
-    def time(self, step: Callable[..., torch.Tensor], *args: Any, **options: Any) -> np.ndarray:
+    def time(self, step: Callable[P, torch.Tensor], *args: P.args, **options: P.kwargs) -> np.ndarray:
         """Run a step and return the first row of its result as a 32-bit numpy array.
 
         The time includes the copy to the CPU, which waits until a GPU has finished.

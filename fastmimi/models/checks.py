@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from ..errors import InputError, shown
 from ..runtime.state import StreamState
 from .config import AnyConfig
 
+if TYPE_CHECKING:
+    from .codec import Codec
+
+Config = TypeVar("Config", bound=AnyConfig)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_STREAMS = 1 << 16
 
@@ -116,7 +120,7 @@ def is_state(state: object) -> StreamState:
     return state
 
 
-def state(state: StreamState, shape: tuple[int, ...], model: Any) -> None:
+def state(state: StreamState, shape: tuple[int, ...], model: Codec) -> None:
     """Raise InputError unless the state has this shape and the model's device, dtype and configuration."""
     pending, device, dtype, config = is_state(state).pending, model.device, model.dtype, model.config
     if tuple(pending.shape) != shape:
@@ -138,7 +142,7 @@ def batch_size(count: object) -> int:
     return int(count)
 
 
-def config(config: object, kind: type) -> Any:
+def config(config: object, kind: type[Config]) -> Config:
     """A configuration of this class; the default one for None."""
     if config is not None and not isinstance(config, kind):
         raise InputError(f"config must be a {kind.__name__}, got {type(config).__name__}")

@@ -143,7 +143,7 @@ class Codec(Packable):
     def dtype(self) -> torch.dtype:
         return self._a_parameter().dtype
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packable:
         for graphs in self.graphs.values():  # they reference the weights that are about to be replaced
             graphs.forget()
         return super()._apply(fn, recurse)

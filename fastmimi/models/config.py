@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import InputError, shown
 from . import sizes
 from . import validation as valid
-from .validation import LONGEST_HISTORY, naming, read_json
+from .validation import LONGEST_HISTORY, Json, naming, read_json
 
 MIMI_TYPES = ("mimi", "mimi_encoder", "mimi_decoder")  # `model_type` in transformers' config.json
 
@@ -58,7 +58,7 @@ class MimiCodecConfig:
     max_position_embeddings: valid.Positions = 8000
     initializer_range: valid.NotNegative = 0.02
     norm_eps: valid.NotNegative = 1e-5
-    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
+    rope_parameters: Json = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
     sliding_window: valid.Window = 250
     attention_dropout: valid.Dropout = 0.0
     layer_scale_initial_scale: valid.Finite = 0.01
@@ -68,7 +68,7 @@ class MimiCodecConfig:
     has_decoder: bool = True
 
     def __post_init__(self) -> None:
-        ratios: Any = self.upsampling_ratios
+        ratios: object = self.upsampling_ratios
         if ratios is None or isinstance(ratios, list | tuple):
             self.upsampling_ratios = list(ratios or [8, 6, 5, 4])
         for name in ("codebook_dim", "head_dim", "frame_rate"):  # transformers writes null for what follows from others
@@ -181,7 +181,7 @@ class MimiCodecConfig:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MimiCodecConfig:
+    def from_dict(cls, values: Json) -> MimiCodecConfig:
         """Read transformers' `config.json` (4.57 to 5.x) or what `to_dict` gives; unknown fields are left out."""
         values = _fields_of(values)
         if values.get("rope_parameters") is None:
@@ -211,7 +211,7 @@ class MimiCodecConfig:
         with naming(path):
             return cls.from_dict(values)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """The dictionary that transformers would write to `config.json`."""
         values = asdict(self)
         for half in ("encoder", "decoder"):
@@ -235,7 +235,7 @@ class JodioTransformerConfig:
     rope_theta: valid.Positive = 10_000.0
 
     @property
-    def rope_parameters(self) -> dict[str, Any]:
+    def rope_parameters(self) -> Json:
         """As Mimi's."""
         return {"rope_type": "default", "rope_theta": self.rope_theta}
 
@@ -361,7 +361,7 @@ class JodioConfig:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> JodioConfig:
+    def from_dict(cls, values: Json) -> JodioConfig:
         """Read `to_dict()`; unknown fields are left out."""
         known = {f.name for f in fields(cls)}
         values = {name: value for name, value in _fields_of(values).items() if name in known}
@@ -372,7 +372,7 @@ class JodioConfig:
                     values[half] = JodioTransformerConfig(**{k: v for k, v in values[half].items() if k in names})
         return cls(**values)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """As it stands in `config.json`."""
         return {"model_type": "jodio", "architectures": ["JodioModel"], **asdict(self)}
 
@@ -381,7 +381,7 @@ AnyConfig = MimiCodecConfig | JodioConfig
 CodecConfig = MimiCodecConfig  # its name in fastmimi 0.1
 
 
-def _fields_of(values: Any) -> dict[str, Any]:
+def _fields_of(values: object) -> Json:
     """A copy of what a configuration is read from."""
     if not isinstance(values, dict):
         raise InputError(f"a configuration must be a dictionary of its fields, got {shown(values)}")

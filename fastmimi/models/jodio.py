@@ -6,7 +6,7 @@ streaming is shared with Mimi (seanet.py, transformer.py, quantizer.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from itertools import accumulate
 from operator import mul
@@ -76,7 +76,7 @@ def _dilated(config: JodioConfig, dilations: Sequence[int]) -> nn.ModuleList:
     )
 
 
-def _run(layers: Sequence[Any], x: Tensor, context: ForwardContext) -> Tensor:
+def _run(layers: Iterable[nn.Module], x: Tensor, context: ForwardContext) -> Tensor:
     for layer in layers:
         x = layer[0](x, context) if isinstance(layer, nn.Sequential) else layer(x, context)
     return x
@@ -91,7 +91,7 @@ class ConvBlock(nn.Module):
         self.downsample = Conv1d(config, (config.channels, config.channels), stride=stride, samples=samples)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        return self.downsample(_run(self.layers, x, context), context)  # type: ignore[arg-type]
+        return self.downsample(_run(self.layers, x, context), context)
 
 
 class TransposedConvBlock(nn.Module):
@@ -103,7 +103,7 @@ class TransposedConvBlock(nn.Module):
         self.layers = _dilated(config, config.dilations[::-1])
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        return _run(self.layers, self.upsample(x, context), context)  # type: ignore[arg-type]
+        return _run(self.layers, self.upsample(x, context), context)
 
 
 class SeaNetEncoder(nn.Module):

@@ -7,7 +7,7 @@ fp32 in half-precision models, and are recomputed when a sum or a usage changes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..runtime import packing
 from ..runtime.ops import ForwardContext
 from .config import MimiCodecConfig
 
+Module = TypeVar("Module", bound=nn.Module)
 EPSILON = 1e-5  # least usage of an entry, as in both peers
 
 
@@ -35,7 +36,7 @@ class Codebook(nn.Module):
         return apply_in_full_precision(self, fn)
 
 
-def apply_in_full_precision(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Any:
+def apply_in_full_precision(module: Module, fn: Callable[[Tensor], Tensor]) -> Module:
     """`nn.Module._apply` for buffers that follow moves and `.double()`, but never become half precision."""
     for name, buffer in module.named_buffers(recurse=False):
         moved = fn(buffer)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError, shown
+from ..runtime.dispatch import Impl
 from .codec import Codec
 from .config import MIMI_TYPES, AnyConfig, JodioConfig, MimiCodecConfig
 from .jodio import JodioModel
@@ -23,7 +23,7 @@ class Architecture:
         live weight norm; otherwise they have the model's names.
     """
 
-    config: Any
+    config: type[AnyConfig]
     model: type[Codec]
     model_types: tuple[str, ...]
     flat: bool
@@ -41,9 +41,9 @@ def architecture_of(config: AnyConfig) -> Architecture:
     return next(entry for entry in ARCHITECTURES.values() if isinstance(config, entry.config))
 
 
-def build(config: AnyConfig, **options: Any) -> Any:
-    """A codec with PyTorch's initial weights; options as for `Codec`."""
-    return architecture_of(config).model(config, **options)
+def build(config: AnyConfig, impl: Impl = "auto") -> Codec:
+    """A codec with PyTorch's initial weights; `impl` as for `Codec`."""
+    return architecture_of(config).model(config, impl=impl)
 
 
 def config_from_json(path: str | Path) -> AnyConfig:

@@ -13,11 +13,14 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from ..errors import InputError, one_line, shown
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MOST_PARAMETERS = 1 << 32  # of a codec: 17 GB in fp32
 LARGEST_JSON = 10_000_000  # bytes
@@ -35,6 +38,7 @@ Window = Annotated[int, Field(ge=1, le=LONGEST_HISTORY)]
 Hertz = Annotated[int, Field(ge=1, le=10_000_000)]
 Positions = Annotated[int, Field(ge=1, le=1 << 40)]
 Count = Annotated[int, Field(ge=1, le=1 << 62)]
+Json = dict[str, Any]  # an object of JSON or YAML, whose values are checked by whoever reads them
 PadMode = Literal["constant", "replicate", "reflect"]
 
 Finite = Annotated[float, Field(ge=-1e12, le=1e12)]
@@ -102,16 +106,15 @@ ROPES: dict[str, type[_Rope]] = {
 }
 
 
-def check_fields(config: Any) -> dict[str, Any]:
+def check_fields(config: DataclassInstance) -> Json:
     """The fields of a dataclass, integers converted to floats where the field is a float.
 
     Raises InputError, naming the field and its value, unless every field is of its type and in its range.
     """
-    kind: Any = type(config)
-    return _check(_model_of(kind), {f.name: getattr(config, f.name) for f in fields(config)})
+    return _check(_model_of(type(config)), {f.name: getattr(config, f.name) for f in fields(config)})
 
 
-def check_rope(parameters: dict[str, Any]) -> None:
+def check_rope(parameters: Json) -> None:
     """Raise InputError unless these are the parameters of a rope_type whose frequencies no length changes."""
     kind = parameters.get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
@@ -159,11 +162,11 @@ def naming(place: object) -> Iterator[None]:
 def _model_of(kind: type) -> type[BaseModel]:
     """A pydantic model with the fields of a dataclass, all of them required."""
     hints = get_type_hints(kind, include_extras=True)
-    definitions: dict[str, Any] = {f.name: (hints[f.name], ...) for f in fields(kind)}
+    definitions: Json = {f.name: (hints[f.name], ...) for f in fields(kind)}
     return create_model(kind.__name__, __config__=STRICT, **definitions)
 
 
-def _check(model: type[BaseModel], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _check(model: type[BaseModel], values: Json, prefix: str = "") -> Json:
     try:
         return vars(model.model_validate(values))
     except ValidationError as error:
@@ -175,7 +178,7 @@ def _check(model: type[BaseModel], values: dict[str, Any], prefix: str = "") -> 
         raise InputError(f"{name} {wanted}, got {shown(first['input'])}") from None
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> Json:
     """The object in a JSON file. Raises InputError, naming the file, where there is none."""
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"the path of a JSON file must be a str or a Path, got {shown(path)}")

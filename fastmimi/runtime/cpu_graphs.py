@@ -9,13 +9,14 @@ one program serves all streams of a batch size; threads that step at the same ti
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from operator import is_
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import dispatch, packing
 from .ops import Ops
@@ -26,7 +27,24 @@ _log = logging.getLogger(__name__)
 MOST_FRAMES = 4  # that a recorded step may have: in longer ones Python's overhead is small
 
 Step = Callable[[Tensor, DirectionState], list[Tensor]]
-Key = tuple[Any, ...]
+Key = tuple[object, ...]
+
+
+class Model(Protocol):
+    """What is recorded, a codec."""
+
+    _modules: dict[str, nn.Module | None]
+
+    @property
+    def quantizer(self) -> nn.Module: ...
+
+    def parts(self, direction: str) -> list[nn.Module | None]: ...
+
+
+class Program(Protocol):
+    """A recorded step (kernels/cpu/_program.py)."""
+
+    def run(self, x: Tensor, state: list[Tensor]) -> list[Tensor]: ...
 
 
 class _Scratch(DirectionState):
@@ -60,17 +78,17 @@ class CpuGraphs:
     def forget(self) -> None:
         """Drop all programs and their references to weights."""
         self._count: dict[Key, int] = {}  # programs of a step, idle or running
-        self._idle: dict[Key, list[tuple[Any, int]]] = {}  # programs that no thread is running, and their positions
-        self._modules: list[Any] = []
-        self._hooks: list[dict[Any, Any]] = []
+        self._idle: dict[Key, list[tuple[Program, int]]] = {}  # programs that no thread is running, and their positions
+        self._modules: list[nn.Module] = []
+        self._hooks: list[Mapping[int, object]] = []
         self._owners: list[dict[str, Any]] = []  # of modules, parameters and buffers
-        self._owned: list[Any] = []  # what they held when it was remembered
+        self._owned: list[object] = []  # what they held when it was remembered
         self._tensors: list[Tensor] = []  # among those
         self._states: list[tuple[int, int]] = []
         self._modes: list[bool] = []  # of the modules: training or not
         self._generation = -1
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[CpuGraphs], tuple[str]]:
         return CpuGraphs, (self.direction,)
 
     def run(self, ops: Ops, x: Tensor, state: DirectionState, kind: int | str) -> list[Tensor] | None:
@@ -98,7 +116,7 @@ class CpuGraphs:
         return y
 
     def record(
-        self, model: Any, ops: Ops, step: Step, examples: list[Tensor], state: DirectionState, threads: int,
+        self, model: Model, ops: Ops, step: Step, examples: list[Tensor], state: DirectionState, threads: int,
         kind: int | str,
     ) -> None:  # fmt: skip
         """Record `threads` programs of step(x, state); where `ops` cannot be recorded, run the step once instead.
@@ -122,12 +140,13 @@ class CpuGraphs:
             self._idle.setdefault(key, []).append(recorded)
             self._count[key] = self._count.get(key, 0) + 1
 
-    def _remember(self, model: Any) -> None:
+    def _remember(self, model: Model) -> None:
         parts = [part for part in (*model.parts(self.direction), model.quantizer) if part is not None]
         self._modules = modules = [module for part in parts for module in part.modules()]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        owners = [held for m in modules for held in (m._modules, m._parameters, m._buffers)]
-        self._owners = [model._modules, *filter(None, owners)]
+        self._owners = [model._modules]
+        for m in modules:
+            self._owners += filter(None, (m._modules, m._parameters, m._buffers))
         self._owned = self._owned_now()
         self._tensors = [x for x in self._owned if isinstance(x, Tensor)]
         self._states, self._modes = self._states_now(), self._modes_now()
@@ -140,7 +159,7 @@ class CpuGraphs:
         same = same and self._generation == packing.generation() and self._modes_now() == self._modes
         return same and self._states_now() == self._states
 
-    def _owned_now(self) -> list[Any]:
+    def _owned_now(self) -> list[object]:
         """All modules, parameters and buffers, in order; called at every step, hence without a Python loop."""
         return [*chain.from_iterable(map(dict.values, self._owners))]
 
@@ -156,7 +175,9 @@ def _key(ops: Ops, x: Tensor, state: DirectionState, kind: int | str) -> Key:
     return (kind, ops, x.shape, x.dtype, *buffers, torch.get_num_threads())
 
 
-def _record(recorder: Any, step: Step, examples: list[Tensor], state: DirectionState) -> tuple[Any, int] | None:
+def _record(
+    recorder: ModuleType, step: Step, examples: list[Tensor], state: DirectionState
+) -> tuple[Program, int] | None:
     """A program and the positions that it advances by; None if it cannot be recorded or differs from the model."""
     with torch.inference_mode(False), torch.no_grad():
         scratch, mine, theirs = _Scratch(state), state.clone(), state.clone()

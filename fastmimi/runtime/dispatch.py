@@ -12,9 +12,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError, shown
 from . import torch_ops
@@ -123,7 +124,7 @@ def _check_target(device: str, dtype: torch.dtype) -> None:
 
 
 @cache
-def implementation(op: str, candidate: str) -> Callable[..., Any]:
+def implementation(op: str, candidate: str) -> Callable[..., Tensor]:
     """A backend's function for an op; kernels are registered as PyTorch ops (torch_ops.py)."""
     reference, chosen = (
         getattr(importlib.import_module(f"{CANDIDATES[backend]}.{op}"), op) for backend in ("reference", candidate)
@@ -135,7 +136,7 @@ def implementation(op: str, candidate: str) -> Callable[..., Any]:
     return torch_ops.register(op, candidate, chosen, reference, ieee_convolutions)
 
 
-def recorder(ops: Ops) -> Any:
+def recorder(ops: Ops) -> ModuleType | None:
     """The module that records steps of these implementations (kernels/cpu/_program.py); None unless all are native.
 
     An op without a native kernel does not count: a step that runs it is not equal to its recording, which is dropped.

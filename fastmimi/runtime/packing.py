@@ -37,11 +37,13 @@ class PackedWeight:
 class _Entry:
     """A packed weight, and the state of the tensors that it was made from."""
 
-    def __init__(self, key: _Key, tensors: tuple[Tensor, ...], result: Any, stream: Any, seconds: float):
+    def __init__(
+        self, key: _Key, tensors: tuple[Tensor, ...], result: Any, stream: torch.cuda.Stream | None, seconds: float
+    ):
         self.result, self.stream = result, stream
         first = tensors[0]
         self.row = PackedWeight(key[1], tuple(first.shape), first.dtype, _nbytes(result), seconds)
-        self.event: Any = None if stream is None else stream.record_event()
+        self.event = None if stream is None else stream.record_event()
         self.tensors = [weakref.ref(t) for t in tensors]
         self.first = weakref.ref(tensors[0], partial(_forget, _entries, key))
         # the weak references keep the address of a storage from being reused for another one
@@ -56,7 +58,7 @@ class _Entry:
         )  # fmt: skip
 
 
-def _nbytes(result: Any) -> int:
+def _nbytes(result: object) -> int:
     if isinstance(result, Tensor):
         return result.nbytes
     return sum(map(_nbytes, result)) if isinstance(result, tuple | list) else 0
@@ -135,7 +137,7 @@ def packed(tensors: Tensor | tuple[Tensor | None, ...], layout: str, pack: Calla
             result = pack(*map(_detached, arguments))
         found = _entries[key] = _Entry(key, present, result, stream, time.perf_counter() - start)
         _log.debug("packed %s", found.row)
-    if stream is not None and stream != found.stream:
+    if stream is not None and found.event is not None and stream != found.stream:
         stream.wait_event(found.event)
     return found.result
 
@@ -161,7 +163,7 @@ class Packable(nn.Module):
     """
 
     @torch.inference_mode(False)
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packable:
         leave_inference_mode(self)
         return super()._apply(fn, recurse)
 

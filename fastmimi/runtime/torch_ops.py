@@ -31,7 +31,7 @@ def register(op: str, kind: str, kernel: Implementation, reference: Implementati
     schema, name = OPS[op], f"{op}_{kind}"
     if name not in _defined:
 
-        def run(*tensors: Tensor | None, **options: Any) -> Tensor:
+        def run(*tensors: Tensor | None, **options: object) -> Tensor:
             return kernel(**dict(zip(schema.names, tensors, strict=False)), **options)
 
         _define(name, f"{schema.tensors}{_keywords(schema.options)}", run, schema.fake)
@@ -62,7 +62,7 @@ def _keywords(options: str) -> str:
 
 
 def _define(
-    name: str, arguments: str, function: Callable[..., Any], fake: Callable[..., Any], gives: str = "Tensor"
+    name: str, arguments: str, function: Callable[..., object], fake: Callable[..., object], gives: str = "Tensor"
 ) -> None:
     _library.define(f"{name}({arguments}) -> {gives}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, function, "CompositeExplicitAutograd")
@@ -74,7 +74,7 @@ def _differentiate(op: str, name: str, schema: Op, reference: Implementation, ex
     names = schema.names
     back = f"{op}_backward"
 
-    def gradients(grad: Tensor, *inputs: Any, **options: Any) -> list[Tensor]:
+    def gradients(grad: Tensor, *inputs: Any, **options: object) -> list[Tensor]:
         *tensors, needs = inputs
         with torch.enable_grad():
             tensors = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
@@ -83,7 +83,7 @@ def _differentiate(op: str, name: str, schema: Op, reference: Implementation, ex
             with exactly(grad):  # backward convolutions must not use TF32 either
                 return [g.contiguous() for g in torch.autograd.grad(y, wanted, grad)]
 
-    def fake(grad: Tensor, *inputs: Any, **options: Any) -> list[Tensor]:
+    def fake(grad: Tensor, *inputs: Any, **options: object) -> list[Tensor]:
         *tensors, needs = inputs
         return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need]
 
@@ -91,7 +91,9 @@ def _differentiate(op: str, name: str, schema: Op, reference: Implementation, ex
         arguments = f"Tensor grad, {_without_defaults(schema.tensors)}, bool[] needs{_keywords(schema.options)}"
         _define(back, arguments, gradients, fake, "Tensor[]")
 
-    def remember(ctx: Any, inputs: Any, output: Any, keyword_only_inputs: Any = None) -> None:
+    def remember(
+        ctx: Any, inputs: tuple[object, ...], output: object, keyword_only_inputs: dict[str, object] | None = None
+    ) -> None:
         ctx.save_for_backward(*inputs)
         ctx.options = keyword_only_inputs or {}
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..errors import InputError, named, shown
 from ..io.files import check_input, path_of
 from ..models.registry import ARCHITECTURES
-from ..models.validation import naming
+from ..models.validation import Json, naming
 
 # names for transformers' `get_scheduler`, limited to schedules whose only parameters are numbers of steps
 SCHEDULES = ["constant_with_warmup", "linear", "cosine", "polynomial"]
@@ -62,7 +61,7 @@ LIMITS = {  # field: (smallest, largest) allowed value
 }
 
 
-def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(map(str, choices))}, got {shown(value)}")
 
@@ -73,7 +72,7 @@ class ModelConfig:
 
     load: str | None = None  # initial weights, anything that `fastmimi.load` accepts; None: random weights
     architecture: str = "mimi"  # architecture of a new codec: "mimi" or "jodio"
-    changes: dict[str, Any] = field(default_factory=dict)  # fields of a new codec's MimiCodecConfig or JodioConfig
+    changes: Json = field(default_factory=dict)  # fields of a new codec's MimiCodecConfig or JodioConfig
     freeze: list[str] = field(default_factory=list)  # names of modules that are not trained: encoder, quantizer, ...
     impl: str = "auto"  # implementation of the ops, as for `fastmimi.load`
 
@@ -209,7 +208,7 @@ class TrainConfig:
             return cls.of(OmegaConf.to_container(merged))
 
     @classmethod
-    def of(cls, values: Any) -> TrainConfig:
+    def of(cls, values: object) -> TrainConfig:
         """The configuration from nested dictionaries; raises InputError for an unknown field or an invalid value."""
         if not isinstance(values, dict):
             raise InputError(f"a configuration must be fields and their values, got {shown(values)}")
@@ -225,9 +224,9 @@ class TrainConfig:
             if name not in MAY_CHANGE_ON_RESUME and was[name] != value:
                 raise InputError(f"{self.out} holds a run with {name} {was[name]}, got {value}: choose another `out`")
 
-    def _flat(self) -> dict[str, Any]:
+    def _flat(self) -> Json:
         """All fields as one flat dictionary; those of a section are named "section.field"."""
-        flat: dict[str, Any] = {}
+        flat: Json = {}
         for name, value in self.__dict__.items():
             flat |= {f"{name}.{key}": v for key, v in vars(value).items()} if is_dataclass(value) else {name: value}
         return flat

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import soundfile
@@ -118,7 +118,9 @@ class DatasetColumn:
         return _read_random_window(source, rng, seconds)
 
 
-def _read_random_window(source: Any, rng: np.random.Generator, seconds: float) -> tuple[np.ndarray, int]:
+def _read_random_window(
+    source: str | Path | io.BytesIO, rng: np.random.Generator, seconds: float
+) -> tuple[np.ndarray, int]:
     """`Source.read` of one file, given as a path or as bytes in memory."""
     with soundfile.SoundFile(source) as file:
         wanted = int(np.ceil(seconds * file.samplerate)) + 1
@@ -138,15 +140,19 @@ def _read_random_window(source: Any, rng: np.random.Generator, seconds: float) -
         return audio[start : start + wanted], file.samplerate
 
 
-class Windows(Dataset[Any]):
-    """Window i of a run: (audio [C, N], teacher audio [M] or None, name of its file, names of unreadable files)."""
+# audio [C, N], teacher audio [M] or None, name of its file, names of unreadable files
+Window = tuple[np.ndarray, np.ndarray | None, str, list[str]]
+
+
+class Windows(Dataset[Window]):
+    """The windows of a run."""
 
     def __init__(self, source: Source, seconds: float, rate: int, channels: int, seed: int, with_teacher: bool):
         self.source, self.seconds, self.rate, self.channels = source, seconds, rate, channels
         self.seed, self.with_teacher = seed, with_teacher
         self.samples = round(seconds * rate)
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray | None, str, list[str]]:
+    def __getitem__(self, number: int) -> Window:
         rng = np.random.default_rng([self.seed, number])
         unread: list[str] = []
         for _ in range(MAX_UNREADABLE):
@@ -194,7 +200,7 @@ class WindowSampler(Sampler[int]):
             yield from range(begin, begin + self.share)
 
 
-def _collate(items: list[Any]) -> Batch:
+def _collate(items: list[Window]) -> Batch:
     """Windows of `Windows` as one batch."""
     audio, teacher_audio, names, unread = zip(*items, strict=True)
     stacked = None if teacher_audio[0] is None else torch.from_numpy(np.stack(teacher_audio))
@@ -219,7 +225,9 @@ def open_source(config: DataConfig) -> Source:
     return DatasetColumn(config.dataset, config.name, config.split, config.column)
 
 
-def batches(windows: Windows, config: DataConfig, first: int, steps: int, process: tuple[int, int]) -> DataLoader[Any]:
+def batches(
+    windows: Windows, config: DataConfig, first: int, steps: int, process: tuple[int, int]
+) -> DataLoader[Window]:
     """The batches of steps `first` to `steps` for one process, given as (rank, number of processes)."""
     rank, processes = process
     share = config.batch_size // processes

@@ -16,11 +16,10 @@ import re
 import shutil
 import signal
 import traceback
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import torch
@@ -132,7 +131,8 @@ class _Run:
     @property
     def ema_codec(self) -> Codec:
         """The codec with averaged weights."""
-        codec: Any = self.ema.module
+        codec = self.ema.module
+        assert isinstance(codec, Codec)
         return codec
 
     @property
@@ -161,7 +161,7 @@ class _Run:
                 shutil.rmtree(partial)
             self.writer = SummaryWriter(str(self.out / "log"), purge_step=self.completed_steps + 1)
 
-    def _machine(self) -> dict[str, Any]:
+    def _machine(self) -> dict[str, object]:
         device = self.accelerator.device
         return {
             "versions": {"fastmimi": __version__, "torch": torch.__version__, "accelerate": accelerate.__version__},
@@ -321,14 +321,14 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _format_scalars(values: dict[str, Any]) -> str:
+def _format_scalars(values: dict[str, float]) -> str:
     """The most telling scalars on one line, for the progress bar."""
     names = ("mel", "features", "adversarial", "discriminator", "cosine", "explained")
     return "  ".join(f"{name} {values[name]:.3f}" for name in names if name in values)
 
 
 @contextmanager
-def _on_sigterm(action: Any) -> Iterator[None]:
+def _on_sigterm(action: Callable[[], object]) -> Iterator[None]:
     """Call `action` at SIGTERM within the context."""
     previous = signal.signal(signal.SIGTERM, lambda *_: action())
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +88,7 @@ class Balancer(nn.Module):
         total = sum(self.weights[name] for name in losses)
         combined = torch.zeros_like(audio)
         for name, gradient, norm in zip(losses, gradients, norms, strict=True):
-            running: Any = self.get_buffer(name)
+            running = self.get_buffer(name)
             running.mul_(self.decay).add_(torch.stack([norm, torch.ones_like(norm)]) * (1 - self.decay))
             combined += self.weights[name] / total / (running[0] / running[1]).clamp(min=1e-12) * gradient
         return combined * self.norm

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def concatenate_curves(runs: Sequence[dict[str, Curve]]) -> dict[str, Curve]:
     return joined
 
 
-def summary(config: TrainConfig, curves: dict[str, Curve], machine: dict[str, Any]) -> dict[str, Any]:
+def summary(config: TrainConfig, curves: dict[str, Curve], machine: dict[str, object]) -> dict[str, object]:
     """A run's configuration, steps, hours of audio and training, mean of the last tenth of each curve, and machine."""
     from omegaconf import OmegaConf
 

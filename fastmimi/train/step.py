@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..models.codec import Codec
 from ..models.config import AnyConfig
 from ..models.registry import ARCHITECTURES, build
+from ..models.validation import Json
 from . import losses
 from .config import ModelConfig, OptimizerConfig, TrainConfig
 from .data import Batch
@@ -116,7 +117,7 @@ def _check_quantizers_are_frozen_whole(codec: Codec, name: str, frozen: nn.Modul
             raise InputError(f"model.freeze must name a whole residual quantizer, such as {whole}, got {name!r}")
 
 
-def _build_codec_config(kind: type[AnyConfig], changes: dict[str, Any]) -> Any:
+def _build_codec_config(kind: type[AnyConfig], changes: Json) -> AnyConfig:
     """The configuration of a new codec; raises InputError for a field that it does not have."""
     _check_fields(kind, changes)
     config = kind.from_dict(changes)
@@ -127,7 +128,7 @@ def _build_codec_config(kind: type[AnyConfig], changes: dict[str, Any]) -> Any:
     return config
 
 
-def _check_fields(kind: Any, names: Iterable[str]) -> None:
+def _check_fields(kind: type, names: Iterable[str]) -> None:
     known = [f.name for f in fields(kind)]
     for name in names:
         if name not in known:
@@ -139,7 +140,7 @@ def _modules(codec: Codec) -> dict[str, nn.Module]:
     return {"quantizer": codec.quantizer, **dict(codec.named_modules())}
 
 
-def parameter_groups(generator: Generator, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(generator: Generator, config: OptimizerConfig) -> list[dict[str, object]]:
     """Parameter groups for AdamW: weight decay applies to the transformers' parameters only."""
     trained = [(name, p) for name, p in generator.named_parameters() if p.requires_grad]
     decayed = [p for name, p in trained if "transformer." in name]
@@ -147,7 +148,7 @@ def parameter_groups(generator: Generator, config: OptimizerConfig) -> list[dict
     return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
+def build_optimizer(groups: list[dict[str, object]], config: OptimizerConfig) -> AdamW:
     """AdamW for parameter groups, with the learning rate and betas of the configuration."""
     return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
 

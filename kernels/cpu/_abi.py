@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 
@@ -169,7 +168,7 @@ def _parse(text: str) -> tuple[str, Members]:
     return name, members
 
 
-def _structures(kinds: Iterable[Any]) -> Iterator[Any]:
+def _structures(kinds: Iterable[type]) -> Iterator[type[ctypes.Structure]]:
     """The structures among `kinds`, and those nested in them."""
     for kind in kinds:
         if issubclass(kind, ctypes.Structure):

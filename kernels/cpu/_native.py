@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from _ctypes import CFuncPtr
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -20,7 +21,7 @@ from typing import Any
 from ._abi import DTYPES, ENTRIES, differences
 from ._variants import VARIANTS
 
-Call = tuple[Any, ctypes.Structure]  # an entry point and its argument
+Call = tuple[CFuncPtr, ctypes.Structure]  # an entry point and its argument
 
 
 class Declaration(ctypes.Structure):
@@ -55,15 +56,15 @@ class Variant:
         self.run_program = library.run
         self.run_program.argtypes, self.run_program.restype = (ctypes.c_void_p, ctypes.c_long), None
 
-    def _call(self, function: Any, structure: Any, *arguments: Any) -> None:
+    def _call(self, function: CFuncPtr, structure: type[ctypes.Structure], *arguments: object) -> None:
         if len(arguments) != len(structure._fields_):  # ctypes would fill up with zeros
             raise TypeError(f"{structure.__name__} has {len(structure._fields_)} fields, got {len(arguments)}")
         self._run(function, structure(*arguments))
 
-    def _run(self, function: Any, call: ctypes.Structure) -> None:
+    def _run(self, function: CFuncPtr, call: ctypes.Structure) -> None:
         function(call)
 
-    def keep(self, *tensors: Any) -> None:
+    def keep(self, *tensors: object) -> None:
         """Tell a `Recorder` which tensors the calls that follow point to; a variant itself does nothing here."""
 
 
@@ -73,15 +74,15 @@ class Recorder(Variant):
     Tensors passed to `keep` stay alive as long as the recording, whose calls contain their addresses.
     """
 
-    def __init__(self, variant: Variant, calls: list[Call], kept: list[Any]):
+    def __init__(self, variant: Variant, calls: list[Call], kept: list[object]):
         super().__init__(variant.library, variant.name)
         self._calls, self._kept = calls, kept
 
-    def _run(self, function: Any, call: ctypes.Structure) -> None:
+    def _run(self, function: CFuncPtr, call: ctypes.Structure) -> None:
         self._calls.append((function, call))
         function(call)
 
-    def keep(self, *tensors: Any) -> None:
+    def keep(self, *tensors: object) -> None:
         self._kept.extend(tensors)
 
 
@@ -137,7 +138,7 @@ def native() -> Any:
 
 
 @contextmanager
-def recording(variant: Variant, calls: list[Call], kept: list[Any]) -> Iterator[None]:
+def recording(variant: Variant, calls: list[Call], kept: list[object]) -> Iterator[None]:
     """Record this thread's native calls: append each to `calls`, and its tensors to `kept`."""
     _recorders.current = Recorder(variant, calls, kept)
     try:

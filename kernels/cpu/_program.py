@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class Program:
     def __init__(self, step: Callable[[Tensor], list[Tensor]], x: Tensor, state: list[Tensor]):
         variant = native()
         calls: list[Call] = []
-        kept: list[Any] = []
+        kept: list[object] = []
         self.input = layout.empty_channels_last(x, x.shape[1], x.shape[2]).copy_(x)
         with recording(variant, calls, kept):
             self.results = step(self.input)
@@ -88,7 +87,7 @@ def _holds(tensor: Tensor, address: int) -> bool:
     return storage.data_ptr() <= address < storage.data_ptr() + max(1, storage.nbytes())
 
 
-def _tensors(kept: Any) -> Iterator[Tensor]:
+def _tensors(kept: object) -> Iterator[Tensor]:
     """All tensors in nested lists and tuples."""
     if isinstance(kept, Tensor):
         yield kept
@@ -97,10 +96,10 @@ def _tensors(kept: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _pointer_words(structure: Any) -> list[int]:
+def _pointer_words(structure: type[ctypes.Structure]) -> list[int]:
     """The word indices of a structure's pointers."""
     found = []
-    for name, kind in structure._fields_:
+    for name, kind, *_ in structure._fields_:
         word = getattr(structure, name).offset // WORD
         if kind is ctypes.c_void_p:
             found.append(word)

@@ -35,7 +35,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 LONGEST_SUM = 1024  # terms of an fp32 sum: with more, the error of oneDNN is over twice that of PyTorch
 SHORT_SUM = 256  # the same for a convolution, whose inputs, being activations, do not have zero mean
 FEW_CHANNELS = 32
-onednn: Any = torch.ops.mkldnn
+onednn = torch.ops.mkldnn
 
 
 def unsupported(target: Any) -> str | None:
