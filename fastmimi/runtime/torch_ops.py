@@ -108,8 +108,3 @@ def _differentiate(op: str, name: str, schema: Op, reference: Implementation, ex
 
 def _without_defaults(tensors: str) -> str:
     return ", ".join(tensor.partition("=")[0] for tensor in tensors.split(", "))
-
-
-def op(name: str) -> Any:
-    """A registered op by its name, `<op>_<kind>` or `<op>_<kind>_step`."""
-    return _defined[name]

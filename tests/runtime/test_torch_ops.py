@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmimi.devtools.testing import noise
-from fastmimi.runtime import dispatch, torch_ops
+from fastmimi.runtime import dispatch
 from fastmimi.runtime.ops import OPS
 
 KINDS = ["cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)]
@@ -79,9 +79,9 @@ def test_opcheck(kind, name, tensors, options, state):
     tensors = tuple(t if t is None else t.to(device(kind)) for t in tensors)
     state = {key: t.to(device(kind)) for key, t in state.items()}
     trained = [t.clone().requires_grad_(t.is_floating_point()) if t is not None else None for t in tensors]
-    torch.library.opcheck(torch_ops.op(f"{name}_{kind}").default, tuple(trained), options)
+    torch.library.opcheck(getattr(torch.ops.fastmimi, f"{name}_{kind}").default, tuple(trained), options)
     if state:
-        torch.library.opcheck(torch_ops.op(f"{name}_{kind}_step").default, tensors, {**state, **options})
+        torch.library.opcheck(getattr(torch.ops.fastmimi, f"{name}_{kind}_step").default, tensors, {**state, **options})
 
 
 def test_every_op_is_checked():
