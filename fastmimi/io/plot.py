@@ -68,16 +68,9 @@ def check(path: Path) -> str:
 
 
 def draw(
-    path: Path,
-    kind: str,
-    codes: np.ndarray,
-    tracks: dict[str, np.ndarray],
-    *,
-    sample_rate: int,
-    frame_size: int,
-    codebook_size: int,
-    title: str,
-) -> None:
+    path: Path, kind: str, codes: np.ndarray, tracks: dict[str, np.ndarray], *, sample_rate: int, frame_size: int,
+    codebook_size: int, title: str,
+) -> None:  # fmt: skip
     """Draw waveform and spectrogram of each track above the codes, on one time axis, and write the plot.
 
     Args:
@@ -91,9 +84,6 @@ def draw(
         title: of the whole plot. If the audio is longer than `SECONDS`, only its beginning is drawn, and the title
             says so.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     seconds = codes.shape[1] * frame_size / sample_rate
     if seconds > SECONDS:
         title += f" (the first {SECONDS:g} of {seconds:.1f} s)"
@@ -102,8 +92,7 @@ def draw(
     codes = codes[:, : -(-round(drawn_seconds * sample_rate) // frame_size)]
     code_height = min(2.6, 0.9 + 0.06 * len(codes))
     heights = [*(h for _ in tracks for h in (0.8, 1.7)), code_height]
-    figure = Figure(figsize=(12, 0.9 + sum(heights) * 1.15), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 0.9 + sum(heights) * 1.15)
     figure.suptitle(title, fontsize=11, color=GREY)
     grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     peak = max((float(np.abs(audio).max(initial=0)) for audio in tracks.values()), default=0.0)
@@ -121,11 +110,7 @@ def draw(
 
 def draw_usage(path: Path, used: list[float], perplexity: list[float]) -> None:
     """Write a PNG with two bar charts over the codebooks: the share of entries used [K] and the perplexity [K]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     levels = range(1, len(used) + 1)
     for axes, values, title, colour in ((left, used, "share of entries used", BLUE),
@@ -135,6 +120,16 @@ def draw_usage(path: Path, used: list[float], perplexity: list[float]) -> None:
         axes.set_xlabel("codebook")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png")
+
+
+def new_figure(width: float, height: float, dpi: int = 130) -> Figure:
+    """An empty figure, in inches, that is drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def spectrogram(audio: np.ndarray, sample_rate: int) -> np.ndarray:
@@ -170,12 +165,7 @@ def _waveform(axes: Axes, name: str, audio: np.ndarray, rate: int, peak: float, 
 
 def _spectrogram(figure: Figure, axes: Axes, image: np.ndarray, seconds: float, rate: int, loudest: float) -> None:
     picture = axes.imshow(
-        image,
-        extent=(0, seconds, 0, _mel(rate / 2)),
-        vmin=loudest - RANGE_DB,
-        vmax=loudest,
-        **_IMAGE,
-        cmap="magma",
+        image, extent=(0, seconds, 0, _mel(rate / 2)), vmin=loudest - RANGE_DB, vmax=loudest, **_IMAGE, cmap="magma"
     )
     ticks = [tick for tick in TICKS if tick < 0.9 * rate / 2]
     axes.set_yticks([_mel(tick) for tick in ticks], [f"{tick / 1000:g}" for tick in ticks])
@@ -186,12 +176,7 @@ def _spectrogram(figure: Figure, axes: Axes, image: np.ndarray, seconds: float, 
 def _codes(figure: Figure, axes: Axes, codes: np.ndarray, frame_seconds: float, size: int) -> None:
     count, frames = codes.shape
     picture = axes.imshow(
-        codes,
-        extent=(0, frames * frame_seconds, 0.5, count + 0.5),
-        vmin=0,
-        vmax=size - 1,
-        **_IMAGE,
-        cmap="viridis",
+        codes, extent=(0, frames * frame_seconds, 0.5, count + 0.5), vmin=0, vmax=size - 1, **_IMAGE, cmap="viridis"
     )
     axes.set_yticks(sorted({1, *range(8, count + 1, 8), count} if count > 8 else range(1, count + 1)))
     axes.invert_yaxis()

@@ -125,13 +125,9 @@ def summary(config: TrainConfig, curves: dict[str, Curve], machine: dict[str, ob
 
 def draw(path: Path, curves: dict[str, Curve]) -> None:
     """Draw the curves, each with a smoothed one, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = [name for name in CURVES if name in curves]
     rows = -(-len(shown) // 3)
-    figure = Figure(figsize=(12, 2.6 * rows + 0.4), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plot.new_figure(12, 2.6 * rows + 0.4, dpi=100)
     grid = list(figure.subplots(rows, 3, squeeze=False).flat)
     for axes in grid[len(shown) :]:
         axes.axis("off")
