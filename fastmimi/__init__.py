@@ -49,24 +49,10 @@ _MODULES = {
     "save_pretrained": "checkpoints.weights",
 }
 __all__ = [
-    "InputError",
-    "JodioConfig",
-    "JodioModel",
-    "Mimi",
-    "MimiCodecConfig",
-    "MimiConfig",
-    "MimiDecoderModel",
-    "MimiEncoderModel",
-    "MimiModel",
-    "StreamState",
-    "explain",
-    "load",
-    "packing_report",
-    "replace_mimi",
-    "restore_mimi",
-    "save_kyutai",
-    "save_pretrained",
-]
+    "InputError", "JodioConfig", "JodioModel", "Mimi", "MimiCodecConfig", "MimiConfig", "MimiDecoderModel",
+    "MimiEncoderModel", "MimiModel", "StreamState", "explain", "load", "packing_report", "replace_mimi", "restore_mimi",
+    "save_kyutai", "save_pretrained",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -50,14 +50,9 @@ MAX_LISTED = 20  # misfits that an error message lists; it only counts the other
 
 @torch.inference_mode(False)  # inference tensors have no version counter: kernels would pack them at every call
 def load(
-    source: str | Path = "kyutai/mimi",
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    impl: dispatch.Impl = "auto",
-    num_codebooks: int | None = None,
-    weights: str | None = None,
-) -> Codec:
+    source: str | Path = "kyutai/mimi", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+    impl: dispatch.Impl = "auto", num_codebooks: int | None = None, weights: str | None = None,
+) -> Codec:  # fmt: skip
     """Load a codec for inference: in eval mode, with parameters that do not require gradients.
 
     Args:

@@ -90,17 +90,9 @@ def _without_command(context: typer.Context, version: Version = False) -> None:
 
 @app.command()
 def encode(
-    source: AudioIn,
-    target: TokensOut,
-    model: Model = HUB,
-    codebooks: Codebooks = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    impl: Impl = "auto",
-    stream: Stream = False,
-    packed: Packed = False,
-    plot: Plot = None,
-) -> None:
+    source: AudioIn, target: TokensOut, model: Model = HUB, codebooks: Codebooks = None, device: Device = "cpu",
+    dtype: Dtype = "float32", impl: Impl = "auto", stream: Stream = False, packed: Packed = False, plot: Plot = None,
+) -> None:  # fmt: skip
     """Encode audio to a token file."""
     from ..io.audio import probe
     from . import report, work
@@ -116,27 +108,16 @@ def encode(
             tracks = {"original": encoded.track}
             work.draw(outputs.enter_context(replacing(plot)), picture, encoded.tokens, tracks, source)
     report.show(
-        report.input_rows(file),
-        report.codes_rows(encoded.tokens),
-        report.tokens_rows(encoded.tokens, target),
-        report.speed_rows("encode", encoded.clock, encoded.tokens, stream),
-        report.picture_rows(plot),
-    )
+        report.input_rows(file), report.codes_rows(encoded.tokens), report.tokens_rows(encoded.tokens, target),
+        report.speed_rows("encode", encoded.clock, encoded.tokens, stream), report.picture_rows(plot),
+    )  # fmt: skip
 
 
 @app.command()
 def decode(
-    source: TokensIn,
-    target: AudioOut,
-    model: Model = HUB,
-    codebooks: Codebooks = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    impl: Impl = "auto",
-    stream: Stream = False,
-    force: Force = False,
-    plot: Plot = None,
-) -> None:
+    source: TokensIn, target: AudioOut, model: Model = HUB, codebooks: Codebooks = None, device: Device = "cpu",
+    dtype: Dtype = "float32", impl: Impl = "auto", stream: Stream = False, force: Force = False, plot: Plot = None,
+) -> None:  # fmt: skip
     """Decode a token file to audio, at the codec's sample rate and with the original length."""
     from ..io.audio import output_format
     from ..io.tokens import Tokens
@@ -154,29 +135,19 @@ def decode(
             tracks = {"decoded": decoded.track}
             work.draw(outputs.enter_context(replacing(plot)), picture, tokens, tracks, source)
     report.show(
-        report.codes_rows(tokens),
-        report.tokens_rows(tokens, source),
-        report.speed_rows("decode", decoded.clock, tokens, stream),
-        report.output_rows(target, tokens),
+        report.codes_rows(tokens), report.tokens_rows(tokens, source),
+        report.speed_rows("decode", decoded.clock, tokens, stream), report.output_rows(target, tokens),
         report.picture_rows(plot),
-    )
+    )  # fmt: skip
     report.note_model(model)
 
 
 @app.command()
 def roundtrip(
-    source: AudioIn,
-    target: AudioOut,
-    model: Model = HUB,
-    codebooks: Codebooks = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    impl: Impl = "auto",
-    stream: Stream = False,
-    tokens: TokensBeside = None,
-    packed: Packed = False,
-    plot: Plot = None,
-) -> None:
+    source: AudioIn, target: AudioOut, model: Model = HUB, codebooks: Codebooks = None, device: Device = "cpu",
+    dtype: Dtype = "float32", impl: Impl = "auto", stream: Stream = False, tokens: TokensBeside = None,
+    packed: Packed = False, plot: Plot = None,
+) -> None:  # fmt: skip
     """Encode audio and decode the codes, to hear what they preserve."""
     from ..io.audio import output_format, probe
     from . import report, work
@@ -194,14 +165,11 @@ def roundtrip(
             tracks = {"original": encoded.track, "decoded": decoded.track}
             work.draw(outputs.enter_context(replacing(plot)), picture, encoded.tokens, tracks, source)
     report.show(
-        report.input_rows(file),
-        report.codes_rows(encoded.tokens),
-        report.tokens_rows(encoded.tokens, tokens),
+        report.input_rows(file), report.codes_rows(encoded.tokens), report.tokens_rows(encoded.tokens, tokens),
         report.speed_rows("encode", encoded.clock, encoded.tokens, stream),
-        report.speed_rows("decode", decoded.clock, encoded.tokens, stream),
-        report.output_rows(target, encoded.tokens),
+        report.speed_rows("decode", decoded.clock, encoded.tokens, stream), report.output_rows(target, encoded.tokens),
         report.picture_rows(plot),
-    )
+    )  # fmt: skip
     report.note_model(model)
 
 
@@ -248,13 +216,9 @@ def train(config: ConfigIn, changes: Changes = None) -> None:
 
 @app.command()
 def evaluate(
-    folder: Speech,
-    model: Model = HUB,
-    codebooks: Counts = None,
-    device: Device = "cpu",
-    json: Json = None,
+    folder: Speech, model: Model = HUB, codebooks: Counts = None, device: Device = "cpu", json: Json = None,
     plot: Pictures = None,
-) -> None:
+) -> None:  # fmt: skip
     """Measure the quality of a codec: encode and decode each file, and compare with the original."""
     from .training import evaluate
 

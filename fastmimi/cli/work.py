@@ -130,16 +130,10 @@ def encode(codec: Codec, file: AudioFile, model: str, *, packed: bool, stream: b
     with report.progress("encoding", file.length_at(codec.sample_rate)) as watch:
         codes = transcode.encode(codec, track.tee(watch(blocks)), clock, frame_by_frame=stream)
     tokens = Tokens(
-        codes,
-        codebook_size=codec.config.codebook_size,
-        sample_rate=codec.sample_rate,
-        frame_rate=codec.frame_rate,
-        frame_size=codec.frame_size,
-        length=track.total,
-        fingerprint=weights.fingerprint(codec),
-        model=model,
+        codes, codebook_size=codec.config.codebook_size, sample_rate=codec.sample_rate, frame_rate=codec.frame_rate,
+        frame_size=codec.frame_size, length=track.total, fingerprint=weights.fingerprint(codec), model=model,
         packed=packed,
-    )
+    )  # fmt: skip
     return Encoded(tokens, track, clock)
 
 
@@ -160,12 +154,7 @@ def decode(codec: Codec, tokens: Tokens, target: Path, kind: tuple[str, str], *,
 def draw(target: Path, kind: str, tokens: Tokens, tracks: dict[str, plot.Track], source: Path) -> None:
     with report.busy("drawing"):
         plot.draw(
-            target,
-            kind,
-            tokens.codes,
-            {name: track.audio for name, track in tracks.items()},
-            sample_rate=tokens.sample_rate,
-            frame_size=tokens.frame_size,
-            codebook_size=tokens.codebook_size,
+            target, kind, tokens.codes, {name: track.audio for name, track in tracks.items()},
+            sample_rate=tokens.sample_rate, frame_size=tokens.frame_size, codebook_size=tokens.codebook_size,
             title=f"{source.name}, {tokens.num_codebooks} codebooks of {tokens.model}",
-        )
+        )  # fmt: skip

@@ -59,13 +59,9 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        num_codebooks: int = 8,
-        dtype: str = "f32",
+        self, path: str | os.PathLike[str], *, num_codebooks: int = 8, dtype: str = "f32",
         max_seq_len: int | None = None,
-    ):
+    ):  # fmt: skip
         if dtype not in DTYPES:
             raise InputError(f"dtype must be {', '.join(map(repr, DTYPES))}, got {dtype!r}")
         if max_seq_len is not None and operator.index(max_seq_len) < 1:
@@ -123,13 +119,9 @@ class StreamTokenizer:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        num_codebooks: int = 8,
-        dtype: str = "f32",
+        self, path: str | os.PathLike[str], *, num_codebooks: int = 8, dtype: str = "f32",
         max_seq_len: int | None = None,
-    ):
+    ):  # fmt: skip
         tokenizer = Tokenizer(path, num_codebooks=num_codebooks, dtype=dtype, max_seq_len=max_seq_len)
         self._codebooks = num_codebooks
         self._encoder = Worker("fastmimi-encode", tokenizer.encode_step)

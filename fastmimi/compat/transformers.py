@@ -174,17 +174,10 @@ class MimiModel(DropIn, peer.MimiModel):
 
     @signature_of(peer.MimiModel.encode)
     def encode(
-        self,
-        input_values: Tensor,
-        padding_mask: Tensor | None = None,
-        num_quantizers: int | None = None,
-        past: peer.Cache | None = None,
-        padding_cache: peer.MimiConv1dPaddingCache | None = None,
-        use_streaming: bool | None = None,
-        return_dict: bool | None = None,
-        *,
-        extra: dict[str, object],
-    ) -> Any:
+        self, input_values: Tensor, padding_mask: Tensor | None = None, num_quantizers: int | None = None,
+        past: peer.Cache | None = None, padding_cache: peer.MimiConv1dPaddingCache | None = None,
+        use_streaming: bool | None = None, return_dict: bool | None = None, *, extra: dict[str, object],
+    ) -> Any:  # fmt: skip
         """Audio [B, channels, N] -> `MimiEncoderOutput` with codes [B, K, ceil(N / frame_size)].
 
         With `use_streaming`, pass the caches that one call returns to the next; a chunk of any length yields the frames
@@ -212,14 +205,9 @@ class MimiModel(DropIn, peer.MimiModel):
 
     @signature_of(peer.MimiModel.decode)
     def decode(
-        self,
-        audio_codes: Tensor,
-        padding_mask: Tensor | None = None,
-        past: peer.Cache | None = None,
-        return_dict: bool | None = None,
-        *,
-        extra: dict[str, object],
-    ) -> Any:
+        self, audio_codes: Tensor, padding_mask: Tensor | None = None, past: peer.Cache | None = None,
+        return_dict: bool | None = None, *, extra: dict[str, object],
+    ) -> Any:  # fmt: skip
         """Codes [B, K, T] -> `MimiDecoderOutput` with audio [B, channels, T * frame_size], trimmed to the mask."""
         if self._needs_peer(extra):
             return super().decode(audio_codes, padding_mask, past, return_dict=return_dict, **extra)
@@ -289,16 +277,10 @@ if HALVES:
 
         @signature_of(peer.MimiEncoderModel.forward)
         def forward(
-            self,
-            input_values: Tensor,
-            padding_mask: Tensor | None = None,
-            past: peer.Cache | None = None,
-            padding_cache: peer.MimiConv1dPaddingCache | None = None,
-            use_streaming: bool | None = None,
-            return_dict: bool | None = None,
-            *,
-            extra: dict[str, object],
-        ) -> Any:
+            self, input_values: Tensor, padding_mask: Tensor | None = None, past: peer.Cache | None = None,
+            padding_cache: peer.MimiConv1dPaddingCache | None = None, use_streaming: bool | None = None,
+            return_dict: bool | None = None, *, extra: dict[str, object],
+        ) -> Any:  # fmt: skip
             """Audio [B, channels, N] -> `MimiEncoderModelOutput` with latents [B, hidden, ceil(N / frame_size)]."""
             if self._needs_peer(extra, padding_cache):
                 return super().forward(
@@ -323,14 +305,9 @@ if HALVES:
 
         @signature_of(peer.MimiDecoderModel.forward)
         def forward(
-            self,
-            latents: Tensor,
-            padding_mask: Tensor | None = None,
-            past: peer.Cache | None = None,
-            return_dict: bool | None = None,
-            *,
-            extra: dict[str, object],
-        ) -> Any:
+            self, latents: Tensor, padding_mask: Tensor | None = None, past: peer.Cache | None = None,
+            return_dict: bool | None = None, *, extra: dict[str, object],
+        ) -> Any:  # fmt: skip
             """Latents [B, hidden_size, T] -> `MimiDecoderOutput` with audio [B, channels, T * frame_size]."""
             if self._needs_peer(extra):
                 return super().forward(latents, padding_mask, past, return_dict=return_dict, **extra)

@@ -16,19 +16,10 @@ from ..models.config import MimiCodecConfig
 from ..models.mimi import Mimi
 
 SMALL: dict[str, object] = {
-    "hidden_size": 32,
-    "num_filters": 4,
-    "codebook_size": 64,
-    "codebook_dim": 16,
-    "vector_quantization_hidden_dimension": 16,
-    "num_quantizers": 6,
-    "upsample_groups": 32,
-    "num_hidden_layers": 2,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "sliding_window": 24,
-}
+    "hidden_size": 32, "num_filters": 4, "codebook_size": 64, "codebook_dim": 16,
+    "vector_quantization_hidden_dimension": 16, "num_quantizers": 6, "upsample_groups": 32, "num_hidden_layers": 2,
+    "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4, "sliding_window": 24,
+}  # fmt: skip
 
 # Arguments of transformers' `MimiConfig`; each entry varies one aspect of the architecture.
 CONFIGS: dict[str, dict[str, object]] = {

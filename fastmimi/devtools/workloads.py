@@ -119,84 +119,52 @@ def _conv(
 ) -> Workload:
     (c, o), left = channels, (kernel - 1) * dilation + 1 - stride
     return Workload(
-        "causal_conv1d",
-        name,
-        SECONDS * rate,
-        lambda n: [(1, c, n), (o, c, kernel), (o,)],
-        {"stride": stride, "dilation": dilation, "pad": (left, 0), **options},
-        c * kernel,
-        rate,
-    )
+        "causal_conv1d", name, SECONDS * rate, lambda n: [(1, c, n), (o, c, kernel), (o,)],
+        {"stride": stride, "dilation": dilation, "pad": (left, 0), **options}, c * kernel, rate,
+    )  # fmt: skip
 
 
 def _upsampling(name: str, channels: tuple[int, int], stride: int, rate: int, groups: int = 1) -> Workload:
     (c, o), pre = channels, "none" if groups > 1 else "elu"
     return Workload(
-        "causal_conv_transpose1d",
-        name,
-        SECONDS * rate,
+        "causal_conv_transpose1d", name, SECONDS * rate,
         lambda n: [(1, c, n), (c, o // groups, 2 * stride), *([] if groups > 1 else [(o,)])],
-        {"stride": stride, "groups": groups, "trim": (0, stride), "pre": pre},
-        2 * c // groups,
-        rate,
-    )
+        {"stride": stride, "groups": groups, "trim": (0, stride), "pre": pre}, 2 * c // groups, rate,
+    )  # fmt: skip
 
 
 def _resblock(channels: int, rate: int) -> Workload:
     c, h = channels, channels // 2
     return Workload(
-        "resblock",
-        f"{c} channels at {rate} Hz",
-        SECONDS * rate,
-        lambda n: [(1, c, n), (h, c, 3), (h,), (c, h, 1), (c,)],
-        {"pad": (2, 0)},
-        3 * c,
-        rate,
-    )
+        "resblock", f"{c} channels at {rate} Hz", SECONDS * rate,
+        lambda n: [(1, c, n), (h, c, 3), (h,), (c, h, 1), (c,)], {"pad": (2, 0)}, 3 * c, rate,
+    )  # fmt: skip
 
 
 def _attention(positions: int, heads: int = 8, dim: int = 64, window: int = 250) -> Workload:
     return Workload(
-        "window_attention",
-        f"{positions} positions, {heads} heads of {dim}",
-        positions,
-        lambda n: [(1, n, heads, dim)] * 3,
-        {"window": window},
-        max(dim, min(positions, window)),
-    )
+        "window_attention", f"{positions} positions, {heads} heads of {dim}", positions,
+        lambda n: [(1, n, heads, dim)] * 3, {"window": window}, max(dim, min(positions, window)),
+    )  # fmt: skip
 
 
 def _layer(positions: int, width: int = 512, hidden: int = 2048, window: int = 250) -> Workload:
     square, vector = (width, width), (width,)
     return Workload(
-        "transformer_layer",
-        f"{positions} positions of {width}",
-        positions,
+        "transformer_layer", f"{positions} positions of {width}", positions,
         lambda n: [
-            (1, n, width),
-            vector,
-            vector,
-            *[square] * 4,
-            *[vector] * 3,
-            (hidden, width),
-            (width, hidden),
-            vector,
+            (1, n, width), *[vector] * 2, *[square] * 4, *[vector] * 3, (hidden, width), (width, hidden), vector
         ],
-        {"window": window, "eps": 1e-5},
-        hidden,
-    )
+        {"window": window, "eps": 1e-5}, hidden,
+    )  # fmt: skip
 
 
 def _rvq(op: str, name: str, frames: int, levels: int, dim: int) -> Workload:
     encode = op == "rvq_encode"
     return Workload(
-        op,
-        name,
-        frames,
-        lambda n: [(n, dim) if encode else (levels, n), (levels, 2048, dim)],
-        {},
+        op, name, frames, lambda n: [(n, dim) if encode else (levels, n), (levels, 2048, dim)], {},
         dim if encode else levels,
-    )
+    )  # fmt: skip
 
 
 WORKLOADS: list[Workload] = [  # for 10 s of audio, unless the name says otherwise

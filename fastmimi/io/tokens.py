@@ -39,17 +39,9 @@ from .files import check_input, path_of, replacing
 FORMAT, VERSION = "fastmimi.tokens", "1"  # as in every file so far: no path of a module
 MAX_BITS = 16
 _FIELDS = {  # name and type of each metadata field; strings are stored as they are, other types as JSON
-    "codebook_size": int,
-    "sample_rate": int,
-    "frame_rate": float,
-    "frame_size": int,
-    "length": int,
-    "fingerprint": str,
-    "model": str,
-    "packed": bool,
-    "num_codebooks": int,
-    "num_frames": int,
-}
+    "codebook_size": int, "sample_rate": int, "frame_rate": float, "frame_size": int, "length": int, "fingerprint": str,
+    "model": str, "packed": bool, "num_codebooks": int, "num_frames": int,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -220,14 +220,9 @@ class Codec(Packable):
 
     @torch.no_grad()
     def encode(
-        self,
-        audio: Tensor,
-        *,
-        state: StreamState | None = None,
-        padding_mask: Tensor | None = None,
-        num_codebooks: int | None = None,
-        last_frame: str = "waveform",
-    ) -> Tensor:
+        self, audio: Tensor, *, state: StreamState | None = None, padding_mask: Tensor | None = None,
+        num_codebooks: int | None = None, last_frame: str = "waveform",
+    ) -> Tensor:  # fmt: skip
         """Audio [B, channels, N] -> codes [B, K, T] int64.
 
         Offline, T = ceil(N / frame_size). With `padding_mask` ([B, N], False where padded, on the left or on the right)
@@ -256,13 +251,9 @@ class Codec(Packable):
         return torch.where(valid[:, None], codes, -1)
 
     def encode_to_latent(
-        self,
-        audio: Tensor,
-        *,
-        state: StreamState | None = None,
-        padding_mask: Tensor | None = None,
+        self, audio: Tensor, *, state: StreamState | None = None, padding_mask: Tensor | None = None,
         last_frame: str = "waveform",
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Audio [B, channels, N] -> latents before quantisation [B, hidden_size, T]; arguments as for `encode`.
 
         Differentiable offline. Where a row has no frame, its latents are 0.

@@ -44,14 +44,9 @@ class Mimi(Codec):
         self.downsample = self.upsample = None
         if stride > 1 and config.has_encoder:
             self.downsample = CausalConv1d(
-                config,
-                (hidden, hidden),
-                2 * stride,
-                stride=stride,
-                bias=False,
-                pad_mode="replicate",
+                config, (hidden, hidden), 2 * stride, stride=stride, bias=False, pad_mode="replicate",
                 samples=math.prod(config.upsampling_ratios),
-            )
+            )  # fmt: skip
         if stride > 1 and config.has_decoder:
             self.upsample = CausalConvTranspose1d(
                 config, (hidden, hidden), stride, groups=config.upsample_groups, bias=False

@@ -83,14 +83,9 @@ class Op:
 
 
 def _conv(
-    x: Tensor,
-    weight: Tensor,
-    *_: object,
-    stride: int = 1,
-    dilation: int = 1,
-    pad: tuple[int, int] = (0, 0),
+    x: Tensor, weight: Tensor, *_: object, stride: int = 1, dilation: int = 1, pad: tuple[int, int] = (0, 0),
     **__: object,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return empty_channels_last(x, weight.shape[0], convolved(x.shape[2], weight.shape[2], stride, dilation, pad))
 
 
@@ -169,34 +164,26 @@ OPS: dict[str, Op] = {
         "Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? scales=None",
         "int stride=1, int dilation=1, int groups=1, SymInt[2] pad=[0, 0], str pad_mode='constant', "
         "str pre='none', str post='none'",
-        _HISTORY,
-        _conv,
-        _conv_flops,
+        _HISTORY, _conv, _conv_flops,
     ),
     "causal_conv_transpose1d": Op(
         "[activation ->] transposed convolution, bias, trim",
         "Tensor x, Tensor weight, Tensor? bias=None, Tensor? scales=None",
         "int stride=1, int groups=1, SymInt[2] trim=[0, 0], str pre='none'",
-        _HISTORY,
-        _conv_transpose,
-        _conv_transpose_flops,
+        _HISTORY, _conv_transpose, _conv_transpose_flops,
     ),
     "resblock": Op(
         "a SEANet residual unit: ELU, conv k3, ELU, conv k1, + input [-> activation]",
         "Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
         "Tensor? shortcut_weight=None, Tensor? shortcut_bias=None, Tensor? scales=None",
         "int dilation=1, SymInt[2] pad=[0, 0], str pad_mode='constant', str post='none'",
-        _HISTORY,
-        _resblock,
-        _resblock_flops,
+        _HISTORY, _resblock, _resblock_flops,
     ),
     "window_attention": Op(
         "RoPE and causal attention over the last `window` positions, ring KV cache when streaming",
         "Tensor q, Tensor k, Tensor v, Tensor inv_freq",
         "int window, float rope_scale=1.0, bool interleaved=False",
-        _RINGS,
-        _attention,
-        _attention_flops,
+        _RINGS, _attention, _attention_flops,
     ),
     "transformer_layer": Op(
         "norm, window attention, norm, feed-forward, each half scaled and added to its input",
@@ -204,29 +191,19 @@ OPS: dict[str, Op] = {
         "Tensor norm2_weight, Tensor? norm2_bias, Tensor fc1, Tensor fc2, Tensor? scale2, Tensor inv_freq, "
         "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? o_bias=None, Tensor? scales=None",
         "int window, float eps, str norm='layer', str activation='gelu', float rope_scale=1.0",
-        _RINGS,
-        _layer,
-        _layer_flops,
-        time=1,
+        _RINGS, _layer, _layer_flops, time=1,
         composed_of="window_attention",
     ),
     "rvq_encode": Op(
         "the residual chain of nearest-entry searches over all levels, in fp32",
         "Tensor x, Tensor codebooks",
-        "",
-        "",
-        _encode,
-        _encode_flops,
-        time=1,
+        "", "", _encode, _encode_flops, time=1,
         differentiable=False,  # its result is integers
     ),
     "rvq_decode": Op(
         "sum over levels of the chosen codebook entries",
         "Tensor codes, Tensor codebooks",
         "ScalarType? dtype=None",
-        "",
-        _decode,
-        _decode_flops,
-        time=0,
+        "", _decode, _decode_flops, time=0,
     ),
-}
+}  # fmt: skip

@@ -56,14 +56,9 @@ def by_taps(weight: Tensor) -> Tensor:
 
 
 def input_of(
-    x: Tensor,
-    pad: tuple[int, int] = (0, 0),
-    pad_mode: str = "constant",
-    history: Tensor | None = None,
-    first: Tensor | None = None,
-    active: Tensor | None = None,
-    channel: int = 0,
-) -> Input:
+    x: Tensor, pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", history: Tensor | None = None,
+    first: Tensor | None = None, active: Tensor | None = None, channel: int = 0,
+) -> Input:  # fmt: skip
     """The native `Input` for channels-last x [B, C, T] with its padding or history.
 
     If x holds some of the channels of a grouped convolution, `channel` is the index of its first one in the history.

@@ -20,13 +20,9 @@ from ...runtime import layout, packing
 
 DTYPES = (torch.float32, torch.bfloat16)
 FUSED = {  # activations that oneDNN fuses into a linear layer: its names for the function and the algorithm
-    "none": ("none", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "relu": ("relu", ""),
-    "silu": ("swish", ""),
-    "tanh": ("tanh", ""),
-}
+    "none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", ""),
+    "silu": ("swish", ""), "tanh": ("tanh", ""),
+}  # fmt: skip
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "elu": lambda x: F.elu(x, inplace=True),
