@@ -18,7 +18,7 @@ from fastmimi.runtime import packing
 
 def bench_packing(benchmark):
     weight = torch.ones(3)
-    benchmark.pedantic(lambda: packing.packed({weight}, "form", torch.clone), rounds=3, warmup_rounds={warm})
+    benchmark.pedantic(lambda: packing.packed({weight}, "layout", torch.clone), rounds=3, warmup_rounds={warm})
 """
 
 

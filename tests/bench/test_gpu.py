@@ -33,7 +33,7 @@ def test_a_dry_run_of_each_op(tmp_path):
         assert f"| {op} " in done.stdout and "| equal |" in done.stdout and "transformer_layer" not in done.stdout
 
 
-def test_it_runs_without_git(tmp_path):
+def test_the_commit_is_unknown_without_git(tmp_path):
     code = f"import runpy; print(runpy.run_path({str(SCRIPT)!r})['commit']())"
     environment = {**os.environ, "PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -49,25 +49,25 @@ def test_whole(op, shape, length, pre, post):
 def test_chunks_equal_the_whole_and_masked_rows_stay(op, shape, mode):
     x, weight, bias, options, left = case(shape, 48)
     whole = op(x, weight, bias, pad=(left, 0), pad_mode=mode, pre="elu", **options)
-    history = torch.full((3, left, x.shape[1]), float("nan"))  # to be replaced on the first call, or zero
+    history = torch.full((3, left, x.shape[1]), float("nan"))  # the first call must replace it
     if mode == "constant":
         history.zero_()
     active = torch.tensor([True, True, False])
-    frozen, pieces = history[2].clone(), []
-    for i, piece in enumerate(x.split([4, 12, 8, 24], dim=-1)):
+    frozen, outputs = history[2].clone(), []
+    for i, chunk in enumerate(x.split([4, 12, 8, 24], dim=-1)):
         first = torch.full((3,), i == 0)
-        pieces.append(
-            op(piece, weight, bias, pad=(left, 0), pad_mode=mode, pre="elu", history=history, first=first,
+        outputs.append(
+            op(chunk, weight, bias, pad=(left, 0), pad_mode=mode, pre="elu", history=history, first=first,
                           active=active, **options)
         )  # fmt: skip
-    assert relative_error(torch.cat(pieces, dim=-1)[:2], whole[:2]) < 1e-6
+    assert relative_error(torch.cat(outputs, dim=-1)[:2], whole[:2]) < 1e-6
     assert torch.equal(history[2], frozen) or bool(history[2].isnan().all() and frozen.isnan().all())
     assert torch.equal(history[:2], x[:2, :, 48 - left :].mT)
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 9])
-def test_reflect_on_less_than_it_mirrors(op, length):
-    """Zeros are put on the right until there is enough to mirror, as in the peers."""
+def test_reflect_padding_longer_than_the_input(op, length):
+    """Zeros are appended until there are enough samples to mirror, as in transformers."""
     x = noise(1, 2, length)
     weight = torch.eye(2)[:, :, None]
     padded = op(x, weight, pad=(4, 0), pad_mode="reflect")
@@ -84,7 +84,7 @@ def test_padding_on_both_sides(op, mode, length):
     assert relative_error(*padded) < 1e-6
 
 
-def test_not_contiguous_input(op):
+def test_non_contiguous_input(op):
     x, weight, bias, options, left = case(SHAPES[2], 20)
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(op(strided, weight, bias, pad=(left, 0), **options),
@@ -110,14 +110,14 @@ def test_the_models_shapes(op, c_in, c_out, kernel, stride, dilation, post, dtyp
 
 
 def test_elu_near_zero_keeps_its_relative_accuracy(op):
-    """exp(x) - 1 would lose it: quiet audio lives here."""
+    """exp(x) - 1 would lose it; quiet audio has such values."""
     x = -torch.logspace(-7, 0, 200)[None, None]
     y = op(x, torch.ones(1, 1, 1), pre="elu")
     truth = torch.expm1(x.double())
     assert ((y - truth) / truth).abs().max() < 1e-6
 
 
-def test_nan_stays_visible(op):
+def test_nan_propagates(op):
     x = noise(1, 4, 20)
     x[0, 0, 10] = float("nan")
     y = op(x, noise(4, 4, 3), pad=(2, 0), pre="elu", post="elu")
@@ -126,24 +126,24 @@ def test_nan_stays_visible(op):
 
 @pytest.mark.parametrize("batch, sizes", [(40, [1, 1, 2]), (5, [70, 1, 30])])
 def test_many_streams_at_once(op, batch, sizes):
-    """Batch rows share tiles, or take several; each has its own history, fresh rows their own first sample."""
+    """Rows share a tile or take several; each has its own history, and a new row replicates its own first sample."""
     x, weight = noise(batch, 20, sum(sizes), seed=1), noise(30, 20, 3, seed=2)
     active = torch.arange(batch) % 3 != 1
     history, kept = noise(batch, 2, 20, seed=3), noise(batch, 2, 20, seed=3)
-    first, pieces, expected = torch.arange(batch) % 2 == 0, [], []
-    for piece in x.split(sizes, dim=-1):
+    first, outputs, expected = torch.arange(batch) % 2 == 0, [], []
+    for chunk in x.split(sizes, dim=-1):
         options = {"pad": (2, 0), "pad_mode": "replicate", "first": first, "active": active}
-        pieces.append(op(piece, weight, history=history, **options))
-        expected.append(reference(piece, weight, history=kept, **options))
+        outputs.append(op(chunk, weight, history=history, **options))
+        expected.append(reference(chunk, weight, history=kept, **options))
         assert torch.equal(history, kept)
         first = first & False
-    assert relative_error(torch.cat(pieces, dim=-1), torch.cat(expected, dim=-1)) < 1e-6
+    assert relative_error(torch.cat(outputs, dim=-1), torch.cat(expected, dim=-1)) < 1e-6
 
 
 @pytest.mark.parametrize("channels, length", [(8, 1), (8, 2), (8, 3), (1, 1), (1, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_residual_of_any_length(op, channels, length, dtype):
-    """Of one time or one channel the strides tell no layout: channels first or last."""
+    """With one time step or one channel, strides do not tell channels-first from channels-last."""
     x, weight, residual = noise(2, 8, length, seed=1), noise(channels, 8, 3, seed=2), noise(2, channels, length, seed=3)
     x, weight, residual = (t.to(dtype) for t in (x, weight, residual))
     strided = residual.repeat_interleave(2, dim=2)[..., ::2]
@@ -155,15 +155,15 @@ def test_a_residual_of_any_length(op, channels, length, dtype):
 @pytest.mark.parametrize("op", ["cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)], indirect=True)
 @pytest.mark.parametrize("channels", [1, 4, 8, 12, 32])
 @pytest.mark.parametrize("kernel, stride", [(8, 4), (16, 8)])
-def test_strides_of_few_channels_in_bf16(op, channels, kernel, stride):
-    """PyTorch's own convolution is wrong here on processors with AMX, by the whole peak: compared with fp64 alone."""
+def test_strided_convolutions_of_few_channels_in_bf16(op, channels, kernel, stride):
+    """Compared with fp64 only: with AMX, PyTorch's own bf16 convolution is wrong by as much as the peak."""
     x, weight = noise(2, channels, 67), noise(8, channels, kernel, seed=1, scale=(channels * kernel) ** -0.5)
     x, weight = x.bfloat16(), weight.bfloat16()
     truth = reference(x.double(), weight.double(), stride=stride, pad=(kernel - stride, 0))
     assert relative_error(op(x, weight, stride=stride, pad=(kernel - stride, 0)), truth) < 0.01
 
 
-def test_edited_weights_count(op):
+def test_edited_weights_are_used(op):
     x, weight = noise(1, 4, 9), noise(5, 4, 3)
     op(x, weight)
     weight.mul_(2)
@@ -171,7 +171,7 @@ def test_edited_weights_count(op):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_are_the_references(op, shape):
+def test_gradients_match_the_reference(op, shape):
     x, weight, bias, options, left = case(shape, 16)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     results = []
@@ -183,14 +183,14 @@ def test_gradients_are_the_references(op, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:4])
-def test_gradients(shape):
+def test_gradients_of_the_reference(shape):
     x, weight, bias, options, left = case(shape, 8, batch=1)
     inputs = [t.double().requires_grad_() for t in (x, weight, bias)]
     assert torch.autograd.gradcheck(lambda *a: reference(*a, pad=(left, 0), pre="elu", **options), inputs)
 
 
 class OnCuda:
-    """Says it is an fp32 tensor on a GPU."""
+    """Stands in for an fp32 tensor on a GPU."""
 
     device, dtype = torch.device("cuda"), torch.float32
 

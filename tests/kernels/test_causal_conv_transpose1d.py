@@ -1,4 +1,4 @@
-"""causal_conv_transpose1d, each implementation, against a written-out overlap-add in fp64, whole and in chunks."""
+"""causal_conv_transpose1d, each implementation, against an explicit overlap-add in fp64, whole and in chunks."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def empty_history(x, weight, stride):
 
 
 def overlap_add(x, weight, bias, stride, groups):
-    """sum over t and k of weight[:, :, k] applied to x[:, :, t], at t * stride + k; outputs to stride * T + 1."""
+    """The sum over t and k of weight[:, :, k] applied to x[:, :, t], at time t * stride + k; not trimmed."""
     x, weight = x.double(), weight.double()
     kernel, length = weight.shape[2], x.shape[2]
     y = torch.zeros(x.shape[0], bias.shape[0], (length - 1) * stride + max(kernel, stride + 1), dtype=torch.double)
@@ -59,11 +59,11 @@ def test_chunks_equal_the_whole_and_masked_rows_stay(op, shape):
     history = empty_history(x, weight, options["stride"])
     history[2] = 7.0
     active, first = torch.tensor([True, True, False]), torch.zeros(3, dtype=torch.bool)
-    pieces = [
-        op(piece, weight, bias, pre="elu", history=history, first=first, active=active, **options)
-        for piece in x.split([1, 4, 2, 5], dim=-1)
+    outputs = [
+        op(chunk, weight, bias, pre="elu", history=history, first=first, active=active, **options)
+        for chunk in x.split([1, 4, 2, 5], dim=-1)
     ]
-    assert relative_error(torch.cat(pieces, dim=-1)[:2], whole[:2]) < 1e-6
+    assert relative_error(torch.cat(outputs, dim=-1)[:2], whole[:2]) < 1e-6
     assert (history[2] == 7.0).all()
     assert torch.equal(history[:2], x[:2, :, 12 - history.shape[1] :].mT)
 
@@ -78,7 +78,7 @@ def test_the_models_shapes(op, c_in, c_out, stride, groups, dtype, length):
     kernel = 3 if c_in == 896 else 2 * stride
     x, weight = noise(1, c_in, length, seed=1), noise(c_in, c_out // groups, kernel, seed=2, scale=0.1)
     x, weight, bias = (t.to(dtype) for t in (x, weight, noise(c_out, seed=3)))
-    longest = c_in // groups * -(-kernel // stride)  # as many taps as reach an output
+    longest = c_in // groups * -(-kernel // stride)  # terms of the sum of one output
     options = {"stride": stride, "groups": groups, "pre": "elu"}
     trim = (0, kernel - stride)
     assert_as_exact(op, reference, (x, weight, bias), longest=longest, trim=trim, **options)
@@ -98,7 +98,7 @@ def test_the_models_shapes(op, c_in, c_out, stride, groups, dtype, length):
     assert_as_exact(streaming(op), streaming(reference), (x, weight, bias, history), longest=longest)
 
 
-def test_nothing_in_nothing_out(op):
+def test_empty_batch(op):
     assert op(noise(0, 4, 3), noise(4, 2, 6), stride=3, trim=(0, 3)).shape == (0, 2, 9)
 
 
@@ -108,21 +108,21 @@ def test_many_streams_at_once(op, batch, sizes, groups):
     x, weight = noise(batch, 20, sum(sizes), seed=1), noise(20, 20 // groups, 6, seed=2)
     active = torch.arange(batch) % 3 != 1
     history, kept = noise(batch, 2, 20, seed=3), noise(batch, 2, 20, seed=3)
-    for piece in x.split(sizes, dim=-1):
+    for chunk in x.split(sizes, dim=-1):
         options = {"stride": 2, "groups": groups, "active": active, "first": active & False}
-        mine = op(piece, weight, history=history, **options)
-        assert relative_error(mine, reference(piece, weight, history=kept, **options)) < 1e-6
+        mine = op(chunk, weight, history=history, **options)
+        assert relative_error(mine, reference(chunk, weight, history=kept, **options)) < 1e-6
         assert torch.equal(history, kept)
 
 
-def test_not_contiguous_input(op):
+def test_non_contiguous_input(op):
     x, weight, bias, options, _ = case(SHAPES[0], 9)
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
     assert relative_error(op(strided, weight, bias, **options), op(x, weight, bias, **options)) < 1e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_are_the_references(op, shape):
+def test_gradients_match_the_reference(op, shape):
     x, weight, bias, options, tail = case(shape, 5)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     results = []
@@ -134,7 +134,7 @@ def test_gradients_are_the_references(op, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients(shape):
+def test_gradients_of_the_reference(shape):
     x, weight, bias, options, tail = case(shape, 3, batch=1)
     inputs = [t.double().requires_grad_() for t in (x, weight, bias)]
     assert torch.autograd.gradcheck(lambda *a: reference(*a, trim=(0, tail), **options), inputs)

@@ -39,11 +39,11 @@ def test_chunks_equal_the_whole_and_masked_rows_stay(op, dilation, mode):
     whole = op(x, *weights, **options)
     history = torch.zeros(3, left, 8)
     history[2] = 7.0
-    active, pieces = torch.tensor([True, True, False]), []
-    for i, piece in enumerate(x.split([1, 9, 30], dim=-1)):
+    active, outputs = torch.tensor([True, True, False]), []
+    for i, chunk in enumerate(x.split([1, 9, 30], dim=-1)):
         first = torch.full((3,), i == 0)
-        pieces.append(op(piece, *weights, history=history, first=first, active=active, **options))
-    assert relative_error(torch.cat(pieces, dim=-1)[:2], whole[:2]) < 1e-6
+        outputs.append(op(chunk, *weights, history=history, first=first, active=active, **options))
+    assert relative_error(torch.cat(outputs, dim=-1)[:2], whole[:2]) < 1e-6
     assert (history[2] == 7.0).all()
 
 
@@ -63,22 +63,22 @@ def test_many_streams_at_once(op, batch, sizes):
     x, (weights, _, left) = noise(batch, 8, sum(sizes), seed=9), case(3, False)
     active, first = torch.arange(batch) % 3 != 1, torch.arange(batch) % 2 == 0
     history, kept = noise(batch, left, 8, seed=3), noise(batch, left, 8, seed=3)
-    for piece in x.split(sizes, dim=-1):
+    for chunk in x.split(sizes, dim=-1):
         options = {"dilation": 3, "pad": (left, 0), "pad_mode": "replicate", "first": first, "active": active}
-        mine = op(piece, *weights, history=history, **options)
-        assert relative_error(mine, reference(piece, *weights, history=kept, **options)) < 1e-6
+        mine = op(chunk, *weights, history=history, **options)
+        assert relative_error(mine, reference(chunk, *weights, history=kept, **options)) < 1e-6
         assert torch.equal(history, kept)
         first = first & False
 
 
-def test_not_contiguous_input(op):
+def test_non_contiguous_input(op):
     weights, _, left = case(1, False)
     x = noise(2, 8, 9)
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
     assert relative_error(op(strided, *weights, pad=(left, 0)), op(x, *weights, pad=(left, 0))) < 1e-6
 
 
-def test_gradients_are_the_references(op):
+def test_gradients_match_the_reference(op):
     weights, skip, left = case(2, True)
     inputs = [t.requires_grad_() for t in (noise(2, 8, 11), *weights, *skip.values())]
     results = []
@@ -90,7 +90,7 @@ def test_gradients_are_the_references(op):
         assert relative_error(mine, theirs) < 1e-5
 
 
-def test_gradients():
+def test_gradients_of_the_reference():
     weights, skip, left = case(2, True, torch.double)
     inputs = [t.requires_grad_() for t in (noise(1, 8, 5).double(), *weights)]
     assert torch.autograd.gradcheck(lambda *a: reference(*a, dilation=2, pad=(left, 0), **skip), inputs)

@@ -1,4 +1,4 @@
-"""window_attention, each implementation, against a dense fp64 softmax over written-out rotations and masks."""
+"""window_attention, each implementation, against a dense fp64 softmax with explicit rotations and masks."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def case(length, heads=4, kv_heads=2, batch=2):
 
 
 def dense(q, k, v, window, interleaved=False, scale=1.0):
-    """One query at a time; rotation as a complex product, by angles that are fp32 in every precision."""
+    """Attention in fp64, one query at a time; rotation is a complex product, by angles computed in fp32."""
     pair = (lambda x: (x[..., 0::2], x[..., 1::2])) if interleaved else (lambda x: x.double().chunk(2, dim=-1))
 
     def rotated(x):
@@ -62,27 +62,27 @@ def test_chunks_equal_the_whole_and_masked_rows_stay(op, window, sizes):
     cache_k[2] = cache_v[2] = 7.0
     cache_k[:2], cache_v[:2] = 0.0, 0.0
     offset, active = torch.zeros(3, dtype=torch.int64), torch.tensor([True, True, False])
-    pieces = []
+    outputs = []
     for qs, ks, vs in zip(*(t.split(sizes, dim=2) for t in (q, k, v)), strict=True):
-        pieces.append(
+        outputs.append(
             op(qs, ks, vs, frequencies(), window=window, offset=offset, cache_k=cache_k, cache_v=cache_v,
                              active=active)
         )  # fmt: skip
         offset += active * qs.shape[2]
-    assert relative_error(torch.cat(pieces, dim=2)[:2], whole[:2]) < 1e-6
+    assert relative_error(torch.cat(outputs, dim=2)[:2], whole[:2]) < 1e-6
     assert (cache_k[2] == 7.0).all() and (cache_v[2] == 7.0).all()
 
 
 def test_a_window_longer_than_a_block_of_queries(op):
-    """The second block of a chunk still reaches into the ring."""
+    """The second block of queries of a chunk still attends to positions in the ring."""
     q, k, v = case(600, batch=1)
     cache_k, cache_v = torch.zeros(1, 2, 290, 8), torch.zeros(1, 2, 290, 8)
     state = {"cache_k": cache_k, "cache_v": cache_v, "active": torch.tensor([True])}
-    parts = [
-        op(*(t[:, :, part] for t in (q, k, v)), frequencies(), window=290, offset=torch.tensor([start]), **state)
-        for start, part in ((0, slice(0, 299)), (299, slice(299, 600)))
+    outputs = [
+        op(*(t[:, :, chunk] for t in (q, k, v)), frequencies(), window=290, offset=torch.tensor([start]), **state)
+        for start, chunk in ((0, slice(0, 299)), (299, slice(299, 600)))
     ]
-    assert relative_error(torch.cat(parts, dim=2), dense(q, k, v, 290)) < 1e-6
+    assert relative_error(torch.cat(outputs, dim=2), dense(q, k, v, 290)) < 1e-6
 
 
 def test_rows_at_their_own_positions(op):
@@ -93,14 +93,14 @@ def test_rows_at_their_own_positions(op):
     both = torch.tensor([True, True])
     state = {"offset": offset, "cache_k": cache_k, "cache_v": cache_v}
     op(q[:, :, :4], k[:, :, :4], v[:, :, :4], frequencies(), window=5, active=both, **state)
-    offset[0] += 4  # row 1 is reset: its offset stays 0, whatever its ring holds
+    offset[0] += 4  # row 1 is reset: its offset stays 0, and what its ring holds is ignored
     later = op(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], frequencies(), window=5, active=both, **state)
     assert relative_error(later[:1], op(q, k, v, frequencies(), window=5)[:1, :, 4:]) < 1e-6
     alone = op(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], frequencies(), window=5)
     assert relative_error(later[1:], alone[1:]) < 1e-6
 
 
-def test_half_precision_rotates_in_full(op):
+def test_half_precision_rotates_by_fp32_angles(op):
     """At position 5000, bf16 angles would be off by whole turns."""
     q, k, v = (t.bfloat16() for t in case(1, batch=1))
     state = {"cache_k": torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16), "active": torch.tensor([True])}
@@ -117,7 +117,7 @@ def test_half_precision_rotates_in_full(op):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_the_models_shapes(op, heads, kv_heads, dim, length, dtype, interleaved):
-    """Laid out in memory as projections leave them: [B, T, H, D]."""
+    """Inputs have the strides that projections leave: [B, T, H, D] in memory."""
     q = noise(1, length, heads, dim, seed=1, scale=1.0).to(dtype).transpose(1, 2)
     k, v = (noise(1, length, kv_heads, dim, seed=s, scale=1.0).to(dtype).transpose(1, 2) for s in (2, 3))
     options = {"window": 250, "interleaved": interleaved, "longest": max(dim, min(length, 250)), "fixed": (3,)}
@@ -125,7 +125,7 @@ def test_the_models_shapes(op, heads, kv_heads, dim, length, dtype, interleaved)
 
 
 @pytest.mark.parametrize("position", [0, 5_000, 100_000, 20_000_001])
-def test_rotation_far_out(op, position):
+def test_rotation_at_large_positions(op, position):
     q = noise(1, 1, 1, 64, scale=1.0)
     rings = []
     for f in (op, reference):
@@ -135,7 +135,7 @@ def test_rotation_far_out(op, position):
     assert relative_error(*rings) < 1e-6
 
 
-def test_what_a_ring_holds_from_before_a_reset_is_not_seen(op):
+def test_ring_entries_from_before_a_reset_are_ignored(op):
     q, k, v = case(3)
     state = {"cache_k": torch.full((2, 2, 5, 8), 1e4), "cache_v": torch.full((2, 2, 5, 8), 1e4)}
     state |= {"offset": torch.zeros(2, dtype=torch.int64), "active": torch.tensor([True, True])}
@@ -143,19 +143,19 @@ def test_what_a_ring_holds_from_before_a_reset_is_not_seen(op):
     assert relative_error(mine, op(q, k, v, frequencies(), window=5)) < 1e-6
 
 
-def test_wider_rings(op):
-    """Under autocast q, k and v are half, and the state is the model's."""
+def test_fp32_rings_under_bf16_autocast(op):
+    """Under autocast, q, k and v are bf16 and the rings keep the model's dtype, fp32."""
     q, k, v = (t.bfloat16() for t in case(9))
     rings = {"cache_k": torch.zeros(2, 2, 5, 8), "cache_v": torch.zeros(2, 2, 5, 8)}
     state = {"active": torch.tensor([True, True]), **rings}
     with torch.autocast(q.device.type, torch.bfloat16):
-        for part in (slice(0, 4), slice(4, 9)):
-            offset = torch.full((2,), part.start)
-            y = op(q[:, :, part], k[:, :, part], v[:, :, part], frequencies(), window=5, offset=offset, **state)
+        for chunk in (slice(0, 4), slice(4, 9)):
+            offset = torch.full((2,), chunk.start)
+            y = op(q[:, :, chunk], k[:, :, chunk], v[:, :, chunk], frequencies(), window=5, offset=offset, **state)
     assert relative_error(y, reference(q.float(), k.float(), v.float(), frequencies(), window=5)[:, :, 4:]) < 0.02
 
 
-def test_gradients_are_the_references(op):
+def test_gradients_match_the_reference(op):
     inputs = [t.requires_grad_() for t in case(9)]
     grads = []
     for f in (op, reference):
@@ -165,13 +165,13 @@ def test_gradients_are_the_references(op):
         assert relative_error(mine, theirs) < 1e-5
 
 
-def test_dropout_drops(op):
+def test_dropout_changes_the_output(op):
     q, k, v = case(20)
     torch.manual_seed(0)
     dropped = op(q, k, v, frequencies(), window=5, dropout=0.5)
     assert relative_error(dropped, op(q, k, v, frequencies(), window=5)) > 0.1
 
 
-def test_gradients():
+def test_gradients_of_the_reference():
     inputs = [t.double().requires_grad_() for t in case(6, batch=1)]
     assert torch.autograd.gradcheck(lambda *a: reference(*a, frequencies(), window=3), inputs)
