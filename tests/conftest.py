@@ -58,8 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(params=["reference", "cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)])
-def op(request: pytest.FixtureRequest, where_it_runs: Callable[..., Any]) -> Iterator[Callable[..., torch.Tensor]]:
-    """The op that the test file is named after, in each implementation; tensors are created on its device.
+def op(request: pytest.FixtureRequest) -> Iterator[Callable[..., torch.Tensor]]:
+    """Each implementation of the op that the test file is named after; tensors are created on its device.
 
     Elements of the output that an implementation does not write are NaN.
     """
@@ -72,25 +72,21 @@ def op(request: pytest.FixtureRequest, where_it_runs: Callable[..., Any]) -> Ite
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
     with torch.device("cuda" if on_gpu else "cpu"):
         op = implementation(name, request.param)
-        yield where_it_runs(op, name, request.param) if request.param in ("cpu", "onednn") else op
+        yield skipping_unsupported(op, name, request.param) if request.param in ("cpu", "onednn") else op
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def where_it_runs() -> Callable[..., Any]:
+def skipping_unsupported(op: Callable[..., Any], name: str, candidate: str) -> Callable[..., torch.Tensor]:
     """Wrap a CPU implementation: tests in dtypes that it does not support are skipped, with its own reason."""
     from fastmimi.runtime.dispatch import Target, why_not
 
-    def wrap(op: Callable[..., torch.Tensor], name: str, candidate: str) -> Callable[..., torch.Tensor]:
-        def call(*inputs: torch.Tensor, **options: object) -> torch.Tensor:
-            first = next(t for t in inputs if t.is_floating_point())
-            if (why := why_not(candidate, name, Target("cpu", first.dtype))) is not None:
-                pytest.skip(why)
-            return op(*inputs, **options)
+    def call(*inputs: torch.Tensor, **options: object) -> torch.Tensor:
+        first = next(t for t in inputs if t.is_floating_point())
+        if (why := why_not(candidate, name, Target("cpu", first.dtype))) is not None:
+            pytest.skip(why)
+        return op(*inputs, **options)
 
-        return call
-
-    return wrap
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +143,7 @@ def wavlm_config(tmp_path):
 
 @pytest.fixture
 def tiny_training(tmp_path, wavlm_config):
-    """Makes configurations of tiny runs; arguments set fields by name, whatever section they belong to."""
+    """A function that makes configurations of tiny runs; arguments set fields by name, whatever their section."""
 
     def make(architecture="mimi", **given):
         from fastmimi.train.config import TrainConfig

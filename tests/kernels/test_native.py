@@ -1,4 +1,4 @@
-"""The native library: every variant that this processor runs, threads, streams in threads, odd addresses, absence."""
+"""The native library: every variant that this processor runs, threads, alignment, scratch memory, its absence."""
 
 import ctypes
 import threading
@@ -14,7 +14,7 @@ from fastmimi.runtime import dispatch, quantized
 from fastmimi.runtime.ops import OPS
 
 pytestmark = pytest.mark.skipif(not _native.variants(), reason="the native library is not built here")
-ROWS = {"rvq_encode": [1, 37], "rvq_decode": [5]}  # at least, in tests of the models' shapes
+ROWS = {"rvq_encode": [1, 37], "rvq_decode": [5]}  # in tests of the models' shapes; other ops have 3 and 61
 
 
 @pytest.fixture(params=_native.VARIANTS)
@@ -26,7 +26,7 @@ def variant(request):
 
 
 def small_workloads():
-    """The models' shapes, cut to what every variant runs in a moment, once with an odd number of rows and once few."""
+    """(workload, rows) of the models' shapes: a few rows, and a number that is no multiple of a tile."""
     return [(w, rows) for w in workloads.distinct() for rows in ROWS.get(w.op, [3, 61])]
 
 
@@ -40,8 +40,8 @@ def test_variants_are_as_exact_as_pytorch(variant, workload, rows, dtype):
 
 
 @pytest.mark.parametrize("function", ["elu", "silu", "gelu", "gelu_tanh", "tanh", "relu"])
-def test_variants_compute_functions_to_rounding(variant, function):
-    """Through a product with the identity, over all sizes of arguments; NaN stays NaN, infinities have their limits."""
+def test_variants_compute_accurate_activations(variant, function):
+    """The activation of a 1 x 1 convolution with weight 1, for arguments of all magnitudes; NaN stays NaN."""
     truths = {"gelu": torch.nn.functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
     truths |= {"elu": torch.nn.functional.elu, "silu": torch.nn.functional.silu}
     truths["gelu_tanh"] = lambda x: torch.nn.functional.gelu(x, approximate="tanh")
@@ -53,18 +53,18 @@ def test_variants_compute_functions_to_rounding(variant, function):
     truth = truths[function](x.double())
     assert mine[-1].isnan() and mine[:-1].isfinite().all()
     assert ((mine - truth).abs() <= 2e-7 * x.abs().clamp(min=1))[:-1].all()
-    if function == "elu":  # small arguments keep their digits
+    if function == "elu":  # small arguments keep their relative precision
         near = x.abs() < 1e-3
         assert ((mine - truth).abs() <= 1.3e-7 * truth.abs())[near].all()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-@pytest.mark.parametrize("on_grid", [False, True])
-def test_the_number_of_threads_changes_nothing(variant, threads, on_grid, monkeypatch):
+@pytest.mark.parametrize("int8", [False, True])
+def test_results_do_not_depend_on_the_number_of_threads(variant, threads, int8, monkeypatch):
     model = small_model(num_hidden_layers=1)
     monkeypatch.setattr(quantized, "LEAST_WEIGHTS", 1)
-    if on_grid:
+    if int8:
         quantized.round_weights(model)
     audio = noise(2, 1, 3 * model.frame_size + 11)
     codes = model.encode(audio)
@@ -72,7 +72,7 @@ def test_the_number_of_threads_changes_nothing(variant, threads, on_grid, monkey
     torch.set_num_threads(threads)
     try:
         state = model.new_state(2)
-        streamed = torch.cat([model.encode(part, state=state) for part in audio.split(700, dim=-1)], dim=-1)
+        streamed = torch.cat([model.encode(chunk, state=state) for chunk in audio.split(700, dim=-1)], dim=-1)
         assert torch.equal(model.encode(audio), codes)
         assert torch.equal(streamed, codes[..., :3])
         assert torch.equal(model.decode(codes), sound)
@@ -80,7 +80,7 @@ def test_the_number_of_threads_changes_nothing(variant, threads, on_grid, monkey
         torch.set_num_threads(before)
 
 
-def test_streams_in_threads_do_not_meet():
+def test_streams_in_threads_are_independent():
     model = small_model(num_hidden_layers=1)
     audio = noise(6, 1, 20 * model.frame_size)
     whole = model.encode(audio)
@@ -88,8 +88,8 @@ def test_streams_in_threads_do_not_meet():
 
     def stream(i):
         state = model.new_state(1)
-        parts = audio[i : i + 1].split(model.frame_size // 2, dim=-1)
-        results[i] = torch.cat([model.encode(part, state=state) for part in parts], dim=-1)
+        chunks = audio[i : i + 1].split(model.frame_size // 2, dim=-1)
+        results[i] = torch.cat([model.encode(chunk, state=state) for chunk in chunks], dim=-1)
 
     threads = [threading.Thread(target=stream, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -99,8 +99,8 @@ def test_streams_in_threads_do_not_meet():
     assert torch.equal(torch.cat([results[i] for i in range(6)]), whole)
 
 
-def test_odd_addresses(variant):
-    """Tensors that begin between the vectors' natural addresses."""
+def test_unaligned_tensors(variant):
+    """Tensors whose addresses are not multiples of the vector size."""
     conv, reference = (dispatch.implementation("causal_conv1d", name) for name in ("cpu", "reference"))
     buffer, weight, bias = noise(1, 2000), noise(33, 7, 3), noise(33)
     for begin in (1, 2, 3):
@@ -115,8 +115,8 @@ def test_odd_addresses(variant):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [16, 24, 64])
-def test_rings_are_read_around_their_end(variant, dim, dtype):
-    """Steps of all lengths against the whole, with heads that are whole vectors, whose ring is read where it lies."""
+def test_reads_wrap_around_the_end_of_a_ring(variant, dim, dtype):
+    """Steps of several lengths equal one call, also for heads of whole vectors, which are read in place."""
     attention, window, sizes = (
         dispatch.implementation("window_attention", "cpu"),
         10,
@@ -125,17 +125,17 @@ def test_rings_are_read_around_their_end(variant, dim, dtype):
     q, k, v = (noise(2, 4, sum(sizes), dim, seed=i, scale=1.0).to(dtype) for i in range(3))
     inv_freq = 1.0 / (10_000.0 ** (torch.arange(0, dim, 2) / dim))
     rings = {f"cache_{kind}": torch.zeros(2, 4, window, dim, dtype=dtype) for kind in "kv"}
-    offset, parts = torch.zeros(2, dtype=torch.int64), []
+    offset, outputs = torch.zeros(2, dtype=torch.int64), []
     for chunk in zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
         active = torch.ones(2, dtype=torch.bool)
-        parts.append(attention(*chunk, inv_freq, window=window, offset=offset, active=active, **rings))
+        outputs.append(attention(*chunk, inv_freq, window=window, offset=offset, active=active, **rings))
         offset = offset + chunk[0].shape[2]
-    assert torch.equal(torch.cat(parts, dim=2), attention(q, k, v, inv_freq, window=window))
+    assert torch.equal(torch.cat(outputs, dim=2), attention(q, k, v, inv_freq, window=window))
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_what_scratch_holds_from_before_is_not_seen(variant, kind, monkeypatch):
-    """After an input of NaN, odd widths: what fills up the last group of channels is 0 times whatever was there."""
+def test_old_contents_of_scratch_memory_are_ignored(variant, kind, monkeypatch):
+    """Odd widths: the last group of channels is padded with weights of 0, and 0 times a NaN left there would be NaN."""
     odd = {"hidden_size": 34, "intermediate_size": 51, "num_filters": 6, "upsample_groups": 34}
     model = small_model(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, **odd)
     if kind == "int8":
@@ -148,15 +148,15 @@ def test_what_scratch_holds_from_before_is_not_seen(variant, kind, monkeypatch):
         first = model.encode_to_latent(audio), model.decode_latent(latents)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("fastmimi.models.checks.finite", lambda x: x)
-            for longer in (0, 1, 2, 5):  # lays the scratch out otherwise
-                nothing = torch.full((1, 1, (frames + longer) * model.frame_size), torch.nan, dtype=dtype)
-                assert model.encode_to_latent(nothing).isnan().all()
+            for longer in (0, 1, 2, 5):  # which changes the layout of the scratch memory
+                nans = torch.full((1, 1, (frames + longer) * model.frame_size), torch.nan, dtype=dtype)
+                assert model.encode_to_latent(nans).isnan().all()
                 model.decode_latent(torch.full((1, 34, frames + longer), torch.nan, dtype=dtype))
         again = model.encode_to_latent(audio), model.decode_latent(latents)
         assert all(map(torch.equal, first, again))
 
 
-def test_rows_of_a_wider_tensor_are_searched(variant):
+def test_searches_of_rows_with_a_stride(variant):
     wide, codebooks = noise(20, 40, seed=1), noise(3, 64, 16, seed=2)
     search = dispatch.implementation("rvq_encode", "cpu")
     assert torch.equal(search(wide[:, 5:21], codebooks), search(wide[:, 5:21].contiguous(), codebooks))
@@ -170,7 +170,7 @@ def test_searches_of_any_size(variant, rows, size, dim):
 
 
 def test_ties_go_to_the_first_entry(variant):
-    codebooks = noise(1, 100, 8).repeat(1, 3, 1)  # each entry three times, in other panels
+    codebooks = noise(1, 100, 8).repeat(1, 3, 1)  # each entry three times, in different panels
     x = noise(64, 8, seed=3)
     codes = dispatch.implementation("rvq_encode", "cpu")(x, codebooks)
     assert (codes < 100).all()
@@ -188,7 +188,7 @@ def test_near_ties_are_decided_in_fp64(variant, seed):
     assert torch.equal(distances.gather(1, codes[:, None])[:, 0], distances.amin(dim=1))
 
 
-def test_explain_says_what_is_missing(monkeypatch):
+def test_explain_says_that_the_library_is_missing(monkeypatch):
     monkeypatch.setattr(_native, "variants", lambda: ())
     monkeypatch.setattr(_native, "_load", lambda: (None, "its native library is not built"))
     for row in fastmimi.explain("cpu", torch.float32):
@@ -200,7 +200,7 @@ def test_explain_says_what_is_missing(monkeypatch):
     ("cpu", torch.float64, "not in float64"), ("cpu", torch.float16, "not in float16"),
     ("cuda", torch.float32, "not on cuda"),
 ])  # fmt: skip
-def test_what_is_not_supported(device, dtype, sentence):
+def test_the_error_says_what_is_not_supported(device, dtype, sentence):
     for op in OPS:
         with pytest.raises(fastmimi.InputError, match=sentence):
             dispatch.explain(device, dtype, {op: "cpu"})
@@ -244,7 +244,7 @@ def test_a_library_that_declares_nothing_is_refused():
     assert "Input" in _abi.differences([])
 
 
-def test_calls_have_all_arguments(variant):
+def test_a_call_with_too_few_arguments_is_refused(variant):
     with pytest.raises(TypeError, match="AttentionCall has 2 fields, got 1"):
         _native.native().attention(_abi.Attention())
 
@@ -262,7 +262,7 @@ def test_a_residual_may_be_shared_by_the_rows():
     assert torch.equal(conv(x, weight, residual=residual), conv(x, weight, residual=residual.expand(3, 5, 6).clone()))
 
 
-def test_codebooks_that_were_fp64_are_searched():
+def test_codebooks_cast_from_fp64_are_searched_in_fp32():
     model = small_model().double().bfloat16()
     assert model.quantizer.semantic_residual_vector_quantizer.layers[0].codebook.embed_sum.dtype == torch.float32
     model.encode(noise(1, 1, model.frame_size).bfloat16())

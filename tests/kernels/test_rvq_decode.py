@@ -24,13 +24,13 @@ def test_fewer_codes_than_codebooks(op):
     assert torch.equal(op(codes, codebooks), op(codes, codebooks[:2]))
 
 
-def test_the_models_shape_bit_for_bit(op):
+def test_the_models_shape_is_bit_identical(op):
     codebooks = noise(31, 2048, 256)
     codes = (torch.arange(31 * 40) * 7919 % 2048).view(40, 31).t()  # not contiguous
     assert torch.equal(op(codes, codebooks), reference(codes, codebooks))
 
 
-def test_gradients_are_the_references(op):
+def test_gradients_match_the_reference(op):
     codebooks = noise(3, 16, 8).requires_grad_()
     codes = torch.arange(12).view(3, 4)
     grads = [torch.autograd.grad(f(codes, codebooks).square().sum(), codebooks)[0] for f in (op, reference)]

@@ -1,4 +1,4 @@
-"""Tensors that do not fit together: the kernels of every backend refuse them by the same sentence."""
+"""Tensors that do not fit together: the kernels of every backend refuse them with the same message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformer_layer, each implementation that there is, against the layer written out in fp64."""
+"""transformer_layer, each implementation, against an explicit computation in fp64."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastmimi.reference.window_attention import window_attention as attention
 from fastmimi.runtime import packing
 
 WIDTH, HIDDEN = 24, 50
-FREQUENCIES = 13  # their place among the op's tensors; they are fp32 in every precision
+FREQUENCIES = 13  # their index among the op's tensors; they are fp32 in every precision
 
 
 def frequencies(dim=8):
@@ -18,7 +18,7 @@ def frequencies(dim=8):
 
 
 def case(width=WIDTH, hidden=HIDDEN, heads=4, kv_heads=2, dim=8, biases=False, dtype=torch.float32):
-    """The op's tensors behind x, up to the frequencies, and the biases."""
+    """The op's tensors after x: weights, frequencies, and biases if asked for."""
     wide, narrow = heads * dim, kv_heads * dim
     shapes = [
         (width,), (width,), (wide, width), (narrow, width), (narrow, width), (width, wide), (width,),
@@ -38,8 +38,8 @@ def rings(batch, window, kv_heads=2, dim=8, dtype=torch.float32):
     return {f"cache_{kind}": torch.zeros(batch, kv_heads, window, dim, dtype=dtype) for kind in "kv"}
 
 
-def written_out(x, weights, window):
-    """One position at a time, 4 heads of 8 over 2 of keys, no biases, GELU."""
+def explicit_layer(x, weights, window):
+    """The layer, one position at a time: 4 query heads and 2 key heads of 8, no biases, GELU."""
     n1w, n1b, q, k, v, o, s1, n2w, n2b, fc1, fc2, s2, inv_freq = double(weights)
     x = x.double()
 
@@ -47,18 +47,18 @@ def written_out(x, weights, window):
         centred = x - x.mean(-1, keepdim=True)
         return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
-    def turned(heads, t):
+    def rotated(heads, t):
         angle = torch.polar(torch.ones(4).double(), t * inv_freq.double())
         pair = torch.complex(heads[..., :4].contiguous(), heads[..., 4:].contiguous()) * angle
         return torch.cat([pair.real, pair.imag], dim=-1)
 
     n, rows = norm(x, n1w, n1b), []
     for t in range(x.shape[1]):
-        query = turned((n[:, t] @ q.t()).unflatten(-1, (4, 8)), t)
-        seen = range(max(0, t - window + 1), t + 1)
-        keys = torch.stack([turned((n[:, j] @ k.t()).unflatten(-1, (2, 8)), j) for j in seen], dim=2)
-        values = torch.stack([(n[:, j] @ v.t()).unflatten(-1, (2, 8)) for j in seen], dim=2)
-        keys, values = (y.repeat_interleave(2, dim=1) for y in (keys, values))  # [B, 4, seen, 8]
+        query = rotated((n[:, t] @ q.t()).unflatten(-1, (4, 8)), t)
+        visible = range(max(0, t - window + 1), t + 1)
+        keys = torch.stack([rotated((n[:, j] @ k.t()).unflatten(-1, (2, 8)), j) for j in visible], dim=2)
+        values = torch.stack([(n[:, j] @ v.t()).unflatten(-1, (2, 8)) for j in visible], dim=2)
+        keys, values = (y.repeat_interleave(2, dim=1) for y in (keys, values))  # [B, 4, visible, 8]
         weight = ((keys @ query[..., None]).squeeze(-1) / 8**0.5).softmax(-1)
         rows.append((weight[..., None] * values).sum(2).flatten(-2))
     x = x + s1 * (torch.stack(rows, dim=1) @ o.t())
@@ -71,7 +71,7 @@ def written_out(x, weights, window):
 def test_whole(op, length, window):
     x, weights = noise(2, length, WIDTH, scale=1.0), case()
     mine = op(x, *weights, window=window, eps=1e-5)
-    assert relative_error(mine, written_out(x, weights, window)) < 1e-6
+    assert relative_error(mine, explicit_layer(x, weights, window)) < 1e-6
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "tanh"])
@@ -101,7 +101,7 @@ def test_the_models_shape(op, dtype, batch, length):
     ("layer", [1, 6, 8, 11]), ("layer", [1]), ("layer", [6]), ("layer", [11]),
     ("rms", [1, 6, 8, 11]), ("rms", [1, 8]), ("rms", [1, 6, 8]), ("rms", [1, 8, 11]),
 ])  # fmt: skip
-def test_norms_and_what_may_be_missing(op, norm, missing):
+def test_norms_with_optional_tensors_missing(op, norm, missing):
     x, weights = noise(2, 9, WIDTH, scale=1.0) + 0.5, case(biases=True)
     wide = double(weights)
     n1b, s1, n2b, s2 = ((0.0 if i < 9 and i != 6 else 1.0) if i in missing else wide[i] for i in (1, 6, 8, 11))
@@ -126,8 +126,8 @@ def test_rms_norm_has_no_bias(op):
         op(noise(1, 2, WIDTH), *case(), window=5, eps=1e-5, norm="rms")
 
 
-def test_rms_norm_at_a_width_that_fills_no_vector(op):
-    """JODIO's: 1028 channels."""
+def test_rms_norm_at_jodios_width(op):
+    """1028 channels, no multiple of a vector."""
     weights = case(1028, 4112, 16, 16, 64)
     for i in (1, 6, 8, 11):
         weights[i] = None
@@ -135,7 +135,7 @@ def test_rms_norm_at_a_width_that_fills_no_vector(op):
     assert_as_exact(op, reference, (x, *weights), longest=4112, fixed=(FREQUENCIES,), **options)
 
 
-def test_dropout_of_what_a_half_adds(op):
+def test_residual_dropout(op):
     torch.manual_seed(0)
     x, weights = noise(1, 9, WIDTH, scale=1.0), case()
     options = {"window": 5, "eps": 1e-5}
@@ -150,12 +150,12 @@ def test_some_biases_only(op):
     some = [*weights[:13], weights[13], None, weights[15], None]
     options = {"window": 3, "eps": 1e-5}
     assert relative_error(op(x, *some, **options), reference(x, *some, **options)) < 1e-6
-    forms = set(packing._entries.values())
+    entries = set(packing._entries.values())
     op(x, *some, **options)
-    assert set(packing._entries.values()) <= forms, "weights are packed once"
+    assert set(packing._entries.values()) <= entries, "weights are packed once"
 
 
-def test_a_width_that_no_vector_divides(op):
+def test_widths_that_are_no_multiple_of_a_vector(op):
     weights = case(width=13, hidden=7, heads=2, kv_heads=1, dim=6)
     x, options = noise(2, 5, 13), {"window": 3, "eps": 1e-5}
     assert relative_error(op(x, *weights, **options), reference(x.double(), *double(weights), **options)) < 1e-6
@@ -166,27 +166,27 @@ def test_a_width_that_no_vector_divides(op):
 def test_chunks_equal_the_whole_and_masked_rows_stay(op, window, sizes):
     x, weights, options = noise(3, 20, WIDTH, scale=1.0), case(), {"window": window, "eps": 1e-5}
     whole = op(x, *weights, **options)
-    offset, active, state, pieces = (
+    offset, active, state, outputs = (
         torch.zeros(3, dtype=torch.int64),
         torch.tensor([True, False, True]),
         rings(3, window),
         [],
     )
     state["cache_k"][1] = state["cache_v"][1] = 7.0
-    for piece in x.split(sizes, dim=1):
-        pieces.append(op(piece, *weights, **options, offset=offset, active=active, **state))
-        offset = offset + piece.shape[1] * active
-    assert relative_error(torch.cat(pieces, dim=1)[::2], whole[::2]) < 1e-6
+    for chunk in x.split(sizes, dim=1):
+        outputs.append(op(chunk, *weights, **options, offset=offset, active=active, **state))
+        offset = offset + chunk.shape[1] * active
+    assert relative_error(torch.cat(outputs, dim=1)[::2], whole[::2]) < 1e-6
     assert (state["cache_k"][1] == 7.0).all() and (state["cache_v"][1] == 7.0).all()
 
 
-def test_not_contiguous_input(op):
+def test_non_contiguous_input(op):
     x, weights = noise(2, WIDTH, 6).transpose(1, 2), case()
     options = {"window": 5, "eps": 1e-5}
     assert relative_error(op(x, *weights, **options), op(x.contiguous(), *weights, **options)) < 1e-6
 
 
-def test_an_edited_weight_counts(op):
+def test_edited_weights_are_used(op):
     x, weights, options = noise(1, 4, WIDTH), case(biases=True), {"window": 5, "eps": 1e-5}
     op(x, *weights, **options)
     for i in (2, 7, 11, 15):
@@ -194,7 +194,7 @@ def test_an_edited_weight_counts(op):
         assert relative_error(op(x, *weights, **options), reference(x, *weights, **options)) < 1e-6
 
 
-def test_gradients_are_the_references(op):
+def test_gradients_match_the_reference(op):
     inputs = [t.requires_grad_(i != 13) for i, t in enumerate((noise(1, 4, WIDTH), *case(biases=True)))]
     grads = []
     for f in (op, reference):
@@ -204,6 +204,6 @@ def test_gradients_are_the_references(op):
         assert relative_error(mine, theirs) < 1e-5
 
 
-def test_gradients():
+def test_gradients_of_the_reference():
     inputs = [t.requires_grad_(i != 13) for i, t in enumerate((noise(1, 3, 4).double(), *double(case(4, 6, 2, 1, 4))))]
     assert torch.autograd.gradcheck(lambda *a: reference(*a, window=2, eps=1e-5), inputs)

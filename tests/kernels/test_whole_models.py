@@ -22,7 +22,7 @@ SHORT = {"upsampling_ratios": [4, 3, 2], "frame_rate": 500}  # frames of 48 samp
 
 @pytest.fixture(params=["onednn", pytest.param("triton", marks=pytest.mark.kernels)])
 def pair(request):
-    """Makes the same model twice, through the kernels and through the reference, where the kernels run."""
+    """A function that makes a model twice: with the backend's kernels and with the reference, on one device."""
 
     def make(name="small", dtype=torch.float32, **changes):
         models = [small_model(name, **changes).to(device_of(request.param), dtype) for _ in range(2)]
@@ -65,16 +65,16 @@ def test_ragged(pair):
 @pytest.mark.parametrize("name", ["small", "replicate", "attention"])
 @torch.no_grad()
 def test_streams(pair, name):
-    """Chunks of any length equal one call over the whole; a masked stream is left alone."""
+    """Chunks of any length equal one call over the whole; a masked stream does not change."""
     mine, theirs = pair(name, **SHORT)
     audio = noise(3, 1, 1100).to(mine.device)
     codes, state = theirs.encode(audio), mine.new_state(3)
-    parts = [mine.encode(chunk, state=state) for chunk in audio.split(chunks(1100, 1, 500), dim=-1)]
-    assert torch.equal(torch.cat([*parts, mine.flush(state)], dim=-1), codes)
+    streamed = [mine.encode(chunk, state=state) for chunk in audio.split(chunks(1100, 1, 500), dim=-1)]
+    assert torch.equal(torch.cat([*streamed, mine.flush(state)], dim=-1), codes)
     state.exec_mask[1] = False
     before = {k: v[1].clone() for k, v in state.decode.buffers.items()}
-    sounds = [mine.decode(part, state=state) for part in codes.split(chunks(codes.shape[-1], 2, 9), dim=-1)]
-    assert relative_error(torch.cat(sounds, dim=-1)[::2], theirs.decode(codes)[::2]) < 1e-5
+    sound = [mine.decode(chunk, state=state) for chunk in codes.split(chunks(codes.shape[-1], 2, 9), dim=-1)]
+    assert relative_error(torch.cat(sound, dim=-1)[::2], theirs.decode(codes)[::2]) < 1e-5
     assert all(torch.equal(state.decode.buffers[k][1], v) for k, v in before.items())
 
 
@@ -93,7 +93,7 @@ def test_tiles_of_long_audio(pair, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_half_precision(pair, dtype):
-    """In each precision as exact as `assert_as_exact` asks: against the reference in fp64, on the same weights."""
+    """Compared with the reference in fp64 on the same weights, within the bound of `assert_as_exact`."""
     if pair.backend == "onednn" and (why := dispatch.why_not("onednn", "causal_conv1d", dispatch.Target("cpu", dtype))):
         pytest.skip(why)
     # With fewer filters, oneDNN's strided bf16 convolutions of 4 to 16 channels are wrong on processors with AMX.
@@ -107,7 +107,7 @@ def test_half_precision(pair, dtype):
     assert mine.encode(audio).shape == codes.shape
 
 
-def test_an_interpreter_that_this_numpy_breaks_is_named():
+def test_a_numpy_that_breaks_the_interpreter_is_refused():
     with pytest.raises(InputError, match=r"Triton 3\.6\.0 fails .* NumPy 2\.4\.6 is installed: pip install 'numpy<2"):
         check_interpreter("3.6.0", "2.4.6")
     for versions in (("3.6.0", "2.3.5"), ("3.7.1", "2.4.6"), ("3.9.0+git1", "2.5.5"), ("3.10.0", "2.10.0")):

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) and torch.export of both directions, through the reference and through the kernels."""
+"""torch.compile(fullgraph=True) and torch.export of both directions, with each backend."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ pytestmark = pytest.mark.slow
 IMPLS = ["reference", "cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)]
 
 
-def on(impl, **changes):
+def model_with(impl, **changes):
     model = small_model(upsampling_ratios=[4, 2], frame_rate=1500, num_hidden_layers=1, **changes)
     model.impl = impl
     return model.cuda() if impl == "triton" and torch.cuda.is_available() else model
 
 
 class Direction(torch.nn.Module):
-    """What torch.export takes: a module."""
+    """A method of a model as a module, which torch.export takes."""
 
     def __init__(self, model, method):
         super().__init__()
@@ -33,7 +33,7 @@ class Direction(torch.nn.Module):
 @torch.no_grad()
 def test_compile(impl, dynamic):
     torch.compiler.reset()
-    model = on(impl)
+    model = model_with(impl)
     encode, decode = (
         torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic) for f in (model.encode, model.decode)
     )
@@ -47,7 +47,7 @@ def test_compile(impl, dynamic):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiled_training_step(impl):
     torch.compiler.reset()
-    model = on(impl).requires_grad_(True)
+    model = model_with(impl).requires_grad_(True)
     audio = noise(1, 1, 480).to(model.device)
 
     def loss(audio):
@@ -67,7 +67,7 @@ def test_compiled_training_step(impl):
 @pytest.mark.parametrize("strict", [False, True])
 @torch.no_grad()
 def test_export(impl, strict):
-    model = on(impl)
+    model = model_with(impl)
     audio = noise(2, 1, 1000).to(model.device)
     codes = model.encode(audio)
     for method, x, truth in (("encode", audio, codes), ("decode", codes, model.decode(codes))):
@@ -79,15 +79,15 @@ def test_export(impl, strict):
 
 def test_compiled_by_inductor():
     torch.compiler.reset()
-    model = on("reference")
+    model = model_with("reference")
     audio = noise(1, 1, 480)
     assert torch.equal(torch.compile(model.encode, fullgraph=True)(audio), model.encode(audio))
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
-def test_the_transformers_face(masked):
-    """Never called before: what it binds on first use must not be traced. transformers' own cannot be exported."""
+def test_transformers_drop_in(masked):
+    """A model that was never called: what it binds at its first call must not be traced."""
     torch.compiler.reset()
     audio, mask = noise(2, 1, 4000), torch.ones(2, 4000, dtype=torch.bool)
     mask[1, 2500:] = not masked

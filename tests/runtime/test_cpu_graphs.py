@@ -1,4 +1,4 @@
-"""Recorded programs of streams: the same bits as the model's own steps, none unless asked for or after a change."""
+"""Recorded programs of streams: bit-identical to eager steps, recorded only by a warm-up, dropped after a change."""
 
 import copy
 import pickle
@@ -18,8 +18,8 @@ CHANGES = [
 ]  # fmt: skip
 
 
-class Plain:
-    """In the place of CpuGraphs: steps of the model itself."""
+class NoGraphs:
+    """Takes the place of CpuGraphs and records nothing: every step is eager."""
 
     def run(self, *arguments):
         return None
@@ -31,28 +31,28 @@ class Plain:
         pass
 
 
-class Louder(torch.nn.Module):
+class Scaled(torch.nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x, call):
-        return self.layer(x, call) * 1.5
+    def forward(self, x, context):
+        return self.layer(x, context) * 1.5
 
 
 def pair(**changes):
-    """Two models of the same weights: one records programs, one does not."""
+    """Two models of the same weights: one records programs, the other does not."""
     models = [small_model(num_hidden_layers=2, **changes) for _ in range(2)]
-    models[1].graphs = {"encode": Plain(), "decode": Plain()}
+    models[1].graphs = {"encode": NoGraphs(), "decode": NoGraphs()}
     return models
 
 
-def programs(model):
+def number_of_programs(model):
     return sum(len(idle) for programs in model.graphs.values() for idle in programs._idle.values())
 
 
 def stream(models, frames=FRAMES, batch=1, before=None):
-    """Codes and audio of each model, frame by frame in turn; `before(i, model, state)` comes before a frame."""
+    """Codes and audio of each model, frame by frame in turn; `before(i, model, state)` is called before each frame."""
     audio = noise(batch, 1, frames * models[0].frame_size, seed=1, scale=1.0)
     states, results = [model.new_state(batch) for model in models], [[] for _ in models]
     for model, state in zip(models, states, strict=True):
@@ -63,27 +63,27 @@ def stream(models, frames=FRAMES, batch=1, before=None):
                 before(i, model, state)
             codes = model.encode(frame, state=state)
             result += [codes, model.decode(codes.clamp(min=0), state=state)]
-    for mine, plain in zip(states[0].state_dict().values(), states[1].state_dict().values(), strict=True):
-        assert torch.equal(mine, plain)
+    for mine, eager in zip(states[0].state_dict().values(), states[1].state_dict().values(), strict=True):
+        assert torch.equal(mine, eager)
     return results
 
 
 def assert_equal(results):
-    assert all(torch.equal(mine, plain) for mine, plain in zip(*results, strict=True))
+    assert all(torch.equal(mine, eager) for mine, eager in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
-def testgraphs_give_the_models_bits(batch, changes):
+def test_programs_are_bit_identical_to_eager_steps(batch, changes):
     models = pair(**changes)
     assert_equal(stream(models, batch=batch))
-    assert programs(models[0]) == 2
+    assert number_of_programs(models[0]) == 2
 
 
-def test_in_bf16():
+def test_programs_in_bf16():
     models = [model.bfloat16() for model in pair()]
     assert_equal(stream(models))
-    assert programs(models[0]) == 2
+    assert number_of_programs(models[0]) == 2
 
 
 def test_masked_and_reset_rows():
@@ -94,7 +94,7 @@ def test_masked_and_reset_rows():
 
     models = pair()
     assert_equal(stream(models, batch=3, before=before))
-    assert programs(models[0]) == 2
+    assert number_of_programs(models[0]) == 2
 
 
 def edit_a_weight(model):
@@ -135,54 +135,54 @@ EDITS = [
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_edits_count(edit):
-    had = []
+def test_edits_drop_the_programs(edit):
+    counts = []
 
     def before(i, model, state):
         if i == FRAMES - 2:
-            had.append(programs(model) if model is models[0] else 0)
+            counts.append(number_of_programs(model) if model is models[0] else 0)
             with torch.no_grad():
                 edit(model)
 
     models = pair()
     results = stream(models, before=before)
     assert_equal(results)
-    assert had == [2, 0]
+    assert counts == [2, 0]
     unedited = stream(pair())
     assert not all(map(torch.equal, results[0][-4:], unedited[0][-4:])), "the edit changes nothing"
 
 
-def test_training_mode_counts():
-    """Dropout draws: nothing to compare with, but it must not be the recorded step without it."""
+def test_training_mode_uses_no_programs():
+    """Results with dropout are random; they must differ from those of the recorded steps, which have none."""
     model = small_model(attention_dropout=0.5)
     state, audio = model.new_state(1), noise(1, 1, model.frame_size, scale=1.0)
     model.warm_up(state, latents=True)
     latents = [model.encode_to_latent(audio, state=state.clone()) for _ in range(3)]
-    assert programs(model) == 2 and torch.equal(latents[0], latents[-1])
+    assert number_of_programs(model) == 2 and torch.equal(latents[0], latents[-1])
     model.train()
-    drawn = [model.encode_to_latent(audio, state=state.clone()) for _ in range(3)]
-    assert not torch.equal(drawn[-1], latents[0]) and not torch.equal(drawn[-1], drawn[-2])
+    random = [model.encode_to_latent(audio, state=state.clone()) for _ in range(3)]
+    assert not torch.equal(random[-1], latents[0]) and not torch.equal(random[-1], random[-2])
 
 
-def test_recording_draws_nothing_from_the_global_generator():
+def test_recording_does_not_advance_the_global_generator():
     before = torch.random.get_rng_state()
     models = pair()
     stream(models)
-    assert programs(models[0]) == 2 and torch.equal(torch.random.get_rng_state(), before)
+    assert number_of_programs(models[0]) == 2 and torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_stream_records_nothing_by_itself():
+def test_nothing_is_recorded_without_a_warm_up():
     model = small_model(num_hidden_layers=1)
     state, audio = model.new_state(1), noise(1, 1, model.frame_size)
     model.decode(model.encode(audio, state=state), state=state)
     before = packing.preparations()
     for _ in range(20):
         model.decode(model.encode(audio, state=state), state=state)
-    assert packing.preparations() == before and programs(model) == 0
+    assert packing.preparations() == before and number_of_programs(model) == 0
 
 
 @pytest.mark.parametrize("impl", ["auto", "onednn", "reference"])
-def test_after_a_warm_up_no_frame_waits(impl):
+def test_after_a_warm_up_no_frame_packs_or_records(impl):
     model = small_model(num_hidden_layers=1)
     model.impl = impl
     state, audio = model.new_state(2), noise(2, 1, model.frame_size)
@@ -190,16 +190,16 @@ def test_after_a_warm_up_no_frame_waits(impl):
     before = packing.preparations()
     for _ in range(20):
         model.decode(model.encode(audio, state=state, num_codebooks=4), state=state)
-    assert packing.preparations() == before and programs(model) == (2 if impl == "auto" else 0)
+    assert packing.preparations() == before and number_of_programs(model) == (2 if impl == "auto" else 0)
 
 
-def test_a_warm_up_leaves_the_state_alone():
+def test_a_warm_up_does_not_change_the_state():
     model = small_model(num_hidden_layers=1)
     state = model.new_state(1)
     model.encode(noise(1, 1, 3 * model.frame_size + 7), state=state)
     before = {name: tensor.clone() for name, tensor in state.state_dict().items()}
     model.warm_up(state)
-    assert programs(model) == 2
+    assert number_of_programs(model) == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.state_dict().items())
 
 
@@ -208,25 +208,25 @@ def test_steps_of_several_frames(frames):
     models = pair()
     states = [model.new_state(1) for model in models]
     models[0].warm_up(states[0], frames=frames)
-    taken = []
+    runs = []
     for recorded in models[0].graphs.values():
         [[(program, _)]] = recorded._idle.values()
         run = program.run
-        program.run = lambda *arguments, run=run: taken.append(1) or run(*arguments)
+        program.run = lambda *arguments, run=run: runs.append(1) or run(*arguments)
     for i in range(3):
         audio = noise(1, 1, frames * models[0].frame_size, seed=i, scale=1.0)
         codes = [model.encode(audio, state=state) for model, state in zip(models, states, strict=True)]
         sound = [model.decode(codes[0], state=state) for model, state in zip(models, states, strict=True)]
         assert_equal([[codes[0], sound[0]], [codes[1], sound[1]]])
-    assert len(taken) == 6
+    assert len(runs) == 6
 
 
-def test_as_manygraphs_as_threads():
+def test_a_program_for_each_direction_and_thread():
     model = small_model(num_hidden_layers=1)
     model.warm_up(model.new_state(1), threads=3)
-    assert programs(model) == 6
+    assert number_of_programs(model) == 6
     model.warm_up(model.new_state(1), threads=2)
-    assert programs(model) == 6
+    assert number_of_programs(model) == 6
 
 
 @pytest.mark.parametrize("options, sentence", [
@@ -235,7 +235,7 @@ def test_as_manygraphs_as_threads():
     ({"threads": 0}, "frames must be from 1 to 4 and threads positive, got 1 and 0"),
     ({"num_codebooks": 7}, "the number of codebooks must be from 1 to 6, got 7"),
 ])  # fmt: skip
-def test_a_wrong_warm_up(options, sentence):
+def test_invalid_warm_ups_are_refused(options, sentence):
     model = small_model(num_hidden_layers=1)
     with pytest.raises(InputError, match=sentence):
         model.warm_up(model.new_state(1), **options)
@@ -243,32 +243,32 @@ def test_a_wrong_warm_up(options, sentence):
         model.warm_up(None)
 
 
-def test_another_choice_of_kernels_is_not_a_program():
+def test_other_backends_record_no_programs():
     models = pair()
     stream(models)
     for model in models:
         model.impl = "reference"
-    before = programs(models[0])
+    before = number_of_programs(models[0])
     assert_equal(stream(models))
-    assert programs(models[0]) == before
+    assert number_of_programs(models[0]) == before
 
 
-def test_states_share_a_program():
+def test_states_share_programs():
     models = pair()
     for _ in range(2):
         assert_equal(stream(models))
-    assert programs(models[0]) == 2
+    assert number_of_programs(models[0]) == 2
 
 
-def test_what_pytorch_computes_between_the_layers_is_noticed():
+def test_a_direction_with_other_operations_is_not_recorded():
     models = pair()
     for model in models:
-        model.encoder.layers["1"] = Louder(model.encoder.layers["1"])
+        model.encoder.layers["1"] = Scaled(model.encoder.layers["1"])
     assert_equal(stream(models))
-    assert programs(models[0]) == 1, "only decoding is recorded"
+    assert number_of_programs(models[0]) == 1, "only decoding is recorded"
 
 
-def test_hooks_are_called():
+def test_hooks_are_called_despite_programs():
     calls = []
 
     def before(i, model, state):
@@ -280,21 +280,21 @@ def test_hooks_are_called():
     assert len(calls) == 6
 
 
-def test_moved_models_hold_nographs():
+def test_moved_models_have_no_programs():
     models = pair()
     stream(models)
     models[0].bfloat16()
-    assert programs(models[0]) == 0
+    assert number_of_programs(models[0]) == 0
 
 
-def test_chunks_that_leave_views_share_a_program():
+def test_chunks_of_partial_frames_share_programs():
     model = small_model(num_hidden_layers=1)
     state = model.new_state(1)
     model.warm_up(state)
     audio = noise(1, 1, 30 * model.frame_size, scale=1.0)
-    parts = [model.encode(part, state=state) for part in audio.split(model.frame_size * 7 // 10, dim=-1)]
-    assert programs(model) == 2
-    assert torch.equal(torch.cat([*parts, model.flush(state)], dim=-1)[..., :30], model.encode(audio))
+    codes = [model.encode(chunk, state=state) for chunk in audio.split(model.frame_size * 7 // 10, dim=-1)]
+    assert number_of_programs(model) == 2
+    assert torch.equal(torch.cat([*codes, model.flush(state)], dim=-1)[..., :30], model.encode(audio))
 
 
 def test_states_of_another_model_are_refused():
@@ -305,9 +305,9 @@ def test_states_of_another_model_are_refused():
         model.encode(frame, state=other.new_state(1))
 
 
-def test_copies_begin_empty():
+def test_copies_have_no_programs():
     models = pair()
     stream(models)
     for copied in (copy.deepcopy(models[0]), pickle.loads(pickle.dumps(models[0]))):
-        assert programs(copied) == 0
+        assert number_of_programs(copied) == 0
         assert_equal(stream([copied, models[1]]))

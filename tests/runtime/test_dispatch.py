@@ -28,7 +28,7 @@ def test_reference_can_be_asked_for():
     assert {row.reason for row in rows if row.op == "resblock"} == {"asked for by impl="}
 
 
-def test_a_kernel_that_cannot_run_is_an_error_with_its_sentence(monkeypatch):
+def test_a_requested_kernel_that_cannot_run_is_an_error_with_its_reason(monkeypatch):
     def why_not(candidate, op, target):
         return None if candidate == "reference" else "it is Sunday"
 
@@ -37,7 +37,7 @@ def test_a_kernel_that_cannot_run_is_an_error_with_its_sentence(monkeypatch):
         dispatch.explain("cpu", torch.float32, {"rvq_encode": "triton"})
 
 
-def test_auto_takes_the_first_that_can_and_records_the_others(monkeypatch):
+def test_auto_takes_the_first_that_can_run_and_lists_the_others(monkeypatch):
     def why_not(candidate, op, target):
         return "not today" if candidate == "triton" else None
 
@@ -56,8 +56,8 @@ def test_the_reason_is_speed_or_that_nothing_else_runs(monkeypatch):
     assert {(row.chosen, row.reason) for row in dispatch.explain()} == {("reference", "no kernel can run here")}
 
 
-def test_a_composed_op_tells_what_runs_in_it(monkeypatch):
-    """Triton has no kernel of the transformer layer: its reference runs, around the kernel of attention."""
+def test_a_composed_op_names_the_kernel_inside(monkeypatch):
+    """Triton has no kernel of the transformer layer: the reference runs, with the attention kernel inside."""
     absent = "this version of fastmimi has no triton kernel for transformer_layer"
     kernels = set(OPS) - {"transformer_layer"}
     monkeypatch.setattr(dispatch, "why_not", lambda _, op, __: None if op in kernels else absent)
@@ -70,7 +70,7 @@ def test_a_composed_op_tells_what_runs_in_it(monkeypatch):
         dispatch.explain(impl={"transformer_layer": "triton"})
 
 
-def test_a_kernel_of_a_composed_op_has_nothing_else_inside():
+def test_a_kernel_of_a_composed_op_has_no_other_kernel_inside():
     rows = {impl: dispatch.explain(impl=impl) for impl in ("onednn", "reference")}
     inside = {impl: {row.inside for row in rows[impl]} for impl in rows}
     assert inside == {"onednn": {None}, "reference": {None, ("window_attention", "reference")}}
@@ -117,7 +117,7 @@ def arguments(function):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_backend_takes_what_the_signature_says(op):
+def test_every_backend_has_the_arguments_of_the_signature(op):
     wanted = arguments(typing.get_type_hints(Ops)[op].__call__)
     schema = OPS[op]
     assert {*schema.names, *schema.state_names} <= wanted.keys()
@@ -125,7 +125,7 @@ def test_every_backend_takes_what_the_signature_says(op):
         if dispatch.why_not(backend, op, dispatch.Target("cpu", torch.float32)) and backend != "reference":
             continue
         mine = arguments(getattr(importlib.import_module(f"{path}.{op}"), op))
-        if backend == "reference":  # which takes the inner op of a composed one, and hands its state on
+        if backend == "reference":  # takes the inner op of a composed one, and passes its state on
             mine = {name: what for name, what in mine.items() if name not in ("attention", "state")}
             mine |= {name: wanted[name] for name in schema.state_names}
         left_to_the_reference = {"dropout", "residual_dropout"} if backend != "reference" else set()
@@ -134,8 +134,10 @@ def test_every_backend_takes_what_the_signature_says(op):
 
 def test_a_backend_may_lack_an_op(monkeypatch):
     """Asked for as a whole, the backend runs what it has, and the reference the rest; asked for by name, it refuses."""
-    there = dispatch.is_absent
-    monkeypatch.setattr(dispatch, "is_absent", lambda op, name: (op, name) == ("resblock", "onednn") or there(op, name))
+    before = dispatch.is_absent
+    monkeypatch.setattr(
+        dispatch, "is_absent", lambda op, name: (op, name) == ("resblock", "onednn") or before(op, name)
+    )
     rows = {row.op: row for row in dispatch.explain(impl="onednn")}
     assert {op: row.chosen for op, row in rows.items()} == dict.fromkeys(OPS, "onednn") | {"resblock": "reference"}
     assert rows["resblock"].reason == "composed of PyTorch's own ops"

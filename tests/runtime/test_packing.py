@@ -1,4 +1,4 @@
-"""memory: packed forms are made once, follow every edit that PyTorch counts, and die with their weights."""
+"""Packed weights are made once, made again after every edit that PyTorch counts, and freed with their tensors."""
 
 import gc
 import warnings
@@ -24,32 +24,32 @@ def test_weights_are_packed_once():
 
     weight = torch.nn.Parameter(noise(3, 3))
     for _ in range(3):
-        packing.packed(weight, "form", pack)
+        packing.packed(weight, "layout", pack)
     assert len(count) == 1
     with torch.no_grad():
         weight.mul_(2)
-    assert torch.equal(packing.packed(weight, "form", pack), weight)
+    assert torch.equal(packing.packed(weight, "layout", pack), weight)
     weight.data = noise(3, 3, seed=5)
-    assert torch.equal(packing.packed(weight, "form", pack), weight)
+    assert torch.equal(packing.packed(weight, "layout", pack), weight)
     assert len(count) == 3
     weight.grad = torch.ones_like(weight)
-    torch.optim.AdamW([weight], lr=0.1, fused=True).step()  # counts no version
-    assert torch.equal(packing.packed(weight, "form", pack), weight)
+    torch.optim.AdamW([weight], lr=0.1, fused=True).step()  # does not increment the version
+    assert torch.equal(packing.packed(weight, "layout", pack), weight)
 
 
-def test_a_round_trip_that_loses_digits_is_seen():
-    layer = torch.nn.Linear(64, 64)  # a round trip that loses digits, perhaps to the same address
-    packing.packed(layer.weight, "form", torch.clone)
-    layer.half().float()
-    assert torch.equal(packing.packed(layer.weight, "form", torch.clone), layer.weight)
+def test_weights_cast_to_half_and_back_are_packed_again():
+    layer = torch.nn.Linear(64, 64)
+    packing.packed(layer.weight, "layout", torch.clone)
+    layer.half().float()  # loses digits; the new storage may have the old address
+    assert torch.equal(packing.packed(layer.weight, "layout", torch.clone), layer.weight)
 
 
 def test_tensors_of_inference_mode_are_packed_each_time():
     with torch.inference_mode():
         fresh = noise(3, 3)
-        packing.packed(fresh, "form", torch.clone)
+        packing.packed(fresh, "layout", torch.clone)
         fresh.mul_(2)
-        assert torch.equal(packing.packed(fresh, "form", torch.clone), fresh)
+        assert torch.equal(packing.packed(fresh, "layout", torch.clone), fresh)
 
 
 def loaded(folder):
@@ -68,13 +68,13 @@ def moved(folder):
     return small_model().to("cpu", torch.float64).float()
 
 
-def filled(folder):
+def state_dict_loaded(folder):
     model = small_model()
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
     return model
 
 
-def assigned(folder):
+def state_dict_assigned(folder):
     model = small_model()
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     return model
@@ -102,8 +102,8 @@ def as_moshi(folder):
 
 
 WAYS = [
-    loaded, constructed, cast, moved, filled, assigned, jodio, as_transformers, as_transformers_constructed, replaced,
-    as_moshi,
+    loaded, constructed, cast, moved, state_dict_loaded, state_dict_assigned, jodio, as_transformers,
+    as_transformers_constructed, replaced, as_moshi,
 ]  # fmt: skip
 
 
@@ -137,18 +137,18 @@ def test_grouped_convolutions_pack_once(op, candidate):
     assert packing.preparations() == before
 
 
-def test_what_cannot_be_packed_once_is_said_once():
+def test_one_warning_about_tensors_of_inference_mode():
     packing._warn_of_inference_tensors.cache_clear()
     with torch.inference_mode():
         weight = noise(3, 3)
         with pytest.warns(UserWarning, match="made inside torch.inference_mode"):
-            packing.packed(weight, "form", torch.clone)
+            packing.packed(weight, "layout", torch.clone)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            packing.packed(weight, "form", torch.clone)
+            packing.packed(weight, "layout", torch.clone)
 
 
-def test_any_of_several_tensors_counts():
+def test_an_edit_of_any_of_several_tensors_is_noticed():
     first, second = noise(3), noise(3, seed=1)
     packing.packed((first, second), "sum", torch.add)
     second.mul_(2)
@@ -157,18 +157,18 @@ def test_any_of_several_tensors_counts():
 
 
 @pytest.mark.slow
-def test_a_form_dies_with_its_first_tensor():
+def test_an_entry_is_freed_with_its_first_tensor():
     gc.collect()
     before = len(packing._entries)
     weight = noise(3)
-    packing.packed(weight, "form", torch.clone)
+    packing.packed(weight, "layout", torch.clone)
     assert len(packing._entries) == before + 1
     del weight
     gc.collect()
     assert len(packing._entries) == before
 
 
-def test_time_major():
+def test_channels_last():
     x = noise(2, 3, 5)
     y = layout.channels_last(x)
     assert torch.equal(x, y) and y.stride() == (15, 1, 3) and layout.channels_last(y) is y
@@ -186,12 +186,12 @@ def test_the_report_lists_what_is_packed():
     assert row not in packing.packing_report()
 
 
-def test_the_log_tells_what_was_loaded_chosen_packed_and_recorded(caplog):
+def test_the_log_names_what_was_loaded_packed_and_recorded(caplog):
     with caplog.at_level("DEBUG", "fastmimi"):
         mimi = fastmimi.load("demo")
         mimi.warm_up(mimi.new_state())
-    said = "\n".join(f"{record.levelname} {record.getMessage()}" for record in caplog.records)
-    assert "INFO loaded a Mimi from demo: torch.float32 on cpu" in said
-    assert "DEBUG packed PackedWeight(" in said
+    log = "\n".join(f"{record.levelname} {record.getMessage()}" for record in caplog.records)
+    assert "INFO loaded a Mimi from demo: torch.float32 on cpu" in log
+    assert "DEBUG packed PackedWeight(" in log
     if mimi.explain()[0].chosen == "cpu":
-        assert "DEBUG recorded a step: encode, 16, input (1, 1, 1920)" in said
+        assert "DEBUG recorded a step: encode, 16, input (1, 1, 1920)" in log

@@ -1,4 +1,4 @@
-"""Batches with a padding mask: each item's codes and audio are those of the item alone."""
+"""Batches with a padding mask: each row's codes and audio are identical to those of the unpadded row."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ def model(request):
     return small_model(request.param, **FAST)
 
 
-def batch(model, items, side, fill):
-    """Items of these lengths in one tensor, padded with `fill`, and the mask."""
-    total = max(items)
-    audio = torch.full((len(items), model.config.audio_channels, total), fill)
-    mask = torch.zeros(len(items), total, dtype=torch.bool)
-    for row, length in enumerate(items):
+def batch(model, lengths, side, fill):
+    """Audio of rows of these lengths, padded with `fill`, and the mask."""
+    total = max(lengths)
+    audio = torch.full((len(lengths), model.config.audio_channels, total), fill)
+    mask = torch.zeros(len(lengths), total, dtype=torch.bool)
+    for row, length in enumerate(lengths):
         where = slice(total - length, total) if side == "left" else slice(0, length)
         audio[row, :, where] = noise(model.config.audio_channels, length, seed=row)
         mask[row, where] = True
@@ -29,24 +29,24 @@ def batch(model, items, side, fill):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("last_frame", ["waveform", "layers"])
-def test_each_item_as_if_alone(model, side, last_frame):
-    items = [1, 47, 48, 49, 1000, 480, 999]
-    audio, mask = batch(model, items, side, fill=3.0)
+def test_rows_equal_the_unpadded_rows(model, side, last_frame):
+    lengths = [1, 47, 48, 49, 1000, 480, 999]
+    audio, mask = batch(model, lengths, side, fill=3.0)
     codes = model.encode(audio, padding_mask=mask, last_frame=last_frame)
     frames = model.frame_mask(mask)
     assert torch.equal(codes[:, 0] >= 0, frames)
     decoded = model.decode(codes, padding_mask=frames)
     latents = model.encode_to_latent(audio, padding_mask=mask, last_frame=last_frame)
-    for row, length in enumerate(items):
-        alone = audio[row : row + 1, :, mask[row]]
-        assert alone.shape[-1] == length
-        codes_alone = model.encode(alone, last_frame=last_frame)
-        assert torch.equal(codes[row, :, frames[row]], codes_alone[0])
+    for row, length in enumerate(lengths):
+        unpadded = audio[row : row + 1, :, mask[row]]
+        assert unpadded.shape[-1] == length
+        unpadded_codes = model.encode(unpadded, last_frame=last_frame)
+        assert torch.equal(codes[row, :, frames[row]], unpadded_codes[0])
         samples = frames[row].repeat_interleave(model.frame_size)
-        assert relative_error(decoded[row, :, samples], model.decode(codes_alone)[0]) < 1e-5
+        assert relative_error(decoded[row, :, samples], model.decode(unpadded_codes)[0]) < 1e-5
         assert (decoded[row, :, ~samples] == 0).all()
-        latents_alone = model.encode_to_latent(alone, last_frame=last_frame)[0]
-        assert relative_error(latents[row, :, frames[row]], latents_alone) < 1e-5
+        unpadded_latents = model.encode_to_latent(unpadded, last_frame=last_frame)[0]
+        assert relative_error(latents[row, :, frames[row]], unpadded_latents) < 1e-5
         assert (latents[row, :, ~frames[row]] == 0).all()
 
 
@@ -55,29 +55,29 @@ MODEL = small_model(**FAST)
 
 @settings(max_examples=20)
 @given(
-    items=st.lists(st.integers(0, 700), min_size=1, max_size=5).filter(any),
+    lengths=st.lists(st.integers(0, 700), min_size=1, max_size=5).filter(any),
     side=st.sampled_from(["left", "right"]),
     tile=st.sampled_from([1, 3, 10_000]),
 )
-def test_any_lengths_also_in_tiles(items, side, tile):
-    audio, mask = batch(MODEL, items, side, fill=float("nan"))
+def test_rows_of_any_length_and_in_tiles(lengths, side, tile):
+    audio, mask = batch(MODEL, lengths, side, fill=float("nan"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastmimi.runtime.tiles.TILE_SAMPLES", tile * 48 * len(items))
+        patch.setattr("fastmimi.runtime.tiles.TILE_SAMPLES", tile * 48 * len(lengths))
         for last_frame in ("waveform", "layers"):
             codes = MODEL.encode(audio, padding_mask=mask, last_frame=last_frame)
-            for row, length in enumerate(items):
+            for row, length in enumerate(lengths):
                 if length:
-                    alone = MODEL.encode(audio[row : row + 1, :, mask[row]], last_frame=last_frame)
-                    assert torch.equal(codes[row, :, codes[row, 0] >= 0], alone[0])
+                    unpadded = MODEL.encode(audio[row : row + 1, :, mask[row]], last_frame=last_frame)
+                    assert torch.equal(codes[row, :, codes[row, 0] >= 0], unpadded[0])
                 else:
                     assert (codes[row] == -1).all()
 
 
-def test_masks_of_other_shapes_and_types():
+def test_masks_of_other_shapes_and_dtypes():
     audio, mask = batch(MODEL, [100, 60], "right", fill=1.0)
     expected = MODEL.encode(audio, padding_mask=mask)
-    for form in (mask[:, None], mask.long(), mask.float()):
-        assert torch.equal(MODEL.encode(audio, padding_mask=form), expected)
+    for other in (mask[:, None], mask.long(), mask.float()):
+        assert torch.equal(MODEL.encode(audio, padding_mask=other), expected)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_bad_masks(mask, sentence):
         MODEL.encode(torch.zeros(1, 1, 4), padding_mask=mask)
 
 
-def test_codes_that_mark_no_frame_ask_for_their_mask():
+def test_codes_of_padding_are_refused_without_the_mask():
     audio, mask = batch(MODEL, [100, 20], "right", fill=0.0)
     codes = MODEL.encode(audio, padding_mask=mask)
     with pytest.raises(ValueError, match=r"got -1; -1 marks no frame: pass padding_mask"):

@@ -1,4 +1,4 @@
-"""The one law of streaming: any chunking equals the whole. And masks, resets, copies."""
+"""Streaming: any chunking equals the whole; masks, resets and copies of states."""
 
 import pytest
 import torch
@@ -22,32 +22,32 @@ def small():
     return MODEL
 
 
-def encode_in(model, audio, sizes, state):
-    pieces = [model.encode(piece, state=state) for piece in audio.split(sizes, dim=-1)]
-    return torch.cat([*pieces, model.flush(state)], dim=-1)
+def encode_in_chunks(model, audio, sizes, state):
+    outputs = [model.encode(chunk, state=state) for chunk in audio.split(sizes, dim=-1)]
+    return torch.cat([*outputs, model.flush(state)], dim=-1)
 
 
-def decode_in(model, codes, sizes, state):
-    return torch.cat([model.decode(piece, state=state) for piece in codes.split(sizes, dim=-1)], dim=-1)
+def decode_in_chunks(model, codes, sizes, state):
+    return torch.cat([model.decode(chunk, state=state) for chunk in codes.split(sizes, dim=-1)], dim=-1)
 
 
 @pytest.mark.parametrize("longest", [0.2, 1.7, 40])
 def test_any_chunking_equals_the_whole(model, longest):
-    """Chunks up to `longest` frames; the window (24 positions here) is passed several times over."""
+    """Chunks of up to `longest` frames; the audio is several times longer than the window (24 positions here)."""
     frame = model.frame_size
     samples = 60 * frame + 7
     audio = noise(2, model.config.audio_channels, samples)
     sizes = chunks(samples, seed=1, longest=max(1, int(longest * frame)))
     whole = model.encode(audio)
-    assert torch.equal(encode_in(model, audio, sizes, model.new_state(2)), whole)
+    assert torch.equal(encode_in_chunks(model, audio, sizes, model.new_state(2)), whole)
     audio_whole = model.decode(whole)
     sizes = chunks(whole.shape[-1], seed=2, longest=7 if longest > 1 else 1)
-    assert relative_error(decode_in(model, whole, sizes, model.new_state(2)), audio_whole) < 1e-5
+    assert relative_error(decode_in_chunks(model, whole, sizes, model.new_state(2)), audio_whole) < 1e-5
 
 
 def test_one_sample_at_a_time(small):
     audio = noise(1, 1, small.frame_size + 3)
-    assert torch.equal(encode_in(small, audio, [1] * audio.shape[-1], small.new_state(1)), small.encode(audio))
+    assert torch.equal(encode_in_chunks(small, audio, [1] * audio.shape[-1], small.new_state(1)), small.encode(audio))
 
 
 def test_flush_yields_nothing_after_whole_frames(small):
@@ -56,20 +56,20 @@ def test_flush_yields_nothing_after_whole_frames(small):
     assert small.flush(state).shape == (2, 6, 0)
 
 
-def test_latents_stream_too(small):
+def test_streams_of_latents(small):
     audio = noise(1, 1, 5 * small.frame_size)
     state = small.new_state(1)
-    pieces = [small.encode_to_latent(piece, state=state) for piece in audio.split(25, dim=-1)]
-    assert relative_error(torch.cat(pieces, dim=-1), small.encode_to_latent(audio)) < 1e-5
+    outputs = [small.encode_to_latent(chunk, state=state) for chunk in audio.split(25, dim=-1)]
+    assert relative_error(torch.cat(outputs, dim=-1), small.encode_to_latent(audio)) < 1e-5
     latents = small.dequantize(small.encode(audio))
-    pieces = [small.decode_latent(piece, state=state) for piece in latents.split(2, dim=-1)]
-    assert relative_error(torch.cat(pieces, dim=-1), small.decode_latent(latents)) < 1e-5
+    outputs = [small.decode_latent(chunk, state=state) for chunk in latents.split(2, dim=-1)]
+    assert relative_error(torch.cat(outputs, dim=-1), small.decode_latent(latents)) < 1e-5
 
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_masked_and_reset_streams(data):
-    """Three streams, each step some masked, some reset: each equals its own audio, fed alone since its last reset."""
+    """Three streams, some masked or reset at each step: each gives the codes of its audio since its last reset."""
     model, rows = MODEL, 3
     state = model.new_state(rows)
     fed = [[] for _ in range(rows)]
@@ -129,7 +129,7 @@ def test_masked_and_reset_decoding(data):
             assert relative_error(torch.cat(audio[row], dim=-1), whole) < 1e-5
 
 
-def test_masked_rows_keep_every_bit(small):
+def test_masked_rows_do_not_change(small):
     state = small.new_state(2)
     small.encode(noise(2, 1, 250), state=state)
     small.decode(torch.zeros(2, 6, 3, dtype=torch.int64), state=state)
@@ -145,7 +145,7 @@ def test_masked_rows_keep_every_bit(small):
             assert tensor.numel() == 0 or not torch.equal(tensor[0], before[name][0]), name
 
 
-def test_clone_and_state_dict_go_on_alike(small):
+def test_clones_and_restored_states_continue_identically(small):
     audio, more = noise(1, 1, 500), noise(1, 1, 700, seed=1)
     state = small.new_state(1)
     small.encode(audio, state=state)
@@ -166,7 +166,7 @@ def test_buffers_keep_their_addresses(small):
     assert before == {name: tensor.data_ptr() for name, tensor in state.state_dict().items()}
 
 
-def test_state_made_in_inference_mode_serves_outside_of_it(small):
+def test_a_state_made_in_inference_mode_works_outside_of_it(small):
     with torch.inference_mode():
         state = small.new_state(1)
         first = small.encode(noise(1, 1, 75), state=state)
@@ -176,7 +176,7 @@ def test_state_made_in_inference_mode_serves_outside_of_it(small):
 
 
 @pytest.mark.parametrize("name", ["not_causal", "reflect", "trim"])
-def test_what_cannot_stream_says_why(name):
+def test_models_that_cannot_stream(name):
     with pytest.raises(ValueError, match="cannot stream"):
         small_model(name).new_state(1)
 
@@ -198,7 +198,7 @@ def test_bad_states(small):
         small.encode(noise(2, 1, 100), state=state, padding_mask=torch.ones(2, 100))
 
 
-def test_the_summary_says_where_each_stream_stands():
+def test_the_summary_shows_the_position_of_each_stream():
     model = small_model()
     state = model.new_state(2)
     state.exec_mask = [True, False]

@@ -1,4 +1,4 @@
-"""Kernels as PyTorch ops: opcheck on each, offline and in a step of a stream; weights packed once; errors that help."""
+"""Kernels as PyTorch ops: opcheck of each, offline and in a step of a stream, and errors."""
 
 import pytest
 import torch
@@ -7,19 +7,19 @@ from fastmimi.devtools.testing import noise
 from fastmimi.runtime import dispatch
 from fastmimi.runtime.ops import OPS
 
-KINDS = ["cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)]
+BACKENDS = ["cpu", "onednn", pytest.param("triton", marks=pytest.mark.kernels)]
 
 
-def device(kind):
-    return "cuda" if kind == "triton" and torch.cuda.is_available() else "cpu"
+def device(backend):
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
-def history(channels, length):
+def history_state(channels, length):
     flags = {"first": torch.tensor([True, False]), "active": torch.tensor([True, False])}
     return {"history": noise(2, length, channels, seed=9), **flags}
 
 
-def layer():
+def layer_tensors():
     """x and the weights of a layer of width 6 with 2 heads of 8, and their biases."""
     shapes = [
         (2, 5, 6),
@@ -41,7 +41,7 @@ def layer():
 
 
 def cases():
-    """(op, tensors, options, state): what a model calls the op with."""
+    """(op, tensors, options, state), as a model passes them."""
     x, q = noise(2, 6, 11), noise(2, 2, 5, 8)
     weights = (noise(3, 6, 3), noise(3), noise(6, 3, 1), noise(6))
     ring = {
@@ -56,48 +56,54 @@ def cases():
             "causal_conv1d",
             (x, noise(4, 6, 3), noise(4), noise(2, 4, 11)),
             {**pad, "pre": "elu", "post": "silu"},
-            history(6, 2),
+            history_state(6, 2),
         ),
-        ("causal_conv1d", (x, noise(4, 6, 4), None, None), {"stride": 2, "pad": [2, 1]}, history(6, 2)),
-        ("causal_conv_transpose1d", (x, noise(6, 5, 4), noise(5)), {"stride": 2, "trim": [1, 1]}, history(6, 1)),
-        ("causal_conv_transpose1d", (noise(2, 5, 4), noise(5, 1, 4), None), {"stride": 2, "groups": 5}, history(5, 1)),
-        ("resblock", (x, *weights), pad, history(6, 2)),
+        ("causal_conv1d", (x, noise(4, 6, 4), None, None), {"stride": 2, "pad": [2, 1]}, history_state(6, 2)),
+        ("causal_conv_transpose1d", (x, noise(6, 5, 4), noise(5)), {"stride": 2, "trim": [1, 1]}, history_state(6, 1)),
+        (
+            "causal_conv_transpose1d",
+            (noise(2, 5, 4), noise(5, 1, 4), None),
+            {"stride": 2, "groups": 5},
+            history_state(5, 1),
+        ),
+        ("resblock", (x, *weights), pad, history_state(6, 2)),
         ("window_attention", (q, q, q, noise(4)), {"window": 4}, {"offset": torch.tensor([3, 0]), **ring}),
-        ("transformer_layer", layer(), {"window": 4, "eps": 1e-5}, {"offset": torch.tensor([3, 0]), **ring}),
+        ("transformer_layer", layer_tensors(), {"window": 4, "eps": 1e-5}, {"offset": torch.tensor([3, 0]), **ring}),
         ("rvq_encode", (noise(7, 6), codebooks), {}, {}),
         ("rvq_decode", (codes, codebooks), {}, {}),
     ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name, tensors, options, state", cases(), ids=lambda v: v if isinstance(v, str) else "")
-def test_opcheck(kind, name, tensors, options, state):
-    if (kind, name) == ("triton", "transformer_layer"):
+def test_opcheck(backend, name, tensors, options, state):
+    if (backend, name) == ("triton", "transformer_layer"):
         pytest.skip("there is no Triton kernel of transformer_layer")
-    dispatch.implementation(name, kind)
-    tensors = tuple(t if t is None else t.to(device(kind)) for t in tensors)
-    state = {key: t.to(device(kind)) for key, t in state.items()}
+    dispatch.implementation(name, backend)
+    tensors = tuple(t if t is None else t.to(device(backend)) for t in tensors)
+    state = {key: t.to(device(backend)) for key, t in state.items()}
     trained = [t.clone().requires_grad_(t.is_floating_point()) if t is not None else None for t in tensors]
-    torch.library.opcheck(getattr(torch.ops.fastmimi, f"{name}_{kind}").default, tuple(trained), options)
+    torch.library.opcheck(getattr(torch.ops.fastmimi, f"{name}_{backend}").default, tuple(trained), options)
     if state:
-        torch.library.opcheck(getattr(torch.ops.fastmimi, f"{name}_{kind}_step").default, tensors, {**state, **options})
+        step = getattr(torch.ops.fastmimi, f"{name}_{backend}_step").default
+        torch.library.opcheck(step, tensors, {**state, **options})
 
 
 def test_every_op_is_checked():
     assert {name for name, *_ in cases()} == set(OPS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_without_its_state_is_refused(kind):
-    conv = dispatch.implementation("causal_conv1d", kind)
-    x, weight, history = (noise(*shape).to(device(kind)) for shape in ((1, 2, 3), (2, 2, 3), (1, 2, 2)))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_without_its_state_is_refused(backend):
+    conv = dispatch.implementation("causal_conv1d", backend)
+    x, weight, history = (noise(*shape).to(device(backend)) for shape in ((1, 2, 3), (2, 2, 3), (1, 2, 2)))
     with pytest.raises((RuntimeError, TypeError)):
         conv(x, weight, history=history)
 
 
 @pytest.mark.kernels
-def test_a_kernel_that_cannot_be_built_says_so(monkeypatch):
+def test_the_error_of_a_kernel_that_cannot_be_built():
     from fastmimi.kernels.triton import _launch
 
     class Unbuildable:
@@ -117,7 +123,7 @@ def test_a_kernel_that_cannot_be_built_says_so(monkeypatch):
 @pytest.mark.parametrize("target, dtype, sentence", [
     ("cpu", torch.float64, "not in float64"), ("mps", torch.float32, "not on mps"),
 ])  # fmt: skip
-def test_what_is_not_supported(target, dtype, sentence):
+def test_the_reason_says_what_triton_does_not_support(target, dtype, sentence):
     for row in dispatch.explain(target, dtype):
         assert OPS[row.op].composed_of is not None or sentence in dict(row.passed_over)["triton"]
 
