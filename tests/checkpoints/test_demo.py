@@ -50,7 +50,7 @@ def test_it_is_small_and_has_mimis_frame_rate_and_codebook_size(demo):
     assert demo.config.num_semantic_quantizers == 1
 
 
-def test_its_training_is_recorded_beside_it():
+def test_the_record_of_its_training():
     stages = json.loads((DEMO / "training.json").read_text())
     assert [stage["configuration"]["out"] for stage in stages] == ["out/demo", "out/demo_finish", "out/demo_further"]
     assert all(stage["steps"] == stage["configuration"]["steps"] for stage in stages)
@@ -67,7 +67,7 @@ def test_streaming_equals_one_call(demo):
     assert (streamed - whole).abs().max() < 1e-5
 
 
-def test_transformers_loads_it_and_gives_the_same(demo):
+def test_transformers_loads_it_and_gives_the_same_results(demo):
     """With trained weights there are no near ties in the search: all codes are equal."""
     import transformers
 

@@ -1,4 +1,4 @@
-"""Checkpoints are loaded and saved in every layout and spelling; one error lists all misfits; nothing is unpickled."""
+"""Checkpoints are loaded and saved in every layout; one error lists all mismatches; nothing is unpickled."""
 
 import json
 
@@ -27,7 +27,7 @@ def directory(model, tmp_path):
     return tmp_path / "model"
 
 
-def same(mine, theirs):
+def assert_same_results(mine, theirs):
     audio = noise(1, mine.config.audio_channels, 500)
     codes = theirs.encode(audio)
     assert torch.equal(mine.encode(audio), codes)
@@ -35,23 +35,23 @@ def same(mine, theirs):
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mimi"])
-def test_directory(name, tmp_path):
+def test_save_and_load_a_directory(name, tmp_path):
     model = small_model(name, **FAST)
     fastmimi.save_pretrained(model, tmp_path)
     again = fastmimi.load(tmp_path)
     assert again.config == model.config
-    same(again, model)
+    assert_same_results(again, model)
     assert not any(p.requires_grad for p in again.parameters()) and not again.training
 
 
 @pytest.mark.parametrize("name", ["small", "ratios", "residual_layers", "shortcut", "semantic", "stereo"])
-def test_kyutai_file(name, tmp_path):
-    """The layout holds no configuration; config.json gives it, since shapes do not determine all (here, heads of 8)."""
+def test_save_and_load_kyutais_layout(name, tmp_path):
+    """The layout has no configuration: it comes from config.json, since shapes do not determine the number of heads."""
     model = small_model(name, **FAST)
     fastmimi.save_kyutai(model, tmp_path / "tokenizer-test.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
-    same(fastmimi.load(tmp_path / "tokenizer-test.safetensors"), model)
-    same(fastmimi.load(tmp_path), model)
+    assert_same_results(fastmimi.load(tmp_path / "tokenizer-test.safetensors"), model)
+    assert_same_results(fastmimi.load(tmp_path), model)
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_the_configuration_is_inferred_from_shapes(tmp_path):
         (tmp_path / "b" / "config.json").unlink(missing_ok=True)
         again = fastmimi.load(tmp_path / file)
         assert again.config == model.config
-        same(again, model)
+        assert_same_results(again, model)
 
 
 def test_kyutai_round_trip_is_exact(model):
@@ -85,7 +85,7 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: next(iter(s.values())))
-def test_kyutai_spellings(model, spelling, tmp_path):
+def test_other_names_in_kyutais_layout(model, spelling, tmp_path):
     state = kyutai.from_flat(model.state_dict(), model.config)
     respelled = {}
     for name, tensor in state.items():
@@ -95,7 +95,7 @@ def test_kyutai_spellings(model, spelling, tmp_path):
     assert respelled.keys() != state.keys()
     save_file(respelled, tmp_path / "tokenizer-x.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
-    same(fastmimi.load(tmp_path), model)
+    assert_same_results(fastmimi.load(tmp_path), model)
 
 
 @pytest.mark.parametrize("spelling", ["weight_norm", "parametrizations"])
@@ -114,7 +114,7 @@ def test_weight_norm_is_folded(model, spelling, layout, tmp_path):
         state[base + v_name] = weight * 3.0
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
-    same(fastmimi.load(tmp_path / "model.safetensors"), model)
+    assert_same_results(fastmimi.load(tmp_path / "model.safetensors"), model)
 
 
 def test_nested_names_and_shards(model, directory):
@@ -139,16 +139,16 @@ def test_nested_names_and_shards(model, directory):
     (directory / "model.safetensors").unlink()
     index = {"weight_map": {name: file for file, shard in shards.items() for name in shard}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    same(fastmimi.load(directory), model)
+    assert_same_results(fastmimi.load(directory), model)
 
 
-def test_all_misfits_in_one_error(directory):
+def test_one_error_lists_all_tensors_that_do_not_fit(directory):
     state = load_file(directory / "model.safetensors")
     del state["decoder.layers.0.conv.bias"]
     state["extra.weight"] = torch.zeros(1)
     state["upsample.conv.weight"] = torch.zeros(3, 1, 4)
     save_file(state, directory / "model.safetensors")
-    with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole sentence is compared)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared)
         fastmimi.load(directory)
     assert str(error.value) == (
         "the checkpoint does not fit the model: missing decoder.layers.0.conv.bias; unknown extra.weight; "
@@ -156,14 +156,14 @@ def test_all_misfits_in_one_error(directory):
     )
 
 
-def test_many_misfits_are_counted(directory):
+def test_the_error_counts_the_tensors_that_it_omits(directory):
     state = load_file(directory / "model.safetensors")
     save_file({k: v for k, v in state.items() if not k.startswith("decoder")}, directory / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing decoder_transformer.*; and \d+ more$"):
         fastmimi.load(directory)
 
 
-def test_half_precision_files_and_models(model, directory):
+def test_half_precision_files_and_models(directory):
     half = {k: v.bfloat16() for k, v in load_file(directory / "model.safetensors").items()}
     save_file(half, directory / "model.safetensors")
     again = fastmimi.load(directory, dtype=torch.bfloat16)
@@ -174,14 +174,14 @@ def test_half_precision_files_and_models(model, directory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 7])
-def test_random_models_repeat(seed):
+def test_random_models_are_reproducible(seed):
     a, b = (fastmimi.load(f"random:{seed}", num_codebooks=8) for _ in range(2))
     assert weights.fingerprint(a) == weights.fingerprint(b)
     assert a.num_codebooks == 8 and a.total_codebooks == 32
     assert weights.fingerprint(a) != weights.fingerprint(fastmimi.load("random:1"))
 
 
-def test_the_fingerprint_depends_on_the_quantizer_alone(model):
+def test_the_fingerprint_depends_only_on_the_quantizer(model):
     mine = weights.random(model.config)
     mine.load_state_dict(model.state_dict())
     before = weights.fingerprint(mine)
@@ -192,7 +192,7 @@ def test_the_fingerprint_depends_on_the_quantizer_alone(model):
     assert weights.fingerprint(mine) != before
 
 
-def test_only_the_encoder_of_a_whole_checkpoint(model, directory):
+def test_only_the_encoder_of_a_full_checkpoint(model, directory):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "decoder_config": None}))
     half = fastmimi.load(directory)
@@ -200,7 +200,7 @@ def test_only_the_encoder_of_a_whole_checkpoint(model, directory):
     assert torch.equal(half.encode(noise(1, 1, 500)), model.encode(noise(1, 1, 500)))
 
 
-def test_bad_sources(directory, tmp_path, monkeypatch):
+def test_bad_sources(directory, tmp_path):
     whole = (directory / "model.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.safetensors").write_bytes(b"")
@@ -255,7 +255,7 @@ def test_configurations_that_kyutais_layout_cannot_represent(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_config_without_a_model_type(model, directory):
+def test_a_config_without_a_model_type(directory):
     config = json.loads((directory / "config.json").read_text())
     del config["model_type"]
     (directory / "config.json").write_text(json.dumps({**config, "sliding_window": 7}))
@@ -281,7 +281,7 @@ def test_tensors_of_a_wrong_dtype_or_rank(directory, change, sentence):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["flat", "kyutai"])
-def test_shapes_from_which_no_configuration_can_be_inferred(model, tmp_path, layout):
+def test_shapes_that_determine_no_configuration(model, tmp_path, layout):
     """Without a config.json, a tensor that is missing, empty or of a wrong rank raises InputError."""
     state = model.state_dict() if layout == "flat" else kyutai.from_flat(model.state_dict(), model.config)
     state = {name: tensor.contiguous() for name, tensor in state.items()}
@@ -304,7 +304,7 @@ def test_an_index_names_files_beside_it(directory, listed):
 
 
 @pytest.mark.parametrize("name, sentence", [("a\nb", r"unknown 'a\\nb'$"), ("x" * 9000, r"unknown 'x+\.\.\.x+'$")])
-def test_odd_names_of_tensors_are_quoted_and_shortened(directory, name, sentence):
+def test_tensor_names_in_errors_are_quoted_and_shortened(directory, name, sentence):
     state = load_file(directory / "model.safetensors")
     save_file({**state, name: torch.zeros(1)}, directory / "model.safetensors")
     with pytest.raises(fastmimi.InputError, match=sentence):

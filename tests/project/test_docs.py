@@ -1,6 +1,6 @@
-"""docs/ is whole: every page stands in the navigation, and links, anchors, names and paths lead somewhere.
+"""docs/ is complete: every page is in the navigation, and links, anchors, names and paths resolve.
 
-The strict build (`make docs`) checks the first two as well; it needs MkDocs, these tests do not.
+The strict build (`make docs`) also checks the navigation and the links, but needs MkDocs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-# In backticks, a path below one of these; `models/codec.py` is fastmimi's
+# Paths in backticks begin with one of these; `models/codec.py` is short for `fastmimi/models/codec.py`
 TOPS = "fastmimi|kernels|reference|tests|bench|docs|runtime|models|checkpoints|compat|devtools|train|cli|native"
 SHORT_FOR = {"native": ROOT / "kernels" / "cpu"} | dict.fromkeys(
     ("runtime", "models", "checkpoints", "compat", "devtools", "train", "cli"), ROOT / "fastmimi"
@@ -30,14 +30,14 @@ def without_code(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """What MkDocs makes of a page's headings: lower case, words joined by hyphens."""
+    """The anchors that MkDocs makes from a page's headings: lower case, words joined by hyphens."""
     headings = re.findall(r"^#+ (.+)$", without_code(text), re.MULTILINE)
     words = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
     return {re.sub(r"[\s-]+", "-", heading) for heading in words}
 
 
 def broken_links(pages: dict[str, str]) -> list[str]:
-    """A sentence for each link to a page, an image or an anchor that is not there."""
+    """A message for each link to a page, an image or an anchor that does not exist."""
     broken = []
     for name, text in pages.items():
         for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
@@ -46,7 +46,7 @@ def broken_links(pages: dict[str, str]) -> list[str]:
             path, _, anchor = link.partition("#")
             target = _joined(PurePosixPath(name).parent, path) if path else name
             if target not in pages and not (DOCS / target).is_file():
-                broken.append(f"{name} links to {link}, which is not there")
+                broken.append(f"{name} links to {link}, which does not exist")
             elif anchor and anchor not in anchors(pages[target]):
                 broken.append(f"{name} links to {link}, a page without that heading")
     return broken
@@ -60,7 +60,7 @@ def _joined(folder: PurePosixPath, path: str) -> str:
 
 
 def missing_paths(pages: dict[str, str]) -> list[str]:
-    """Files that are named in backticks and do not exist; names with a placeholder count as far as it."""
+    """A message for each path in backticks that does not exist; a placeholder, `<op>`, matches any name."""
     missing = []
     for name, text in pages.items():
         for path in re.findall(rf"`((?:{TOPS})/[\w./*<>-]*)`", without_code(text)):
@@ -74,6 +74,7 @@ def missing_paths(pages: dict[str, str]) -> list[str]:
 
 
 def leaves(nav: Any) -> list[str]:
+    """The pages of a navigation, recursively."""
     match nav:
         case dict():
             return [leaf for value in nav.values() for leaf in leaves(value)]
@@ -82,24 +83,24 @@ def leaves(nav: Any) -> list[str]:
     return [nav]
 
 
-def test_every_page_stands_in_the_navigation_once() -> None:
+def test_every_page_is_in_the_navigation_once() -> None:
     assert sorted(leaves(yaml.safe_load(CONFIG)["nav"])) == sorted(PAGES)
 
 
-def test_links_and_anchors_lead_somewhere() -> None:
+def test_links_and_anchors_resolve() -> None:
     assert broken_links(PAGES) == []
 
 
-def test_paths_are_there() -> None:
+def test_paths_exist() -> None:
     assert missing_paths(PAGES) == []
 
 
 @pytest.mark.parametrize("text", ["[a](b.md)", "[a](../a.md)", "[a](#b)", "[a](a.md#b)", "![a](images/a.png)"])
-def test_a_broken_link_is_seen(text: str) -> None:
+def test_broken_links_are_found(text: str) -> None:
     assert broken_links({"a.md": f"# A\n\n{text}\n"})
 
 
-def test_a_sound_link_passes() -> None:
+def test_valid_links_pass() -> None:
     pages = {
         "a.md": "# A b, `c_d`\n\n[to](how/b.md#on-b-not-here)",
         "how/b.md": "## On B: not here\n[up](../a.md#a-b-c_d)",
@@ -108,7 +109,7 @@ def test_a_sound_link_passes() -> None:
 
 
 @pytest.mark.parametrize("path", ["fastmimi/none.py", "models/none.py", "kernels/<backend>/none.py", "bench/none/"])
-def test_a_missing_path_is_seen(path: str) -> None:
+def test_missing_paths_are_found(path: str) -> None:
     assert missing_paths({"a.md": f"see `{path}`"})
 
 
@@ -120,7 +121,7 @@ def test_the_reference_has_every_public_name() -> None:
     )
 
 
-def test_the_site_loads_nothing_from_elsewhere() -> None:
+def test_the_site_loads_nothing_from_the_network() -> None:
     """It opens from file:// without a network."""
     config = yaml.safe_load(CONFIG)
     assert config["use_directory_urls"] is False

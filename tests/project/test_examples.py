@@ -1,4 +1,4 @@
-"""Every example runs as its docstring says, offline, in a folder of its own; the microphone is a stand-in."""
+"""Every example runs as its docstring says, offline, in a temporary folder; the microphone is simulated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPEECH = Path(__file__).resolve().parents[1] / "data" / "audio"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs a script in a temporary folder as `python examples/<script> arguments`; what it prints."""
+    """A function that runs `python examples/<script> <arguments>` in a temporary folder and returns what it prints."""
 
     def run(script: str, *arguments: str) -> str:
         monkeypatch.chdir(tmp_path)
@@ -45,15 +45,15 @@ def speech(tmp_path):
 
 
 def test_stream_file(run, speech):
-    said = run("stream_file.py", speech.name, "decoded.wav")
-    assert "26 frames; the codes of one call over the whole clip: True" in said
-    assert re.search(r"encode: median [\d.]+ ms a frame", said) and "decode: median" in said
+    printed = run("stream_file.py", speech.name, "decoded.wav")
+    assert "26 frames; the codes of one call over the whole clip: True" in printed
+    assert re.search(r"encode: median [\d.]+ ms a frame", printed) and "decode: median" in printed
     decoded, rate = soundfile.read(speech.with_name("decoded.wav"))
     assert (len(decoded), rate) == (26 * 1920, 24_000)
 
 
 def test_stream_file_from_a_microphone(run, tmp_path, monkeypatch):
-    """sounddevice in name and signature only: there is no microphone where tests run."""
+    """With a fake sounddevice module: there is no microphone where tests run."""
 
     class InputStream:
         def __init__(self, samplerate, channels, dtype, blocksize):
@@ -72,21 +72,21 @@ def test_stream_file_from_a_microphone(run, tmp_path, monkeypatch):
     stand_in = types.ModuleType("sounddevice")
     stand_in.InputStream = InputStream
     monkeypatch.setitem(sys.modules, "sounddevice", stand_in)
-    said = run("stream_file.py", "--microphone", "0.4", "decoded.wav")
-    assert "5 frames; the codes of one call over the whole clip: True" in said
+    printed = run("stream_file.py", "--microphone", "0.4", "decoded.wav")
+    assert "5 frames; the codes of one call over the whole clip: True" in printed
     assert soundfile.info(tmp_path / "decoded.wav").frames == 5 * 1920
 
 
 def test_batch_server_loop(run):
-    said = run("batch_server_loop.py", "--slots", "2", "--clients", "4", "--late", "0.2")
-    assert "4 of 4 clients got the codes of their clip encoded alone" in said
-    assert said.count("joins in slot") == said.count("leaves slot") == 4
+    printed = run("batch_server_loop.py", "--slots", "2", "--clients", "4", "--late", "0.2")
+    assert "4 of 4 clients got the codes of their clip encoded alone" in printed
+    assert printed.count("joins in slot") == printed.count("leaves slot") == 4
 
 
 @pytest.mark.slow
 def test_fine_tune(run, speech, tmp_path):
-    said = run("fine_tune.py", speech.name, "--steps", "2", "--batch", "1")
-    assert "step 2: mel distance" in said and "codes unchanged: True" in said
+    printed = run("fine_tune.py", speech.name, "--steps", "2", "--batch", "1")
+    assert "step 2: mel distance" in printed and "codes unchanged: True" in printed
     before, after = fastmimi.load("demo"), fastmimi.load(tmp_path / "tuned")
     then = dict(before.named_parameters())
     changed = {name.partition(".")[0] for name, now in after.named_parameters() if not torch.equal(now, then[name])}
@@ -98,8 +98,8 @@ def test_tokenize_folder(run, speech, tmp_path):
     folder.mkdir(parents=True)
     speech.rename(folder / "a.wav")
     (folder / "b.wav").write_text("no audio")
-    said = run("tokenize_folder.py", "corpus", "tokens")
-    assert "1 files, 2.0 s of audio" in said and "skipped:" in said and "b.wav" in said
+    printed = run("tokenize_folder.py", "corpus", "tokens")
+    assert "1 files, 2.0 s of audio" in printed and "skipped:" in printed and "b.wav" in printed
     tokens = Tokens.load(tmp_path / "tokens" / "reader" / "a.wav.safetensors")
     assert tokens.codes.shape == (8, 26) and tokens.packed and tokens.model == "demo"
     written = tmp_path / "tokens" / "reader" / "a.wav.safetensors"
@@ -109,7 +109,7 @@ def test_tokenize_folder(run, speech, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_notebook(tmp_path, monkeypatch):
+def test_the_notebook_runs(tmp_path, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
@@ -124,8 +124,8 @@ def test_the_notebook(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.wav"))) == 4
 
 
-def test_the_notebook_is_one_of_version_4_5_without_outputs():
-    """What nbformat's schema asks for, without nbformat."""
+def test_the_notebook_has_format_4_5_and_no_outputs():
+    """The requirements of nbformat's schema, checked without nbformat."""
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert notebook.keys() == {"cells", "metadata", "nbformat", "nbformat_minor"}
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
@@ -140,7 +140,7 @@ def test_the_notebook_is_one_of_version_4_5_without_outputs():
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_a_script_is_short_and_says_how_to_run_it(path):
+def test_a_script_is_short_and_documents_its_command(path):
     source = path.read_text(encoding="utf-8")
     assert len(source.splitlines()) < 80
     assert f"python examples/{path.name}" in source.split('"""')[1]

@@ -1,10 +1,9 @@
 """Who may import whom.
 
-A rule is a function from a `Tree`, {path: source}, to sentences, one for each place that breaks it. Each rule
-runs on the repository, and on small trees made to break it (`BROKEN`): a rule gone blind is noticed too.
+A rule is a function from a `Tree`, {path: source}, to messages, one for each violation. Each rule runs on the
+repository, and on small trees that violate it (`VIOLATIONS`), which tests the rule itself.
 
-Imports count wherever they stand, also inside functions, where a lazy import hides. Only `if TYPE_CHECKING:`
-is left out: it never runs.
+All imports are checked, also those inside functions, except those under `if TYPE_CHECKING:`, which never run.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ BACKEND_MAY_USE = {
     "kernels.cpu": {"torch"},
     "kernels.onednn": {"torch"},
 }
-# What kernels import besides; these import only each other.
+# Modules that kernels may import as well; these import only each other.
 FOR_KERNELS = {"runtime.layout", "runtime.lengths", "runtime.packing", "runtime.quantized", "kernels._common"}
 # Each floor imports itself and those before it.
 FLOORS = ("errors", "runtime", "models", "io", "checkpoints", "devtools", "compat", "train", "cli", "__main__")
@@ -35,9 +34,9 @@ DISPATCH, ROOT = "runtime.dispatch", ""  # ROOT: fastmimi/__init__
 UPWARDS = {  # the exceptions, inside functions only
     ("models.jodio", "checkpoints.weights"),  # JodioModel.from_pretrained and save_pretrained
 }
-KNOW_VERSION = {"train.loop"}  # fastmimi.__version__, for a run's record
+MAY_IMPORT_VERSION = {"train.loop"}  # fastmimi.__version__, for a run's record
 PEERS = ("transformers", "moshi", "rustymimi")
-KNOW_PEERS = {"compat", "train"}
+MAY_IMPORT_PEERS = {"compat", "train"}
 COMPUTED = "<computed>"
 
 
@@ -56,7 +55,7 @@ class Import(NamedTuple):
 
     @property
     def backend(self) -> str | None:
-        """'reference', 'kernels.triton', ... where it stands in one."""
+        """'reference', 'kernels.triton', ... if the importing module is in one."""
         return next((name for name in BACKEND_MAY_USE if inside(self.module, name)), None)
 
 
@@ -103,7 +102,7 @@ def _walk(node: ast.AST, package: str, *, lazy: bool) -> Iterator[tuple[int, str
                 yield node.lineno, f"{base}.{alias.name}", lazy
         case ast.Call(ast.Name(id=call) | ast.Attribute(attr=call), [name, *_]):
             if call in ("import_module", "__import__"):
-                yield node.lineno, _written(name, package), lazy
+                yield node.lineno, _literal(name, package), lazy
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
             lazy = True
     for child in ast.iter_child_nodes(node):
@@ -116,8 +115,8 @@ def _resolve(name: str, package: str) -> str:
     return ".".join([*above, *filter(None, name[level:].split("."))])
 
 
-def _written(node: ast.AST, package: str) -> str:
-    """The module named to `import_module`, as far as it is written out: f"fastmimi.{x}" may be any."""
+def _literal(node: ast.AST, package: str) -> str:
+    """The module passed to `import_module`, or its literal prefix; COMPUTED if that leaves open which package it is."""
     match node:
         case ast.Constant(str(name)):
             return _resolve(name, package)
@@ -149,19 +148,19 @@ def backends_are_closed(tree: Tree) -> list[str]:
 
 
 def only_dispatch_imports_backends(tree: Tree) -> list[str]:
-    """Nothing but dispatch imports reference or kernels, and dispatch does so in functions only."""
+    """Only dispatch imports reference or kernels, and only inside functions."""
     wrong = []
     for found in in_package(tree):
         enters = inside(found.name, *BACKENDS) and found.backend is None
         if enters and found.module != DISPATCH:
             wrong.append(f"{found}: only dispatch chooses implementations")
         if (enters or found.name == COMPUTED) and found.module == DISPATCH and not found.lazy:
-            wrong.append(f"{found}: dispatch imports a backend when it is asked for it")
+            wrong.append(f"{found}: dispatch imports a backend when it is requested")
     return wrong
 
 
-def module_names_are_written_out(tree: Tree) -> list[str]:
-    """A computed module name escapes these rules: dispatch and fastmimi/__init__ alone may use one."""
+def module_names_are_literals(tree: Tree) -> list[str]:
+    """These rules cannot check a computed module name: only dispatch and fastmimi/__init__ may use one."""
     computed = [found for found in in_package(tree) if found.name == COMPUTED]
     return [f"{found}: name the module" for found in computed if found.module not in (DISPATCH, ROOT)]
 
@@ -171,15 +170,15 @@ def floors_import_downwards(tree: Tree) -> list[str]:
     for found in in_package(tree):
         if not inside(found.name, "fastmimi") or found.backend is not None or inside(found.name, *BACKENDS):
             continue
-        if found.module in (ROOT, "kernels._common"):  # whose names are all of the others'; which has a rule of its own
+        if found.module in (ROOT, "kernels._common"):  # the first re-exports all names; the other has a rule of its own
             continue
         if found.floor not in FLOORS:
-            wrong.append(f"{found.where} stands on no floor, of {', '.join(FLOORS)}")
+            wrong.append(f"{found.where} is on no floor; there are {', '.join(FLOORS)}")
             continue
         exempt = found.lazy and any(
             found.module == module and inside(found.name, f"fastmimi.{above}") for module, above in UPWARDS
         )
-        version = found.name == "fastmimi.__version__" and found.module in KNOW_VERSION
+        version = found.name == "fastmimi.__version__" and found.module in MAY_IMPORT_VERSION
         public = found.name == "fastmimi" and found.floor in ("cli", "__main__")
         below = floor_of(found.name) in FLOORS[: FLOORS.index(found.floor) + 1]
         if not (below or exempt or version or public):
@@ -187,42 +186,42 @@ def floors_import_downwards(tree: Tree) -> list[str]:
     return wrong
 
 
-def what_kernels_use_imports_nothing_of_ours(tree: Tree) -> list[str]:
+def modules_for_kernels_import_only_each_other(tree: Tree) -> list[str]:
     shared = tuple(f"fastmimi.{leaf}" for leaf in FOR_KERNELS)
     wrong = [
         found
         for found in in_package(tree)
         if found.module in FOR_KERNELS and inside(found.name, "fastmimi") and not inside(found.name, *shared)
     ]
-    return [f"{found}: {found.module} is for kernels, which import nothing else of ours" for found in wrong]
+    return [f"{found}: {found.module} is for kernels, and must import nothing else of fastmimi" for found in wrong]
 
 
 def only_validation_imports_pydantic(tree: Tree) -> list[str]:
-    """Configurations are plain dataclasses, and errors are InputError: no other module sees the library."""
+    """Configurations are plain dataclasses, and errors are InputError: no other module depends on pydantic."""
     wrong = [found for found in in_package(tree) if inside(found.name, "pydantic")]
     wrong = [found for found in wrong if found.module != "models.validation"]
     return [f"{found}: ask fastmimi.models.validation" for found in wrong]
 
 
 def the_package_is_lazy(tree: Tree) -> list[str]:
-    """`import fastmimi` loads nothing more; a peer is loaded by its drop-in, transformers on demand too."""
+    """`import fastmimi` loads no other module; a peer is loaded by its drop-in, transformers also inside functions."""
     wrong = []
     for found in in_package(tree):
         if found.module == ROOT and not found.lazy and inside(found.name, "fastmimi"):
-            wrong.append(f"{found}: fastmimi/__init__ loads a module when a name of it is asked for")
-        if inside(found.name, *PEERS) and found.floor not in KNOW_PEERS:
+            wrong.append(f"{found}: fastmimi/__init__ loads a module when one of its names is first used")
+        if inside(found.name, *PEERS) and found.floor not in MAY_IMPORT_PEERS:
             if not found.lazy:
-                wrong.append(f"{found}: at the top only {' and '.join(sorted(KNOW_PEERS))} import a peer")
+                wrong.append(f"{found}: at module level only {' and '.join(sorted(MAY_IMPORT_PEERS))} import a peer")
             elif not inside(found.name, "transformers"):
-                wrong.append(f"{found}: an optional peer is for {' and '.join(sorted(KNOW_PEERS))}")
+                wrong.append(f"{found}: an optional peer is for {' and '.join(sorted(MAY_IMPORT_PEERS))}")
     return wrong
 
 
 def top_level_packages_are_not_imported(tree: Tree) -> list[str]:
-    """`import kernels` means the PyPI package of that name; ours is fastmimi.kernels. In tests too."""
+    """`import kernels` means the PyPI package of that name; ours is fastmimi.kernels. Also checked in tests."""
     everywhere = [found for path, source in tree.items() for found in imports_of(path, source)]
     wrong = [found for found in everywhere if inside(found.name, "kernels", "reference")]
-    return [f"{found}: say fastmimi.{found.name}" for found in wrong]
+    return [f"{found}: import fastmimi.{found.name}" for found in wrong]
 
 
 # ---- the tests
@@ -230,15 +229,15 @@ def top_level_packages_are_not_imported(tree: Tree) -> list[str]:
 RULES: list[Rule] = [
     backends_are_closed,
     only_dispatch_imports_backends,
-    module_names_are_written_out,
+    module_names_are_literals,
     floors_import_downwards,
-    what_kernels_use_imports_nothing_of_ours,
+    modules_for_kernels_import_only_each_other,
     only_validation_imports_pydantic,
     the_package_is_lazy,
     top_level_packages_are_not_imported,
 ]
 LAZY = "def f():\n    "
-SOUND: Tree = {
+VALID: Tree = {
     "fastmimi/__init__.py": LAZY + "from fastmimi.compat import transformers",
     "fastmimi/__main__.py": "from .cli import main",
     "fastmimi/runtime/ops.py": "import typing\nif typing.TYPE_CHECKING:\n    from ..models.config import JodioConfig",
@@ -254,7 +253,7 @@ SOUND: Tree = {
     "reference/rvq.py": "import math\nimport torch\nfrom . import norm\nfrom fastmimi.reference import norm",
     "tests/kernels/test_rvq.py": "import moshi\nfrom fastmimi.reference.rvq import rvq",
 }
-BROKEN: list[tuple[Rule, str, str]] = [
+VIOLATIONS: list[tuple[Rule, str, str]] = [
     (backends_are_closed, "reference/rvq.py", "import triton"),
     (backends_are_closed, "reference/rvq.py", LAZY + "import numpy"),
     (backends_are_closed, "reference/rvq.py", "from ..runtime.ops import OPS"),
@@ -271,8 +270,8 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (only_dispatch_imports_backends, "fastmimi/compat/moshi.py", "from ..reference.rvq import rvq"),
     (only_dispatch_imports_backends, "fastmimi/runtime/dispatch.py", "from .. import reference"),
     (only_dispatch_imports_backends, "fastmimi/runtime/dispatch.py", "import_module(name)"),
-    (module_names_are_written_out, "fastmimi/models/mimi.py", LAZY + "importlib.import_module(name)"),
-    (module_names_are_written_out, "fastmimi/models/mimi.py", LAZY + "import_module(f'fastmimi.{backend}')"),
+    (module_names_are_literals, "fastmimi/models/mimi.py", LAZY + "importlib.import_module(name)"),
+    (module_names_are_literals, "fastmimi/models/mimi.py", LAZY + "import_module(f'fastmimi.{backend}')"),
     (floors_import_downwards, "fastmimi/errors.py", "from .runtime import layout"),
     (floors_import_downwards, "fastmimi/runtime/tiles.py", "import fastmimi.models.config"),
     (floors_import_downwards, "fastmimi/runtime/tiles.py", LAZY + "from ..models import config"),
@@ -286,7 +285,7 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (floors_import_downwards, "fastmimi/checkpoints/weights.py", LAZY + "from ..train.loop import train"),
     (floors_import_downwards, "fastmimi/checkpoints/weights.py", "from ..compat.transformers import MimiModel"),
     (floors_import_downwards, "fastmimi/odds/ends.py", "from ..errors import InputError"),
-    (what_kernels_use_imports_nothing_of_ours, "fastmimi/runtime/packing.py", "from ..errors import InputError"),
+    (modules_for_kernels_import_only_each_other, "fastmimi/runtime/packing.py", "from ..errors import InputError"),
     (only_validation_imports_pydantic, "fastmimi/models/config.py", "from pydantic import Field"),
     (the_package_is_lazy, "fastmimi/__init__.py", "from .models.mimi import Mimi"),
     (the_package_is_lazy, "fastmimi/models/transformer.py", "from transformers import MimiConfig"),
@@ -297,22 +296,22 @@ BROKEN: list[tuple[Rule, str, str]] = [
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_the_repository_keeps_the_rule(rule: Rule, repository: Tree) -> None:
+def test_the_repository_follows_the_rule(rule: Rule, repository: Tree) -> None:
     assert {"fastmimi/runtime/dispatch.py", "fastmimi/models/mimi.py", "reference/__init__.py"} <= repository.keys()
     assert rule(repository) == []
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_a_sound_tree_keeps_the_rule(rule: Rule) -> None:
-    assert rule(SOUND) == []
+def test_a_valid_tree_follows_the_rule(rule: Rule) -> None:
+    assert rule(VALID) == []
 
 
 @pytest.mark.parametrize(
-    ("rule", "path", "source"), BROKEN, ids=[f"{rule.__name__}-{path}" for rule, path, _ in BROKEN]
+    ("rule", "path", "source"), VIOLATIONS, ids=[f"{rule.__name__}-{path}" for rule, path, _ in VIOLATIONS]
 )
-def test_the_rule_sees_what_breaks_it(rule: Rule, path: str, source: str) -> None:
-    assert rule({**SOUND, path: source})
+def test_the_rule_finds_a_violation(rule: Rule, path: str, source: str) -> None:
+    assert rule({**VALID, path: source})
 
 
-def test_every_rule_is_broken_somewhere() -> None:
-    assert {rule for rule, _, _ in BROKEN} == set(RULES)
+def test_every_rule_has_a_violation() -> None:
+    assert {rule for rule, _, _ in VIOLATIONS} == set(RULES)

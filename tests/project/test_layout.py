@@ -1,7 +1,7 @@
-"""Which files there are: every op's partners by name, docstring-only backends, links, lengths.
+"""The files of the repository: those that each op needs, packages with docstrings only, symbolic links, lengths.
 
-Written as tests/project/test_imports.py is, which holds who may import whom: rules over {path: source}, each run on
-the repository and on a small tree made to break it.
+As in tests/project/test_imports.py, a rule is a function of {path: source}; each runs on the repository and on small
+trees that violate it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ MAY_BE_LONGER: set[str] = set()
 
 
 def op_files(tree: Tree, backend: str) -> dict[str, str]:
-    """{path: op} of the files in a backend; one that starts with an underscore is a helper of several."""
+    """{path: op} of the files in a backend, without helpers, whose names start with an underscore."""
     paths = [path for path in map(PurePosixPath, tree) if path.match(f"{backend}/*.py") and path.stem[0] != "_"]
     return {str(path): path.stem for path in paths}
 
 
 def ops_of(tree: Tree) -> list[str]:
-    """The keys of `OPS` of fastmimi/runtime/ops.py, a dict written out there."""
+    """The keys of the dict literal `OPS` in fastmimi/runtime/ops.py."""
     for statement in ast.parse(tree.get("fastmimi/runtime/ops.py", "")).body:
         match statement:
             case ast.AnnAssign(ast.Name("OPS"), value=ast.Dict(keys)):
@@ -49,8 +49,8 @@ def ops_of(tree: Tree) -> list[str]:
 
 def ops_have_reference_and_test(tree: Tree) -> list[str]:
     ops = ops_of(tree)
-    wanted = [path for op in ops for path in (f"reference/{op}.py", f"tests/kernels/test_{op}.py")]
-    return [f"{path} is missing" for path in wanted if path not in tree] if ops else ["OPS names no op"]
+    expected = [path for op in ops for path in (f"reference/{op}.py", f"tests/kernels/test_{op}.py")]
+    return [f"{path} is missing" for path in expected if path not in tree] if ops else ["OPS names no op"]
 
 
 def files_in_backends_are_ops(tree: Tree) -> list[str]:
@@ -58,41 +58,41 @@ def files_in_backends_are_ops(tree: Tree) -> list[str]:
     return [f"{path} is no op of fastmimi/runtime/ops.py" for path, op in files.items() if op not in ops_of(tree)]
 
 
-def functions_have_the_files_name(tree: Tree) -> list[str]:
-    """The public function has the file's name."""
-    wanted = {path: {op} for path, op in op_files(tree, "reference").items()}
-    wanted |= {path: {op} for path, op in op_files(tree, "kernels/*").items()}
+def files_define_the_function_of_their_name(tree: Tree) -> list[str]:
+    """The public function has the name of its file."""
+    expected = {path: {op} for path, op in op_files(tree, "reference").items()}
+    expected |= {path: {op} for path, op in op_files(tree, "kernels/*").items()}
     wrong = []
-    for path, names in wanted.items():
+    for path, names in expected.items():
         body = ast.parse(tree[path]).body
-        there = {node.name for node in body if isinstance(node, ast.FunctionDef)}
-        there |= {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
-        wrong += [f"{path} has no function {name}" for name in sorted(names - there)]
+        defined = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+        defined |= {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
+        wrong += [f"{path} has no function {name}" for name in sorted(names - defined)]
     return wrong
 
 
 def backend_inits_are_docstrings(tree: Tree) -> list[str]:
-    """With the repository on sys.path, others probe for a package named `kernels` and run these files."""
+    """With the repository on sys.path, libraries that probe for a package named `kernels` run these files."""
     wrong = []
     for path in BACKEND_INITS:
         match ast.parse(tree.get(path, "")).body:
             case [ast.Expr(ast.Constant(str()))]:
                 pass
             case _:
-                wrong.append(f"{path} must be there and hold a docstring and nothing else")
+                wrong.append(f"{path} must exist and contain only a docstring")
     return wrong
 
 
-def tests_are_no_package(tree: Tree) -> list[str]:
+def tests_are_not_a_package(tree: Tree) -> list[str]:
     """pytest runs with --import-mode=importlib; a conftest.py at the root would put the root on sys.path."""
     wrong = [path for path in tree if path.startswith("tests/") and path.endswith("/__init__.py")]
     wrong += ["conftest.py"] if "conftest.py" in tree else []
-    return [f"{path} must not be there" for path in wrong]
+    return [f"{path} must not exist" for path in wrong]
 
 
 def files_are_short(tree: Tree) -> list[str]:
     lengths = {path: len(source.splitlines()) for path, source in tree.items() if path not in MAY_BE_LONGER}
-    return [f"{path} has {n} lines: two subjects?" for path, n in lengths.items() if n > LONGEST]
+    return [f"{path} has {n} lines, more than {LONGEST}: split it" for path, n in lengths.items() if n > LONGEST]
 
 
 # ---- the tests
@@ -100,13 +100,13 @@ def files_are_short(tree: Tree) -> list[str]:
 RULES: list[Rule] = [
     ops_have_reference_and_test,
     files_in_backends_are_ops,
-    functions_have_the_files_name,
+    files_define_the_function_of_their_name,
     backend_inits_are_docstrings,
-    tests_are_no_package,
+    tests_are_not_a_package,
     files_are_short,
 ]
 DOC = '"""What it is."""\n'
-SOUND: Tree = {
+VALID: Tree = {
     "fastmimi/runtime/ops.py": "OPS: dict[str, Op] = {'rvq': Op('search')}",
     "kernels/cpu/_packing.py": "",
     "kernels/cpu/rvq.py": "from ._packing import pack\ndef rvq(): ...",
@@ -115,8 +115,8 @@ SOUND: Tree = {
     "bench/bench_ops.py": "\n" * LONGEST,
     **dict.fromkeys(BACKEND_INITS, DOC),
 }
-# The rule, the file that breaks it, its source; None takes the file away.
-BROKEN: list[tuple[Rule, str, str | None]] = [
+# The rule, the file that violates it, its source; None removes the file.
+VIOLATIONS: list[tuple[Rule, str, str | None]] = [
     (ops_have_reference_and_test, "fastmimi/runtime/ops.py", None),
     (ops_have_reference_and_test, "fastmimi/runtime/ops.py", "OPS: dict[str, Op] = {}"),
     (ops_have_reference_and_test, "fastmimi/runtime/ops.py", "OPS: dict[str, Op] = {'rvq': Op(), 'norm': Op()}"),
@@ -124,48 +124,48 @@ BROKEN: list[tuple[Rule, str, str | None]] = [
     (ops_have_reference_and_test, "tests/kernels/test_rvq.py", None),
     (files_in_backends_are_ops, "reference/norm.py", "def norm(): ..."),
     (files_in_backends_are_ops, "kernels/triton/norm.py", ""),
-    (functions_have_the_files_name, "reference/rvq.py", "def search(): ..."),
-    (functions_have_the_files_name, "kernels/cpu/rvq.py", "def search(): ..."),
+    (files_define_the_function_of_their_name, "reference/rvq.py", "def search(): ..."),
+    (files_define_the_function_of_their_name, "kernels/cpu/rvq.py", "def search(): ..."),
     (backend_inits_are_docstrings, "kernels/__init__.py", DOC + "import torch"),
     (backend_inits_are_docstrings, "reference/__init__.py", "VERSION = 1"),
     (backend_inits_are_docstrings, "kernels/triton/__init__.py", None),
-    (tests_are_no_package, "conftest.py", ""),
-    (tests_are_no_package, "tests/__init__.py", ""),
-    (tests_are_no_package, "tests/data/__init__.py", ""),
+    (tests_are_not_a_package, "conftest.py", ""),
+    (tests_are_not_a_package, "tests/__init__.py", ""),
+    (tests_are_not_a_package, "tests/data/__init__.py", ""),
     (files_are_short, "bench/bench_ops.py", "\n" * (LONGEST + 1)),
 ]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_the_repository_keeps_the_rule(rule: Rule, repository: Tree) -> None:
+def test_the_repository_follows_the_rule(rule: Rule, repository: Tree) -> None:
     assert rule(repository) == []
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_a_sound_tree_keeps_the_rule(rule: Rule) -> None:
-    assert rule(SOUND) == []
+def test_a_valid_tree_follows_the_rule(rule: Rule) -> None:
+    assert rule(VALID) == []
 
 
 @pytest.mark.parametrize(
-    ("rule", "path", "source"), BROKEN, ids=[f"{rule.__name__}-{path}" for rule, path, _ in BROKEN]
+    ("rule", "path", "source"), VIOLATIONS, ids=[f"{rule.__name__}-{path}" for rule, path, _ in VIOLATIONS]
 )
-def test_the_rule_sees_what_breaks_it(rule: Rule, path: str, source: str | None) -> None:
-    tree = {name: text for name, text in SOUND.items() if name != path}
+def test_the_rule_finds_a_violation(rule: Rule, path: str, source: str | None) -> None:
+    tree = {name: text for name, text in VALID.items() if name != path}
     assert rule(tree if source is None else {**tree, path: source})
 
 
-def test_every_rule_is_broken_somewhere() -> None:
-    assert {rule for rule, _, _ in BROKEN} == set(RULES)
+def test_every_rule_has_a_violation() -> None:
+    assert {rule for rule, _, _ in VIOLATIONS} == set(RULES)
 
 
-def test_ops_are_read_as_python_reads_them(repository: Tree) -> None:
+def test_ops_of_the_source_are_those_at_runtime(repository: Tree) -> None:
     from fastmimi.runtime.ops import OPS
 
     assert ops_of(repository) == list(OPS)
 
 
 @pytest.mark.parametrize("backend", ["kernels", "reference"])
-def test_rooms_are_links_to_the_top(backend: str) -> None:
+def test_backend_folders_are_symbolic_links(backend: str) -> None:
     link = ROOT / "fastmimi" / backend
     assert link.is_symlink()
     assert os.readlink(link) == f"../{backend}"

@@ -1,9 +1,8 @@
-"""The wheel holds every module and works away from the repository; importing fastmimi loads nothing heavy.
+"""The wheel contains every module and works outside the repository; importing fastmimi loads nothing heavy.
 
-The wheel is built from a copy of the sources, as a build leaves files behind, and installed in a fresh
-environment. That one finds torch and the other dependencies in the site-packages of this one, named after its
-own in a .pth file: Python searches such a folder but does not read the .pth files in it, so that an editable
-fastmimi here stays out of sight.
+The wheel is built from a copy of the sources, since a build leaves files behind, and installed in a new environment.
+A .pth file there adds the site-packages of this environment, for torch and the other dependencies. Python does not
+read the .pth files of a folder that is added so, and hence does not find an editable fastmimi of this environment.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ json.dump({"files": files, "failed": failed, "version": fastmimi.__version__}, s
 
 
 def run(*command: object, cwd: Path) -> str:
-    """Standard output of a command; a failure shows what it said."""
+    """Standard output of a command; a failure shows it with the errors."""
     done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(map(str, command))[:200]}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 def modules() -> set[str]:
-    """Every module of the repository under the name that users import."""
+    """The names under which users import the modules of the repository."""
     paths = [path.relative_to(ROOT) for top in ("fastmimi", "kernels", "reference") for path in python_files(top)]
     names = [path.with_suffix("").parts for path in paths]
     names = [name if name[0] == "fastmimi" else ("fastmimi", *name) for name in names]
@@ -65,7 +64,7 @@ def python_files(top: str) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the package is built from, links kept as links."""
+    """A copy of the sources that the package is built from, with its symbolic links."""
     copy = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -86,7 +85,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def setuptools_can_build() -> bool:
-    """What [build-system] in pyproject.toml asks for; it also makes wheels without the `wheel` package."""
+    """True for the version that [build-system] in pyproject.toml requires; it needs no `wheel` package."""
     try:
         return int(version("setuptools").partition(".")[0]) >= 77
     except PackageNotFoundError:
@@ -95,10 +94,10 @@ def setuptools_can_build() -> bool:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh environment with the wheel in it."""
+    """A new environment in which the wheel is installed."""
     fresh = tmp_path_factory.mktemp("fresh")
     venv.create(fresh, with_pip=False, symlinks=os.name != "nt")
-    python = python_of(fresh)
+    python = python_in(fresh)
     paths = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site_packages = Path(run(python, "-I", "-c", paths, cwd=fresh).strip())
     ours = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
@@ -118,7 +117,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fresh
 
 
-def python_of(environment: Path) -> Path:
+def python_in(environment: Path) -> Path:
     return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
@@ -126,13 +125,13 @@ def wheel_files(wheel: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_the_wheel_holds_every_module(wheel: Path) -> None:
+def test_the_wheel_contains_every_module(wheel: Path) -> None:
     files = {name for name in wheel_files(wheel) if name.endswith(".py")}
     names = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files}
     assert names == modules()
 
 
-def test_the_wheel_holds_assets_types_and_licence(wheel: Path) -> None:
+def test_the_wheel_contains_assets_types_and_licence(wheel: Path) -> None:
     files = wheel_files(wheel)
     data = [path for path in (ROOT / "fastmimi" / "assets").rglob("*") if path.is_file()]
     data += (ROOT / "fastmimi" / "train").glob("*.yaml")
@@ -143,14 +142,14 @@ def test_the_wheel_holds_assets_types_and_licence(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in files)
 
 
-def test_the_wheel_takes_one_top_level_name(wheel: Path) -> None:
-    """`kernels` and `reference` stand at the top of the repository, never of site-packages."""
-    tops = {name.partition("/")[0] for name in wheel_files(wheel)}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"fastmimi"}
+def test_the_wheel_has_one_top_level_package(wheel: Path) -> None:
+    """`kernels` and `reference` are top-level folders of the repository, but not of site-packages."""
+    top_level = {name.partition("/")[0] for name in wheel_files(wheel)}
+    assert {top for top in top_level if not top.endswith(".dist-info")} == {"fastmimi"}
 
 
 def test_the_wheel_is_for_any_python(wheel: Path) -> None:
-    """Its library is no Python extension: only the platform is tagged, and that only where the library is there."""
+    """The library is no Python extension: the wheel is tagged with the platform only, and only if it contains it."""
     libraries = [name for name in wheel_files(wheel) if name.endswith(".so")]
     _, _, python, abi, platform = wheel.stem.split("-")
     assert (python, abi) == ("py3", "none")
@@ -194,8 +193,8 @@ def test_a_source_distribution_builds_the_same_wheel(wheel: Path, source: Path, 
     assert wheel_files(next(tmp_path.glob("*.whl"))) == wheel_files(wheel)
 
 
-def test_every_module_imports_away_from_the_repository(installed: Path, tmp_path: Path) -> None:
-    found = json.loads(run(python_of(installed), "-I", "-c", IMPORT_ALL, cwd=tmp_path))
+def test_every_module_imports_outside_the_repository(installed: Path, tmp_path: Path) -> None:
+    found = json.loads(run(python_in(installed), "-I", "-c", IMPORT_ALL, cwd=tmp_path))
     unavailable = {name for name, why in found["failed"].items() if triton_is_absent() and "triton" in why}
     assert {name: why for name, why in found["failed"].items() if name not in unavailable} == {}
     assert found["files"].keys() | unavailable == modules() - {"fastmimi.__main__"}
@@ -214,17 +213,17 @@ def test_public_names_resolve(installed: Path, tmp_path: Path) -> None:
 
     code = "import fastmimi; print([name for name in fastmimi.__all__ if getattr(fastmimi, name, None) is None])"
     missing = [] if HALVES else ["MimiDecoderModel", "MimiEncoderModel"]  # transformers has them since 5.20
-    assert run(python_of(installed), "-I", "-c", code, cwd=tmp_path).strip() == str(missing)
+    assert run(python_in(installed), "-I", "-c", code, cwd=tmp_path).strip() == str(missing)
 
 
 def test_the_console_script_runs(installed: Path, tmp_path: Path) -> None:
-    said = run(python_of(installed).with_name("fastmimi"), "--help", cwd=tmp_path)
+    printed = run(python_in(installed).with_name("fastmimi"), "--help", cwd=tmp_path)
     for command in ("encode", "decode", "roundtrip", "info", "explain"):
-        assert command in said
+        assert command in printed
 
 
 def test_import_fastmimi_loads_nothing_heavy() -> None:
-    """Said as modules, not as seconds: beyond torch, only the standard library and fastmimi itself."""
+    """Beyond torch, only modules of the standard library and fastmimi itself."""
     code = (
         "import json, sys, torch; before = set(sys.modules); import fastmimi; "
         "json.dump(sorted({name.partition('.')[0] for name in set(sys.modules) - before}), sys.stdout)"
@@ -234,7 +233,7 @@ def test_import_fastmimi_loads_nothing_heavy() -> None:
 
 
 def test_the_reference_needs_no_triton() -> None:
-    """Triton blocked as if it were not installed: every reference imports, and a model built on them runs."""
+    """With the import of Triton blocked, every reference imports, and a model runs on them."""
     names = sorted(name for name in modules() if name.startswith("fastmimi.reference."))
     assert names
     code = (
@@ -249,7 +248,7 @@ def test_the_reference_needs_no_triton() -> None:
     run(sys.executable, "-c", code, cwd=ROOT)
 
 
-def test_transformers_imports_beside_the_rooms() -> None:
+def test_transformers_imports_although_there_is_a_kernels_folder() -> None:
     """transformers probes for a package named `kernels`; from the repository's root it finds our folder."""
     code = "import kernels; from transformers import MimiConfig, MimiModel"
     run(sys.executable, "-c", code, cwd=ROOT)

@@ -1,6 +1,6 @@
-"""The examples of README.md and of docs/ run: each page's Python, top to bottom, as one program, and its commands.
+"""The examples of README.md and of docs/ run: the Python of a page from top to bottom as one program, and its commands.
 
-Only the hub is replaced by files: kyutai/mimi by the model `demo`.
+The hub is not used: kyutai/mimi is replaced by the model `demo`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def commands(page: Path) -> list[list[str]]:
     return [words for line in lines if (words := line.partition(" #")[0].split())]
 
 
-def having(language: str) -> Any:
+def pages_with(language: str) -> Any:
     pages = [page for page in PAGES if blocks(page, language)]
     return pytest.mark.parametrize("page", pages, ids=lambda page: page.relative_to(ROOT).as_posix())
 
@@ -49,7 +49,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@having("python")
+@pages_with("python")
 def test_examples(page, folder):
     pytest.importorskip("transformers")
     if f'"{KYUTAI}"' in page.read_text():
@@ -62,33 +62,33 @@ def test_examples(page, folder):
         assert names["sound"].shape == (1, 1, 1920)
 
 
-@having("bash")
+@pages_with("bash")
 def test_commands(page, folder):
-    """fastmimi's own run, on a short clip; of others, what they name is there."""
+    """Commands of fastmimi are run on a short clip; for others, the names in them are checked."""
     soundfile.write("speech.flac", noise(8_000).numpy(), 16_000)
     for program, *arguments in commands(page):
-        if program == "fastmimi" and arguments[0] not in ("train", "evaluate"):  # these: below
-            fastmimi_runs(arguments)
+        if program == "fastmimi" and arguments[0] not in ("train", "evaluate"):  # run by test_the_training_example
+            run_fastmimi(arguments)
         else:
             check_names(Path(program).name, arguments)
 
 
-def fastmimi_runs(arguments: list[str]) -> None:
+def run_fastmimi(arguments: list[str]) -> None:
     codes = arguments[0] in ("encode", "decode", "roundtrip") and "--model" not in arguments
     result = CliRunner().invoke(app, [*arguments, *(["--model", "demo"] if codes else [])], catch_exceptions=False)
     assert result.exit_code == 0, result.output
 
 
 def check_names(program: str, arguments: list[str]) -> None:
-    """AssertionError where a command names a target, an extra or a file that is not there."""
+    """AssertionError where a command names a target, an extra or a file that does not exist."""
     match program, arguments:
         case "make", targets:
-            there = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            missing = [target for target in targets if target not in there]
+            known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            missing = [target for target in targets if target not in known]
         case "pip", ["install", *_]:
             extras = re.findall(r"\[([a-z]+)\]", " ".join(arguments))
-            there = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-            missing = [extra for extra in extras if extra not in there]
+            known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+            missing = [extra for extra in extras if extra not in known]
         case (("python" | "pytest" | "bash"), _):
             files = [word for word in arguments if "/" in word]
             missing = [file for file in files if not (ROOT / file).exists()]
@@ -97,7 +97,7 @@ def check_names(program: str, arguments: list[str]) -> None:
     assert not missing, f"{program} {' '.join(arguments)}"
 
 
-def test_a_command_that_names_nothing_is_seen():
+def test_commands_with_unknown_names_are_found():
     for words in ("make tea", "pip install .[tea]", "python bench/tea.py", "tea"):
         program, *arguments = words.split()
         with pytest.raises(AssertionError, match="tea"):
@@ -116,17 +116,17 @@ def test_the_training_example(folder, tiny_training):
         (folder / name).write_text(config)
     small = ["steps=2", "data.seconds=0.5", "data.batch_size=2", "data.workers=0", "discriminator.filters=2",
              "model.load=tiny"]  # fmt: skip
-    learning = [words[1:] for words in commands(TRAINING) if words[0] == "fastmimi"]
-    assert len(learning) == 3
-    for arguments in learning:
-        fastmimi_runs(arguments + (small if arguments[0] == "train" else []))
+    commands_of_training = [words[1:] for words in commands(TRAINING) if words[0] == "fastmimi"]
+    assert len(commands_of_training) == 3
+    for arguments in commands_of_training:
+        run_fastmimi(arguments + (small if arguments[0] == "train" else []))
     assert (folder / "pictures" / "synthetic.ogg.png").exists()
     audio = noise(1, 1, 24_000)
     before, after = (fastmimi.load(name).encode(audio) for name in ("tiny", "runs/decoder/model"))
     assert torch.equal(before, after), "a better decoder for the same codes"
 
 
-def test_links_lead_somewhere():
+def test_links_of_the_readme_resolve():
     links = re.findall(r"\]\(([^)#]+)\)", README.read_text())
     assert len(links) > 5
     missing = [link for link in links if "://" not in link and not (README.parent / link).exists()]

@@ -1,6 +1,6 @@
-"""What stands beside the code agrees with it: workflows, issue forms, pre-commit hooks, citation, changelog, markers.
+"""Workflows, issue forms, pre-commit hooks, citation and changelog are valid and agree with the code.
 
-They run elsewhere (on GitHub, in pre-commit), so that here they are only parsed and compared.
+They are used elsewhere (on GitHub, in pre-commit); these tests only parse and compare them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def steps(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_a_workflow_pins_actions_and_runs_what_there_is(path: Path) -> None:
+def test_a_workflow_pins_actions_and_runs_existing_targets(path: Path) -> None:
     workflow = read(path)
     assert workflow.keys() >= {"name", True, "permissions", "jobs"}  # YAML 1.1 reads the key `on` as true
     assert workflow["permissions"] == {"contents": "read"}
@@ -60,7 +60,7 @@ def test_an_issue_form_is_complete(name: str) -> None:
     assert all(part["attributes"]["label"] for part in fields)
 
 
-def test_pre_commit_formats_as_make_lint_does() -> None:
+def test_pre_commit_has_the_versions_and_files_of_make_lint() -> None:
     repos = {repo["repo"].rpartition("/")[2]: repo for repo in read(ROOT / ".pre-commit-config.yaml")["repos"]}
     assert repos["ruff-pre-commit"]["rev"] == f"v{CONSTRAINTS['ruff']}"
     (clang_format,) = repos["mirrors-clang-format"]["hooks"]
@@ -79,7 +79,7 @@ def test_the_citation_is_of_this_version() -> None:
     assert paper["doi"].endswith("2410.00037") and len(paper["authors"]) == 8
 
 
-def test_the_changelog_keeps_its_form() -> None:
+def test_the_changelog_follows_keep_a_changelog() -> None:
     lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
     versions = [line for line in lines if line.startswith("## ")]
     assert versions[0] == "## [Unreleased]"
