@@ -53,7 +53,7 @@ def test_every_written_format_is_read_back(tmp_path: Path, suffix: str) -> None:
     assert found.duration == len(samples) / RATE
     back = read(path)
     assert back.shape == samples.shape
-    if suffix in LOSSY:  # white noise correlates with itself only if not one sample is shifted
+    if suffix in LOSSY:  # white noise correlates with itself only without any shift
         assert np.corrcoef(samples[:, 0], back[:, 0])[0, 1] > 0.5
     else:
         assert np.abs(back - samples).max() < 1e-4
@@ -66,8 +66,8 @@ def test_the_error_lists_the_formats_that_can_be_written() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "opus", "mp3"])
-def test_blocks_make_up_the_whole_file(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With soundfile's own blocks of an MP3 that fails, because it seeks between them."""
+def test_concatenated_blocks_equal_the_whole_file(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """soundfile's own `blocks` fails for MP3, because it seeks between them."""
     path = tmp_path / f"a.{suffix}"
     write(path, noise(3 * RATE))
     whole, _ = soundfile.read(path, dtype="float32", always_2d=True)
@@ -110,7 +110,7 @@ def test_several_channels_are_downmixed_to_their_mean(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rate", "frames"), [(10, 9_000), (50, 60_000), (2**31 - 1, 9_000_000)])
-def test_an_absurd_sample_rate_needs_little_memory(tmp_path: Path, rate: int, frames: int) -> None:
+def test_extreme_sample_rates_need_little_memory(tmp_path: Path, rate: int, frames: int) -> None:
     path = tmp_path / "a.wav"
     soundfile.write(path, np.zeros(frames), rate, subtype="PCM_U8")
     file, total = audio.probe(path), 0

@@ -37,7 +37,7 @@ def test_an_error_before_anything_is_written_leaves_nothing(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == []
 
 
-def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+def test_a_symbolic_link_remains_a_link(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     link = tmp_path / "link.txt"
     link.symlink_to(tmp_path / "there" / "a.txt")

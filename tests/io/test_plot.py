@@ -1,4 +1,4 @@
-"""Plots: what is drawn, where, and how much of it."""
+"""Plots: long and short audio, and the frequency axis of spectrograms."""
 
 from __future__ import annotations
 

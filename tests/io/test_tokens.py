@@ -1,4 +1,4 @@
-"""The token file: bit packing, its contents, and that anything wrong with a file raises an error of one sentence."""
+"""The token file: bit packing, its contents, and errors for invalid files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tokens(codebooks: int = 8, frames: int = 7, size: int = 2048, *, packed: boo
 
 
 @given(bits_and_codes())
-def test_unpack_undoes_pack(case: tuple[int, np.ndarray]) -> None:
+def test_unpack_is_the_inverse_of_pack(case: tuple[int, np.ndarray]) -> None:
     bits, codes = case
     packed = pack(codes, bits)
     assert packed.dtype == np.uint8
@@ -147,7 +147,7 @@ def test_eight_packed_codebooks_take_1_1_kbps(tmp_path: Path) -> None:
     assert stored.nbytes * 8 / seconds / 1000 == pytest.approx(1.1, rel=1e-3)
 
 
-def test_first_keeps_the_first_codebooks(tmp_path: Path) -> None:
+def test_first_keeps_the_first_codebooks() -> None:
     whole = tokens()
     np.testing.assert_array_equal(whole.first(3).codes, whole.codes[:3])
     assert whole.first(None) is whole
@@ -161,11 +161,11 @@ def test_an_existing_file_survives_an_error(tmp_path: Path, monkeypatch: pytest.
     tokens().save(path)
     before = path.read_bytes()
 
-    def half(self: Path, data: bytes) -> None:
+    def partial_write(self: Path, data: bytes) -> None:
         self.write_text("half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(Path, "write_bytes", partial_write)
     with pytest.raises(OSError, match="no space"):
         tokens(frames=3).save(path)
     assert path.read_bytes() == before

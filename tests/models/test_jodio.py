@@ -1,4 +1,4 @@
-"""JODIO: the printed tree, the repairs, the chunking law, and that every implementation gives the same."""
+"""JODIO: the printed module tree and its repairs, chunking, and equal results of all backends."""
 
 import copy
 import csv
@@ -39,7 +39,7 @@ def whole():
 
 
 def printed_tree():
-    """{path: (class, arguments)}, ranges written out."""
+    """{path: (class, arguments)} of the printed tree, with ranges of indices expanded."""
     tree = {}
     with (Path(__file__).resolve().parents[1] / "data" / "jodio_tree.tsv").open(newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
@@ -61,13 +61,13 @@ def test_the_tree_is_as_printed_but_for_the_repairs(whole):
     assert differing == REPAIRED.keys()
 
 
-def test_each_repair_is_named_where_people_look():
+def test_the_documentation_names_each_repair():
     page = Path(__file__).resolve().parents[2].joinpath("docs", "jodio.md").read_text()
     for text in (JodioConfig.__doc__, page):
         assert all(name in text for name in ("post_vq_proj", "quantizer_out_proj", "input_proj", "as_printed_padding"))
 
 
-def test_it_has_no_weights_of_its_own_but_those_of_the_tree(whole):
+def test_the_parameters_are_those_of_the_printed_modules(whole):
     count = sum(p.numel() for p in whole.parameters())
     conv = 896 * 896 * 3 + 896
     normed = conv + 896
@@ -81,13 +81,13 @@ def test_it_has_no_weights_of_its_own_but_those_of_the_tree(whole):
 # Numbers
 
 
-def plainly(model, audio):
-    """Latents of audio [B, 1, N], written out with PyTorch's modules in fp64; attention with a mask."""
+def fp64_latents(model, audio):
+    """Latents of audio [B, 1, N] in fp64 with PyTorch's functions, attention with a dense mask; and the fp64 model."""
     model = copy.deepcopy(model).double()
 
     def conv(module, x):
-        reach = (module.kernel_size[0] - 1) * module.dilation[0]
-        return F.conv1d(F.pad(x, (reach, 0)), module.weight, module.bias, module.stride, 0, module.dilation)
+        padding = (module.kernel_size[0] - 1) * module.dilation[0]
+        return F.conv1d(F.pad(x, (padding, 0)), module.weight, module.bias, module.stride, 0, module.dilation)
 
     x = conv(model.encoder.input_proj, audio.double())
     for block in model.encoder.conv_blocks:
@@ -95,10 +95,10 @@ def plainly(model, audio):
             x = F.silu(conv(layer[0], x))
         x = conv(block.downsample, x)
     x = model.pre_vq_proj(conv(model.encoder.final_conv, x).transpose(1, 2))
-    return transformed(model.encoder_transformer, x, model.config.sliding_window).transpose(1, 2), model
+    return fp64_transformer(model.encoder_transformer, x, model.config.sliding_window).transpose(1, 2), model
 
 
-def transformed(transformer, x, window):
+def fp64_transformer(transformer, x, window):
     steps = torch.arange(x.shape[1])
     visible = (steps <= steps[:, None]) & (steps > steps[:, None] - window)
 
@@ -110,9 +110,9 @@ def transformed(transformer, x, window):
         heads = [p(n).unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj)]
         half = a.head_dim // 2
         angle = steps[:, None] * 10_000.0 ** (-torch.arange(half).double() / half)
-        turn = torch.polar(torch.ones_like(angle), angle)
+        rotation = torch.polar(torch.ones_like(angle), angle)
         for i in (0, 1):
-            pair = torch.complex(*(part.contiguous() for part in heads[i].split(half, dim=-1))) * turn
+            pair = torch.complex(*(part.contiguous() for part in heads[i].split(half, dim=-1))) * rotation
             heads[i] = torch.cat([pair.real, pair.imag], dim=-1)
         scores = (heads[0] @ heads[1].transpose(2, 3) / a.head_dim**0.5).masked_fill(~visible, -torch.inf)
         x = x + a.out_proj((scores.softmax(-1) @ heads[2]).transpose(1, 2).flatten(-2))
@@ -122,11 +122,11 @@ def transformed(transformer, x, window):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_encoder_and_decoder_are_the_tree_written_out(backend):
+def test_encoder_and_decoder_equal_an_explicit_computation(backend):
     model = small()
     model.impl = backend
     audio = noise(2, 1, 9 * FRAME)
-    latents, wide = plainly(model, audio)
+    latents, wide = fp64_latents(model, audio)
     assert relative_error(model.encode_to_latent(audio), latents) < 1e-5
 
     def up(module, x):
@@ -139,14 +139,16 @@ def test_encoder_and_decoder_are_the_tree_written_out(backend):
     parts = (model.semantic_rvq, model.acoustic_rvq)
     books = [level.codebook.weight for part in parts for level in part.quantizers]
     assert relative_error(x, sum(b[c].transpose(1, 2) for b, c in zip(books, codes.unbind(1), strict=True))) < 1e-6
-    x = transformed(wide.decoder_transformer, wide.quantizer_out_proj(x.transpose(1, 2)), model.config.sliding_window)
+    x = fp64_transformer(
+        wide.decoder_transformer, wide.quantizer_out_proj(x.transpose(1, 2)), model.config.sliding_window
+    )
     x = up(wide.decoder.initial_upsample, wide.post_vq_proj(x).transpose(1, 2))
     for block in wide.decoder.conv_blocks:
         x = up(block.upsample, x)
         for layer in block.layers:
             conv = layer[0]
-            reach = 2 * conv.dilation[0]
-            x = F.silu(F.conv1d(F.pad(x, (reach, 0)), conv.weight, conv.bias, 1, 0, conv.dilation))
+            padding = 2 * conv.dilation[0]
+            x = F.silu(F.conv1d(F.pad(x, (padding, 0)), conv.weight, conv.bias, 1, 0, conv.dilation))
     last = wide.decoder.final_proj
     truth = F.conv1d(F.pad(x, (2, 0)), last.weight, last.bias)
     assert truth.shape == audio.shape
@@ -162,8 +164,8 @@ def test_lengths(samples):
     assert model.encode(noise(1, 1, samples), last_frame="layers").shape == codes.shape
 
 
-def test_both_quantizers_see_the_same_latents():
-    """In parallel: the acoustic codes do not depend on the semantic books."""
+def test_both_quantizers_get_the_same_latents():
+    """They work in parallel: the acoustic codes do not depend on the semantic codebooks."""
     model = small()
     audio = noise(1, 1, 4 * FRAME)
     codes = model.encode(audio)
@@ -186,30 +188,30 @@ def test_any_chunking_equals_the_whole(backend):
     sound = model.decode(codes)
     model.impl = backend
     state = model.new_state(3)
-    parts = [model.encode(part, state=state) for part in audio.split(chunks(audio.shape[-1], 1, 5000), dim=-1)]
-    assert torch.equal(torch.cat([*parts, model.flush(state)], dim=-1), codes)
-    pieces = [model.decode(part, state=state) for part in codes.split(chunks(codes.shape[-1], 2, 5), dim=-1)]
-    assert relative_error(torch.cat(pieces, dim=-1), sound) < 1e-5
+    encoded = [model.encode(chunk, state=state) for chunk in audio.split(chunks(audio.shape[-1], 1, 5000), dim=-1)]
+    assert torch.equal(torch.cat([*encoded, model.flush(state)], dim=-1), codes)
+    decoded = [model.decode(chunk, state=state) for chunk in codes.split(chunks(codes.shape[-1], 2, 5), dim=-1)]
+    assert relative_error(torch.cat(decoded, dim=-1), sound) < 1e-5
 
 
-def test_masked_streams_wait_and_reset_ones_begin_anew():
+def test_masked_streams_wait_and_reset_streams_begin_again():
     model = small()
     audio = noise(2, 1, 8 * FRAME)
     codes, state = model.encode(audio), model.new_state(2)
     first = model.encode(audio[..., : 4 * FRAME], state=state)
     state.exec_mask[1] = False
-    alone = model.encode(audio[..., 4 * FRAME : 6 * FRAME], state=state)
-    assert (alone[1] == -1).all() and torch.equal(alone[0], codes[0, :, 4:6])
+    active = model.encode(audio[..., 4 * FRAME : 6 * FRAME], state=state)
+    assert (active[1] == -1).all() and torch.equal(active[0], codes[0, :, 4:6])
     state.exec_mask[1] = True
     rest = torch.stack([audio[0, :, 6 * FRAME :], audio[1, :, 4 * FRAME : 6 * FRAME]])
     assert torch.equal(model.encode(rest, state=state), torch.stack([codes[0, :, 6:], codes[1, :, 4:6]]))
     state.reset(torch.tensor([True, False]))
-    begun = model.encode(audio[:, :, : 2 * FRAME].clone(), state=state)
-    assert torch.equal(begun[0], codes[0, :, :2]) and torch.equal(first, codes[..., :4])
+    restarted = model.encode(audio[:, :, : 2 * FRAME].clone(), state=state)
+    assert torch.equal(restarted[0], codes[0, :, :2]) and torch.equal(first, codes[..., :4])
     assert state.clone().state_dict().keys() == state.state_dict().keys()
 
 
-def test_ragged_rows_are_as_alone():
+def test_padded_rows_equal_the_unpadded_rows():
     model = small()
     audio, mask = noise(3, 1, 6 * FRAME), torch.ones(3, 6 * FRAME, dtype=torch.bool)
     mask[1, 3 * FRAME + 7 :] = mask[2, : 2 * FRAME] = False
@@ -235,8 +237,8 @@ def test_tiles_equal_the_whole(monkeypatch):
 # As printed
 
 
-def test_as_printed_padding_is_pytorchs_own():
-    """Each module on the printed arguments, run as PyTorch runs it."""
+def test_as_printed_padding_equals_pytorchs_modules():
+    """The forward passes of PyTorch's own modules with the printed arguments."""
     model = small(as_printed_padding=True)
     x = noise(1, 1, 3 * FRAME).double()
     wide = copy.deepcopy(model).double()
@@ -252,13 +254,13 @@ def test_as_printed_padding_is_pytorchs_own():
             x = F.silu(run(layer[0], x))
         x = run(block.downsample, x)
     x = wide.pre_vq_proj(run(wide.encoder.final_conv, x).transpose(1, 2))
-    truth = transformed(wide.encoder_transformer, x, model.config.sliding_window).transpose(1, 2)
+    truth = fp64_transformer(wide.encoder_transformer, x, model.config.sliding_window).transpose(1, 2)
     for backend in ("reference", "cpu", "onednn"):
         model.impl = backend
         assert relative_error(model.encode_to_latent(noise(1, 1, 3 * FRAME)), truth) < 1e-5
     codes = model.encode(noise(1, 1, 3 * FRAME))
     x = wide.quantizer_out_proj(model.dequantize(codes).double().transpose(1, 2))
-    x = wide.post_vq_proj(transformed(wide.decoder_transformer, x, model.config.sliding_window)).transpose(1, 2)
+    x = wide.post_vq_proj(fp64_transformer(wide.decoder_transformer, x, model.config.sliding_window)).transpose(1, 2)
     x = run(wide.decoder.initial_upsample, x)
     for block in wide.decoder.conv_blocks:
         x = run(block.upsample, x)
@@ -274,7 +276,7 @@ def test_as_printed_padding_is_pytorchs_own():
     lambda model: model.new_state(),
     lambda model: model.encode(noise(1, 1, 100), padding_mask=torch.ones(1, 100, dtype=torch.bool)),
 ])  # fmt: skip
-def test_as_printed_padding_refuses_what_it_cannot_do(call):
+def test_as_printed_padding_refuses_streams_and_masks(call):
     with pytest.raises(fastmimi.InputError, match="as_printed_padding=True"):
         call(small(as_printed_padding=True))
 
@@ -282,7 +284,7 @@ def test_as_printed_padding_refuses_what_it_cannot_do(call):
 # Weights
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path):
+def test_save_and_load(tmp_path):
     model, audio = small(3), noise(1, 1, 3 * FRAME)
     model.save_pretrained(tmp_path)
     for again in (JodioModel.from_pretrained(tmp_path), fastmimi.load(tmp_path)):
@@ -290,7 +292,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     assert weights.fingerprint(again) == weights.fingerprint(model) != weights.fingerprint(small(4))
 
 
-def test_a_mimi_is_no_jodio(tmp_path):
+def test_a_mimi_is_not_a_jodio(tmp_path):
     fastmimi.save_pretrained(weights.random(fastmimi.MimiCodecConfig(num_hidden_layers=1, num_filters=8)), tmp_path)
     with pytest.raises(fastmimi.InputError, match="holds a Mimi, not a JodioModel"):
         JodioModel.from_pretrained(tmp_path)
@@ -298,7 +300,7 @@ def test_a_mimi_is_no_jodio(tmp_path):
         fastmimi.save_kyutai(small(), tmp_path / "x.safetensors")
 
 
-def test_misfits_are_listed(tmp_path):
+def test_tensors_that_do_not_fit_are_listed(tmp_path):
     small().save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"channels": 8', '"channels": 9'))
@@ -329,7 +331,7 @@ def test_weight_norm_along_any_dimension():
     assert relative_error(weight_of(weight_norm(conv, dim=1)), before) < 1e-6
 
 
-def test_autocast_is_for_what_pytorch_multiplies():
+def test_autocast_keeps_fp32_results():
     model, audio = small(), noise(1, 1, 6 * FRAME)
     latents = model.encode_to_latent(audio)
     with torch.autocast("cpu", torch.bfloat16):
@@ -338,7 +340,7 @@ def test_autocast_is_for_what_pytorch_multiplies():
     assert mixed.dtype == torch.float32 and 0 < relative_error(mixed, latents) < 0.1
 
 
-def test_half_precision_keeps_the_codebooks():
+def test_half_precision_keeps_the_codebooks_in_fp32():
     model, audio = small(), noise(1, 1, 6 * FRAME)
     books, latents = model.semantic_rvq.codebooks(), model.encode_to_latent(audio)
     model.to(torch.bfloat16)
@@ -348,7 +350,7 @@ def test_half_precision_keeps_the_codebooks():
 
 
 def test_gradients_reach_all_but_the_codebooks():
-    """These are moved by running means, not by gradients."""
+    """Codebooks are updated by moving averages, not by gradients."""
     model = small().train().requires_grad_(True)
     _, latents = model.straight_through(noise(1, 1, 4 * FRAME))
     model.decode_latent(latents).square().mean().backward()
@@ -356,7 +358,7 @@ def test_gradients_reach_all_but_the_codebooks():
     assert without == {name for name, _ in model.named_parameters() if ".codebook." in name}
 
 
-def test_dropout_is_for_training():
+def test_dropout_only_in_training():
     model, audio = small(), noise(1, 1, 4 * FRAME)
     assert torch.equal(model.encode_to_latent(audio), model.encode_to_latent(audio))
     model.train()

@@ -1,4 +1,4 @@
-"""Configurations are checked whole before anything is built: one sentence that names the field and its value."""
+"""Configurations are validated before anything is built; errors name the field and its value."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ LLAMA = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings
         ({"rope_theta": 1e4, "rope_scaling": [2.0]}, r"rope_scaling must be a dictionary, got \[2.0\]"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_named(change: dict[str, Any], sentence: str) -> None:
+def test_the_error_names_the_field_and_its_value(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         MimiCodecConfig.from_dict({**SMALL, **change})
 
@@ -75,19 +75,19 @@ def test_a_wrong_value_is_named(change: dict[str, Any], sentence: str) -> None:
         ({"channels": 65536, "kernel_size": 1024}, "at most 4,294,967,296 parameters, got"),
     ],
 )
-def test_a_wrong_value_of_a_jodio_is_named(values: dict[str, Any], sentence: str) -> None:
+def test_the_error_names_the_field_and_its_value_for_jodio(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         JodioConfig.from_dict(values)
 
 
 @pytest.mark.parametrize("values", [None, 3, "{}", [("hidden_size", 8)]])
 @pytest.mark.parametrize("kind", [MimiCodecConfig, JodioConfig])
-def test_what_is_no_dictionary(kind: type, values: Any) -> None:
+def test_a_configuration_must_be_a_dictionary(kind: type, values: Any) -> None:
     with pytest.raises(InputError, match="a configuration must be a dictionary of its fields, got"):
         kind.from_dict(values)
 
 
-def test_what_transformers_writes_for_derived_fields() -> None:
+def test_null_fields_are_derived_as_in_transformers() -> None:
     nulls = {
         "codebook_dim": None,
         "head_dim": None,
@@ -114,7 +114,7 @@ def test_configurations_are_plain_dataclasses() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(ROPES))
-def test_every_rope_that_passes_is_built(kind: str) -> None:
+def test_every_accepted_rope_type_can_be_built(kind: str) -> None:
     values = {**LLAMA, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": kind}
     import transformers.modeling_rope_utils as peer
 
@@ -127,7 +127,7 @@ def test_every_rope_that_passes_is_built(kind: str) -> None:
 # Sizes
 
 
-def size(model: torch.nn.Module) -> int:
+def number_of_elements(model: torch.nn.Module) -> int:
     return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
@@ -136,20 +136,20 @@ def size(model: torch.nn.Module) -> int:
 def test_parameters_are_counted_without_building(name: str, halves: dict[str, bool]) -> None:
     config = MimiCodecConfig.from_dict({**CONFIGS[name], **halves})
     with torch.device("meta"):
-        assert size(Mimi(config)) == config.num_parameters
-        config = dataclasses.replace(config, frame_rate=config.encodec_frame_rate)  # nothing is resampled
-        assert size(Mimi(config)) == config.num_parameters
+        assert number_of_elements(Mimi(config)) == config.num_parameters
+        config = dataclasses.replace(config, frame_rate=config.encodec_frame_rate)  # without resampling
+        assert number_of_elements(Mimi(config)) == config.num_parameters
 
 
 @pytest.mark.parametrize("config", [JodioConfig(), JodioConfig.small(dilations=[1], strides=[2, 3], audio_channels=2)])
 def test_parameters_of_a_jodio_are_counted_without_building(config: JodioConfig) -> None:
     with torch.device("meta"):
-        assert size(JodioModel(config)) == config.num_parameters
+        assert number_of_elements(JodioModel(config)) == config.num_parameters
 
 
 def test_a_codec_without_residual_units() -> None:
     model = small_model(num_residual_layers=0)
-    assert size(model) == model.config.num_parameters
+    assert number_of_elements(model) == model.config.num_parameters
     codes = model.encode(noise(1, 1, 5000))
     state = model.new_state()
     streamed = [model.encode(chunk, state=state) for chunk in noise(1, 1, 5000).split(700, dim=-1)]
@@ -158,14 +158,14 @@ def test_a_codec_without_residual_units() -> None:
 
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 1000}, {"num_filters": 256}, {"intermediate_size": 60_000}])
-def test_a_configuration_of_another_size_is_not_built(
+def test_a_model_of_another_size_than_its_file_is_not_built(
     tmp_path: Path, change: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model()
     fastmimi.save_pretrained(model, tmp_path)
     values = {**model.config.to_dict(), **change}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    monkeypatch.setattr(fastmimi.checkpoints.weights, "Mimi", None)  # not called
+    monkeypatch.setattr(fastmimi.checkpoints.weights, "Mimi", None)  # must not be called
     described, held = MimiCodecConfig.from_dict(values).num_parameters, model.config.num_parameters
     with pytest.raises(InputError, match=f"a model of {described:,} parameters, and .* holds {held:,}"):
         fastmimi.load(tmp_path)
@@ -187,13 +187,13 @@ def test_a_configuration_of_another_size_is_not_built(
         (b'{"norm_eps": NaN}', r"config\.json: norm_eps must be a finite number, got nan"),
     ],
 )
-def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, sentence: str) -> None:
+def test_invalid_configuration_files(tmp_path: Path, content: bytes, sentence: str) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=sentence):
         MimiCodecConfig.from_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("path", [None, 3, b"config.json"])
-def test_paths_that_are_none(path: Any) -> None:
+def test_invalid_paths(path: Any) -> None:
     with pytest.raises(InputError, match="the path of a JSON file must be a str or a Path, got"):
         read_json(path)
