@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from ..checkpoints.weights import random
 from ..errors import InputError
 from ..models.config import MimiCodecConfig
 from ..models.mimi import Mimi
+from ..models.runner import Pass
+from ..runtime import tiles
 
 SMALL: dict[str, object] = {
     "hidden_size": 32, "num_filters": 4, "codebook_size": 64, "codebook_dim": 16,
@@ -215,6 +219,26 @@ def chunks(total: int, seed: int, longest: int) -> list[int]:
         size = int(torch.randint(0, longest + 1, (1,), generator=generator))
         sizes.append(min(size, total - sum(sizes)))
     return sizes
+
+
+@contextmanager
+def short_tiles(model: Mimi, batch: int, frames: int) -> Iterator[list[int]]:
+    """Within the context, audio runs in tiles of `frames` frames, and in the shortest subtiles that a CPU has.
+
+    Only audio longer than a tile, or on a CPU longer than a subtile (4 frames), is tiled. Yields a list that gets the
+    length of the input of each tiled pass.
+    """
+    tiled: list[int] = []
+    in_tiles = Pass.in_tiles
+
+    def recorded(self: Pass, x: Tensor, *arguments: Any) -> Tensor:
+        tiled.append(x.shape[-1])
+        return in_tiles(self, x, *arguments)
+
+    samples = batch * model.frame_size * frames
+    limits: dict[str, Any] = {"TILE_SAMPLES": samples, "TILE_SAMPLES_ACCELERATOR": samples, "SUBTILE_SAMPLES": 0}
+    with mock.patch.multiple(tiles, **limits), mock.patch.object(Pass, "in_tiles", recorded):
+        yield tiled
 
 
 def check_interpreter(triton: str, numpy: str) -> None:

@@ -12,6 +12,7 @@ from fastmimi.devtools.testing import (
     longest_sum,
     noise,
     relative_error,
+    short_tiles,
     small_model,
 )
 from fastmimi.errors import InputError
@@ -79,15 +80,13 @@ def test_streams(pair, name):
 
 
 @torch.no_grad()
-def test_tiles_of_long_audio(pair, monkeypatch):
-    from fastmimi.runtime import tiles
-
+def test_tiles_of_long_audio(pair):
     mine, theirs = pair(**SHORT)
     audio = noise(2, 1, 3000).to(mine.device)
     codes = theirs.encode(audio)
-    for name in ("TILE_SAMPLES", "TILE_SAMPLES_ACCELERATOR"):
-        monkeypatch.setattr(tiles, name, 1500)
-    assert torch.equal(mine.encode(audio), codes)
+    with short_tiles(mine, 2, 15) as tiled:
+        assert torch.equal(mine.encode(audio), codes)
+    assert tiled == [3000]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastmimi
-from fastmimi.devtools.testing import SMALL, noise, relative_error, small_model
+from fastmimi.devtools.testing import SMALL, noise, relative_error, short_tiles, small_model
 from fastmimi.models.mimi import Mimi
 
 FAST = {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
@@ -44,14 +44,15 @@ def test_the_number_of_codebooks_can_be_set(model):
 
 
 @pytest.mark.parametrize("frames", [1, 4, 9])
-def test_tiles_equal_one_pass(model, frames, monkeypatch):
+def test_tiles_equal_one_pass(model, frames):
     audio = noise(2, 1, 48 * 60 + 5)
     codes = model.encode(audio)
     layers, decoded = model.encode(audio, last_frame="layers"), model.decode(codes)
-    monkeypatch.setattr("fastmimi.runtime.tiles.TILE_SAMPLES", frames * 2 * 48)
-    assert torch.equal(model.encode(audio), codes)
-    assert torch.equal(model.encode(audio, last_frame="layers"), layers)
-    assert relative_error(model.decode(codes), decoded) < 1e-5
+    with short_tiles(model, 2, frames) as tiled:
+        assert torch.equal(model.encode(audio), codes)
+        assert torch.equal(model.encode(audio, last_frame="layers"), layers)
+        assert relative_error(model.decode(codes), decoded) < 1e-5
+    assert len(tiled) == 3
 
 
 MEASURE_MEMORY = """
@@ -85,12 +86,16 @@ def test_gradients_reach_every_parameter(model):
     assert not [name for name, p in mine.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
-def test_gradients_of_long_audio_equal_those_of_one_pass(model, monkeypatch):
+def test_gradients_of_long_audio_equal_those_of_one_pass(model):
     """Tiles write state in place, so that audio is not tiled where gradients are recorded."""
     mine, one_pass = (copy.deepcopy(model).requires_grad_(True) for _ in range(2))
     one_pass.encode_to_latent(noise(1, 1, 480)).sum().backward()
-    monkeypatch.setattr("fastmimi.runtime.tiles.TILE_SAMPLES", 48)
-    mine.encode_to_latent(noise(1, 1, 480)).sum().backward()
+    with short_tiles(mine, 1, 1) as tiled:
+        mine.encode_to_latent(noise(1, 1, 480)).sum().backward()
+        assert not tiled
+        with torch.no_grad():
+            mine.encode_to_latent(noise(1, 1, 480))
+        assert tiled == [480], "without gradients it is long enough for tiles"
     for p, q in zip(mine.encoder.parameters(), one_pass.encoder.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
 

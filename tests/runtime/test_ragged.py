@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmimi.devtools.testing import CONFIGS, noise, relative_error, small_model
+from fastmimi.devtools.testing import CONFIGS, noise, relative_error, short_tiles, small_model
 
 FAST = {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
 
@@ -61,16 +61,16 @@ MODEL = small_model(**FAST)
 )
 def test_rows_of_any_length_and_in_tiles(lengths, side, tile):
     audio, mask = batch(MODEL, lengths, side, fill=float("nan"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastmimi.runtime.tiles.TILE_SAMPLES", tile * 48 * len(lengths))
-        for last_frame in ("waveform", "layers"):
+    for last_frame in ("waveform", "layers"):
+        with short_tiles(MODEL, len(lengths), tile) as tiled:
             codes = MODEL.encode(audio, padding_mask=mask, last_frame=last_frame)
-            for row, length in enumerate(lengths):
-                if length:
-                    unpadded = MODEL.encode(audio[row : row + 1, :, mask[row]], last_frame=last_frame)
-                    assert torch.equal(codes[row, :, codes[row, 0] >= 0], unpadded[0])
-                else:
-                    assert (codes[row] == -1).all()
+        assert bool(tiled) == (max(lengths) > 4 * MODEL.frame_size)
+        for row, length in enumerate(lengths):
+            if length:
+                unpadded = MODEL.encode(audio[row : row + 1, :, mask[row]], last_frame=last_frame)
+                assert torch.equal(codes[row, :, codes[row, 0] >= 0], unpadded[0])
+            else:
+                assert (codes[row] == -1).all()
 
 
 def test_masks_of_other_shapes_and_dtypes():
