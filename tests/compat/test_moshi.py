@@ -72,7 +72,7 @@ def loaders():
 
 @pytest.fixture(scope="module")
 def make_pair(loaders, tmp_path_factory):
-    """Name of a configuration -> moshi's model and ours, with the same weights, passed in a file."""
+    """A function from the name of a configuration to moshi's model and ours, with the same weights."""
 
     def make(name):
         file, config = tmp_path_factory.mktemp(name) / "tokenizer.safetensors", CONFIGS[name]
@@ -99,7 +99,7 @@ def pair(request, make_pair):
 
 @pytest.fixture(scope="module")
 def model():
-    """Only our model, for tests that run without moshi."""
+    """Our model, for tests that need no moshi."""
     return randomize(drop_in.get_mimi(None, CONFIGS["small"])).requires_grad_(False)
 
 
@@ -107,7 +107,7 @@ def in_chunks(function, x, size):
     return torch.cat([function(chunk) for chunk in x.split(size, dim=-1)], dim=-1)
 
 
-# ---- offline
+# Offline
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_constants_and_the_default_configuration(loaders):
     assert drop_in.codec_config(loaders._mimi_config) == drop_in.MimiCodecConfig()
 
 
-# ---- streaming
+# Streaming
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_streams_equal_the_peers_up_to_10_s(make_pair, name, frames):
 @pytest.mark.slow
 @pytest.mark.parametrize("frames", [1, 5])
 def test_beyond_10_s_streams_equal_the_peer_offline(make_pair, frames):
-    """The peer's own streams do not: its ring buffer overwrites keys before a call's first queries have read them."""
+    """moshi's own streams do not: its ring buffer overwrites keys that the first queries of a call still need."""
     peer, mine = make_pair("small")
     audio = noise(1, 1, 160 * mine.frame_size)
     codes = peer.encode(audio)
@@ -207,10 +207,10 @@ def test_masks_and_resets_equal_the_peers(make_pair):
                 peer.set_exec_mask(mask)
                 mine.set_exec_mask(mask)
             if step % 7 == 6:
-                again = torch.rand(3, generator=generator) < 0.4 if step != 20 else None  # None: all
-                peer.reset_streaming(again)
-                mine.reset_streaming(again)
-                mask = mask | again if again is not None else torch.ones(3, dtype=torch.bool)
+                reset = torch.rand(3, generator=generator) < 0.4 if step != 20 else None  # None: all
+                peer.reset_streaming(reset)
+                mine.reset_streaming(reset)
+                mask = mask | reset if reset is not None else torch.ones(3, dtype=torch.bool)
             audio = noise(3, 1, (1 + step % 2) * mine.frame_size, seed=step)
             theirs, ours = peer.encode(audio), mine.encode(audio)
             assert torch.equal(ours[mask], theirs[mask]), f"step {step}"
@@ -239,7 +239,7 @@ def test_assert_same_codes_detects_a_wrong_code(model):
         assert_same_codes(codes, other, latents, model.core)
 
 
-def test_any_chunk_length(model):
+def test_chunks_of_any_length(model):
     audio = noise(2, 1, 7 * model.frame_size + 100)
     whole = model.encode(audio)
     with model.streaming(2):
@@ -261,7 +261,7 @@ def test_codes_of_rows_without_a_frame(model):
     assert (codes[0] >= 0).all() and (codes[1] == -1).all() and (codes[2] == 0).all()
 
 
-def test_the_state_is_saved_and_restored_in_the_middle(make_pair):
+def test_the_state_is_saved_and_restored_within_a_stream(make_pair):
     peer, mine = make_pair("small")
     audio = noise(2, 1, 9 * mine.frame_size)
     codes = peer.encode(audio)
@@ -295,7 +295,7 @@ def test_streaming_begins_with_the_call_and_ends_with_the_context(model):
     assert model.is_streaming
 
 
-def test_it_is_a_module(model, tmp_path):
+def test_state_dicts_checkpoints_and_casts(model, tmp_path):
     config = CONFIGS["small"]
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in model.core.parameters())
     twin = drop_in.get_mimi(None, config)
@@ -332,7 +332,7 @@ def test_it_runs_without_moshi():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-# ---- errors
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_invalid_files_and_numbers_of_codebooks(tmp_path, model):
         model.set_num_codebooks(0)
 
 
-def test_calls_out_of_order(model):
+def test_calls_without_a_stream_and_invalid_states(model):
     mask = torch.ones(1, dtype=torch.bool)
     for call in (model.reset_streaming, model.flush, lambda: model.set_exec_mask(mask)):
         with pytest.raises(RuntimeError, match="needs a streaming model"):

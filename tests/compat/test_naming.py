@@ -29,7 +29,7 @@ def methods(module):
     return [getattr(m, name) for m in models for name in ("forward", "encode", "decode") if hasattr(m, name)]
 
 
-def test_signatures_are_the_peers():
+def test_signatures_equal_the_peers():
     assert [inspect.signature(m) for m in methods(fastmimi)] == [inspect.signature(m) for m in methods(transformers)]
 
 
@@ -67,7 +67,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 @torch.no_grad()
-def test_calls_succeed_and_fail_as_the_peers(models, name):
+def test_calls_succeed_or_fail_as_the_peers(models, name):
     if not drop_in.HALVES and name in ("old name, encoder", "old name, decoder"):
         pytest.skip("this transformers has no MimiEncoderModel")
     (mine, result), (theirs, expected) = (outcome(lambda m=m: CALLS[name](m)) for m in models)
@@ -81,7 +81,7 @@ def test_calls_succeed_and_fail_as_the_peers(models, name):
                 assert result[field].get_seq_length() == value.get_seq_length()
 
 
-OTHER_NAMES = """
+WITH_OTHER_NAMES = """
 import inspect, sys
 from importlib.util import module_from_spec, find_spec
 import transformers
@@ -113,7 +113,7 @@ assert again.decoder_memory.get_seq_length() == 8
 
 
 @pytest.mark.slow
-def test_names_are_read_off_the_peer():
+def test_names_are_taken_from_the_installed_peer():
     """A version of transformers with other names for its caches works without changes to the drop-in."""
-    done = subprocess.run([sys.executable, "-c", OTHER_NAMES], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", WITH_OTHER_NAMES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ def fill_codebooks(codec):
             buffer.normal_(std=0.3)
 
 
-def check_same(mine, theirs):
+def assert_same_output(mine, theirs):
     assert type(mine) is type(theirs)
     assert torch.equal(mine.audio_codes, theirs.audio_codes)
     assert relative_error(mine.audio_values, theirs.audio_values) < 1e-5
@@ -46,7 +46,7 @@ def tiny_csm():
 
 @pytest.mark.parametrize("make", [tiny_moshi, tiny_csm])
 @torch.no_grad()
-def test_inside_larger_models(make):
+def test_codecs_inside_larger_models(make):
     torch.manual_seed(0)
     model, name = make()
     codec = getattr(model, name)
@@ -57,12 +57,12 @@ def test_inside_larger_models(make):
     assert fastmimi.replace_mimi(model) is model
     assert getattr(model, name) is codec and isinstance(codec, fastmimi.MimiModel)
     assert isinstance(codec, transformers.MimiModel) and type(codec).__name__ == "MimiModel"
-    check_same(codec(audio), before)
+    assert_same_output(codec(audio), before)
     assert "_binding" in codec.__dict__, "our core did the computation"
     assert list(model.state_dict()) == keys and [p.data_ptr() for p in model.parameters()] == addresses
     fastmimi.restore_mimi(model)
     assert type(codec) is transformers.MimiModel and not isinstance(codec, fastmimi.MimiModel)
-    check_same(codec(audio), before)
+    assert_same_output(codec(audio), before)
     assert {type(m) for m in codec.modules() if hasattr(m, "embed_sum")} == {Codebook}
 
 

@@ -25,7 +25,7 @@ FRAME = 1920
 
 @pytest.fixture(scope="module")
 def file():
-    """A checkpoint of the only architecture that rustymimi supports; every weight affects results. Deleted: 300 MB."""
+    """A checkpoint (300 MB, deleted afterwards) of the only architecture of rustymimi; every weight affects results."""
     model = weights.random(MimiCodecConfig(num_quantizers=8))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def package():
 
 @pytest.fixture(scope="module")
 def peer(package, file):
-    """For whole clips only, since the streams of a shared object are never fresh again, even after `reset`."""
+    """For whole clips only: after one stream, `reset` does not bring this object back to its initial state."""
     return package.Tokenizer(file)
 
 
@@ -67,7 +67,7 @@ def samples(count, seed=0, batch=1):
     return testing.noise(batch, 1, count, seed=seed).numpy()
 
 
-def some_codes(frames, seed=0, batch=1):
+def random_codes(frames, seed=0, batch=1):
     return np.random.default_rng(seed).integers(0, 2048, (batch, 8, frames), dtype=np.uint32)
 
 
@@ -87,7 +87,7 @@ def assert_same_audio(mine, theirs):
     assert testing.relative_error(torch.from_numpy(mine), torch.from_numpy(theirs)) < 1e-5
 
 
-# ---- whole clips
+# Whole clips
 
 
 @pytest.mark.parametrize("count", [0, 1, 959, 960, 961, FRAME - 1, FRAME, FRAME + 1, 3000, 100_000])
@@ -115,14 +115,14 @@ def test_ten_seconds(peer, mine):
 
 def test_audio(peer, mine):
     for frames in (1, 2, 7):
-        codes = some_codes(frames, batch=2)
+        codes = random_codes(frames, batch=2)
         assert_same_audio(mine.decode(codes), peer.decode(codes))
-    assert mine.decode(some_codes(0)).shape == (1, 1, 0)
+    assert mine.decode(random_codes(0)).shape == (1, 1, 0)
 
 
 def test_beyond_ten_seconds_the_difference_is_the_window(peer, mine):
     """rustymimi equals our core with a window of 251 positions; the drop-in equals our core with 250."""
-    codes = some_codes(130)
+    codes = random_codes(130)
     core = mine._mimi
     wider = Mimi(dataclasses.replace(core.config, sliding_window=251)).eval().requires_grad_(False)
     wider.load_state_dict(core.state_dict())
@@ -134,7 +134,7 @@ def test_beyond_ten_seconds_the_difference_is_the_window(peer, mine):
     assert np.abs(ours - theirs).max() > 1e-4 * np.abs(theirs).max(), "rustymimi attends to 250 now: update its docs"
 
 
-# ---- steps
+# Steps
 
 
 @pytest.mark.parametrize("size", [FRAME, 700, 5000])
@@ -145,7 +145,7 @@ def test_steps(package, file, mine, size):
         theirs, ours = peer.encode_step(chunk), mine.encode_step(chunk)
         assert (ours is None) == (theirs is None)
         assert ours is None or np.array_equal(ours, theirs)
-    codes = some_codes(7, batch=2)
+    codes = random_codes(7, batch=2)
     for chunk in [*chunks(codes, 1 + size // FRAME), codes[..., :0]]:
         theirs, ours = peer.decode_step(chunk), mine.decode_step(chunk)
         assert (ours is None) == (theirs is None)
@@ -154,7 +154,7 @@ def test_steps(package, file, mine, size):
 
 
 def test_streams_equal_whole_clips_after_a_reset_and_between_other_clips(mine):
-    audio, codes = samples(3 * FRAME), some_codes(3)
+    audio, codes = samples(3 * FRAME), random_codes(3)
     whole = mine.encode(audio), mine.decode(codes)
     for _ in range(2):
         mine.reset()
@@ -162,7 +162,7 @@ def test_streams_equal_whole_clips_after_a_reset_and_between_other_clips(mine):
         for chunk, code in zip(chunks(audio, FRAME), chunks(codes, 1), strict=True):
             steps.append((mine.encode_step(chunk), mine.decode_step(code)))
             mine.encode(samples(FRAME, seed=9))
-            mine.decode(some_codes(2, seed=9))
+            mine.decode(random_codes(2, seed=9))
         assert np.array_equal(np.concatenate([step[0] for step in steps], -1), whole[0])
         assert_same_audio(np.concatenate([step[1] for step in steps], -1), whole[1])
 
@@ -175,7 +175,7 @@ def test_streams_keep_their_batch_size_until_reset(mine):
     assert mine.encode_step(samples(FRAME, batch=2)).shape == (2, 8, 1)
 
 
-# ---- worker threads
+# Worker threads
 
 
 def wait(get):
@@ -191,7 +191,7 @@ def wait(get):
 def test_threads_give_the_peers_results(package, file, mine):
     theirs, ours = package.StreamTokenizer(file), drop_in.StreamTokenizer(file)
     assert ours.get_encoded() is None and ours.get_decoded() is None
-    audio, codes = samples(5 * FRAME)[0, 0], some_codes(3)[0]
+    audio, codes = samples(5 * FRAME)[0, 0], random_codes(3)[0]
     for size in (100, 1000, 3000, FRAME, 0, 3580):
         chunk, audio = audio[:size], audio[size:]
         assert theirs.encode(chunk) is ours.encode(chunk) is None
@@ -210,8 +210,8 @@ def test_threads_give_the_peers_results(package, file, mine):
     assert ours.get_decoded() is None
 
 
-def test_several_frames_at_once_and_arrays_that_the_caller_reuses(file, mine):
-    stream, codes = drop_in.StreamTokenizer(file), some_codes(4)
+def test_several_frames_at_once_and_reused_arrays(file, mine):
+    stream, codes = drop_in.StreamTokenizer(file), random_codes(4)
     given = np.ascontiguousarray(codes[0].T)
     stream.decode(given)
     given[:] = 0
@@ -220,7 +220,7 @@ def test_several_frames_at_once_and_arrays_that_the_caller_reuses(file, mine):
 
 def test_an_error_in_a_thread_reaches_the_caller_and_the_stream_continues(file, mine):
     stream = drop_in.StreamTokenizer(file)
-    codes, audio = some_codes(2), samples(2 * FRAME)
+    codes, audio = random_codes(2), samples(2 * FRAME)
     stream.decode(codes[0, :, :1].T)
     stream.decode(np.full((1, 8), 5000, np.uint32))
     stream.decode(codes[0, :, 1:].T)
@@ -241,7 +241,7 @@ def test_threads_end_when_their_object_is_deleted(file):
     stream = drop_in.StreamTokenizer(file)
     threads = stream._encoder.thread, stream._decoder.thread
     for _ in range(20):
-        stream.encode(samples(25 * FRAME)[0, 0])  # far more than it will process
+        stream.encode(samples(25 * FRAME)[0, 0])  # much more than it processes in this test
     assert all(thread.daemon and thread.is_alive() for thread in threads)
     del stream
     gc.collect()
@@ -260,11 +260,11 @@ def test_python_exits_cleanly_while_threads_work(file):
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
-# ---- numbers of codebooks, limits, precisions, wav files, errors
+# Numbers of codebooks, limits, precisions, wav files, errors
 
 
 @pytest.mark.parametrize("name", ["Tokenizer", "StreamTokenizer"])
-def test_keywords_are_the_peers(package, name):
+def test_signatures_equal_the_peers(package, name):
     theirs, mine = (inspect.signature(getattr(module, name)).parameters.values() for module in (package, drop_in))
     assert [(p.name, p.kind, p.default) for p in mine] == [(p.name, p.kind, p.default) for p in theirs]
 
@@ -272,23 +272,23 @@ def test_keywords_are_the_peers(package, name):
 @pytest.mark.parametrize("count", [1, 4])
 def test_fewer_codebooks(package, file, count):
     theirs, ours = (module.Tokenizer(file, num_codebooks=count) for module in (package, drop_in))
-    audio, codes = samples(3 * FRAME), some_codes(3)[:, :count].copy()
+    audio, codes = samples(3 * FRAME), random_codes(3)[:, :count].copy()
     assert_same_codes(ours.encode(audio), theirs.encode(audio), ours._mimi, audio)
     assert_same_audio(ours.decode(codes), theirs.decode(codes))
     assert ours.encode_step(audio).shape == (1, count, 3)
     assert_same_audio(ours.decode_step(codes), ours.decode(codes))
     with pytest.raises(ValueError, match=rf"codes must be \[batch, {count}, frames\], got \(1, 8, 3\)"):
-        ours.decode(some_codes(3))
+        ours.decode(random_codes(3))
     if count > 1:  # with one codebook, the peer reads the first row of any number
         with pytest.raises(ValueError, match="mismatch between the number of layers"):
-            theirs.decode(some_codes(3))
+            theirs.decode(random_codes(3))
     stream = drop_in.StreamTokenizer(file, num_codebooks=count)
     stream.encode(audio[0, 0])
     stream.decode(codes[0].T)
     assert np.array_equal(wait(stream.get_encoded), ours.encode(audio)[0])
     assert_same_audio(wait(stream.get_decoded), ours.decode(codes)[0, 0])
     with pytest.raises(ValueError, match=rf"codes must be \[frames, {count}\], got \(3, 8\)"):
-        stream.decode(some_codes(3)[0].T)
+        stream.decode(random_codes(3)[0].T)
 
 
 def test_invalid_numbers_of_codebooks(package, file):
@@ -303,8 +303,8 @@ def test_invalid_numbers_of_codebooks(package, file):
             drop_in.Tokenizer(file, num_codebooks=count)
 
 
-def test_the_length_of_the_input_is_limited_only_in_the_peer(package, file):
-    """There, everything that an object has ever encoded counts, clips and streams, across resets."""
+def test_only_the_peer_limits_the_length_of_the_input(package, file):
+    """In rustymimi the limit applies to the sum of all that an object has encoded, even across resets."""
     theirs, ours = (module.Tokenizer(file, max_seq_len=8) for module in (package, drop_in))
     for tokenizer in (theirs, ours):
         tokenizer.encode(samples(2 * FRAME))
@@ -313,13 +313,13 @@ def test_the_length_of_the_input_is_limited_only_in_the_peer(package, file):
     with pytest.raises(ValueError, match="dim_len: \\[8,"):
         theirs.encode(samples(FRAME))
     assert ours.encode(samples(9 * FRAME)).shape == (1, 8, 9)
-    assert ours.decode(some_codes(9)).shape == (1, 1, 9 * FRAME)
+    assert ours.decode(random_codes(9)).shape == (1, 1, 9 * FRAME)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_half_precision(file, mine, dtype):
     half = drop_in.Tokenizer(str(file), dtype=dtype, max_seq_len=1000)
-    audio, codes = samples(3 * FRAME), some_codes(3)
+    audio, codes = samples(3 * FRAME), random_codes(3)
     assert half.encode(audio).dtype == np.uint32
     out = half.decode(codes)
     assert out.dtype == np.float32
@@ -329,17 +329,17 @@ def test_half_precision(file, mine, dtype):
 def test_arrays_in_any_memory_order(mine):
     audio = np.asfortranarray(samples(2 * FRAME, batch=2))
     assert np.array_equal(mine.encode(audio), mine.encode(np.ascontiguousarray(audio)))
-    codes = some_codes(4)[..., ::2]
+    codes = random_codes(4)[..., ::2]
     codes.flags.writeable = False
     assert np.array_equal(mine.decode(codes), mine.decode(np.ascontiguousarray(codes)))
 
 
-WAVES = np.array([0, 0.5, -0.5, 1, -1, 2, -2, np.nan, np.inf, -np.inf, 1e-5, 0.99999, -0.99999], np.float32)
+EDGE_CASES = np.array([0, 0.5, -0.5, 1, -1, 2, -2, np.nan, np.inf, -np.inf, 1e-5, 0.99999, -0.99999], np.float32)
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("data", [WAVES, samples(500, seed=1)[0, 0], WAVES[::2], WAVES[:0]])
-def test_wav_files_have_the_peers_bytes(package, tmp_path, data):
+@pytest.mark.parametrize("data", [EDGE_CASES, samples(500, seed=1)[0, 0], EDGE_CASES[::2], EDGE_CASES[:0]])
+def test_wav_files_are_identical_to_the_peers(package, tmp_path, data):
     package.write_wav(tmp_path / "theirs.wav", np.ascontiguousarray(data), 24_000)
     assert drop_in.write_wav(str(tmp_path / "ours.wav"), data, 24_000) is None
     assert (tmp_path / "ours.wav").read_bytes() == (tmp_path / "theirs.wav").read_bytes()
@@ -351,17 +351,17 @@ BAD = {
     "list": lambda t: t.encode([0.0]),
     "channels": lambda t: t.encode(samples(2 * FRAME).reshape(1, 2, FRAME)),
     "step float64": lambda t: t.encode_step(samples(FRAME).astype(np.float64)),
-    "int64": lambda t: t.decode(some_codes(2).astype(np.int64)),
-    "code rank": lambda t: t.decode(some_codes(2)[0]),
-    "four codebooks": lambda t: t.decode(some_codes(2)[:, :4].copy()),
-    "sixteen codebooks": lambda t: t.decode(np.concatenate([some_codes(2)] * 2, axis=1)),
-    "code range": lambda t: t.decode(some_codes(2) + np.uint32(2048)),
-    "step codebooks": lambda t: t.decode_step(some_codes(2)[:, :4].copy()),
+    "int64": lambda t: t.decode(random_codes(2).astype(np.int64)),
+    "code rank": lambda t: t.decode(random_codes(2)[0]),
+    "four codebooks": lambda t: t.decode(random_codes(2)[:, :4].copy()),
+    "sixteen codebooks": lambda t: t.decode(np.concatenate([random_codes(2)] * 2, axis=1)),
+    "code range": lambda t: t.decode(random_codes(2) + np.uint32(2048)),
+    "step codebooks": lambda t: t.decode_step(random_codes(2)[:, :4].copy()),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_errors_have_the_peers_type(peer, mine, name):
+def test_errors_have_the_type_of_the_peers(peer, mine, name):
     with pytest.raises((TypeError, ValueError)) as theirs:
         BAD[name](peer)
     with pytest.raises(theirs.type, match=r"must (be|lie)"):
@@ -378,15 +378,15 @@ def test_bad_arguments(package, file, tmp_path):
             with pytest.raises(TypeError):
                 cls(file, "f32")
         with pytest.raises(ValueError, match=r"none.a\.wav"):
-            module.write_wav(tmp_path / "none" / "a.wav", WAVES, 24_000)
+            module.write_wav(tmp_path / "none" / "a.wav", EDGE_CASES, 24_000)
         with pytest.raises(TypeError):
-            module.write_wav(tmp_path / "a.wav", WAVES[None], 24_000)
+            module.write_wav(tmp_path / "a.wav", EDGE_CASES[None], 24_000)
         with pytest.raises(TypeError):
-            module.write_wav(tmp_path / "a.wav", WAVES, 24_000.0)
+            module.write_wav(tmp_path / "a.wav", EDGE_CASES, 24_000.0)
     with pytest.raises(ValueError, match="max_seq_len must be a positive integer"):
         drop_in.Tokenizer(file, max_seq_len=0)
     with pytest.raises(ValueError, match="sample_rate must be a positive number"):
-        drop_in.write_wav(tmp_path / "a.wav", WAVES, 0)
+        drop_in.write_wav(tmp_path / "a.wav", EDGE_CASES, 0)
     assert not (tmp_path / "a.wav").exists()
 
 

@@ -46,8 +46,8 @@ def models():
     return pair()
 
 
-def check_same(mine, theirs):
-    """Two outputs, or tuples of them, have the same type and fields, identical codes, and floats within 1e-5."""
+def assert_same_output(mine, theirs):
+    """Assert that outputs, or tuples of them, have the same types and fields, equal codes, and floats within 1e-5."""
     if isinstance(theirs, torch.Tensor):
         assert mine.dtype == theirs.dtype
         if theirs.is_floating_point():
@@ -59,11 +59,11 @@ def check_same(mine, theirs):
     elif hasattr(theirs, "items"):
         assert type(mine) is type(theirs) and list(mine.keys()) == list(theirs.keys())
         for key in theirs:
-            check_same(mine[key], theirs[key])
+            assert_same_output(mine[key], theirs[key])
     elif isinstance(theirs, tuple):
         assert len(mine) == len(theirs)
         for a, b in zip(mine, theirs, strict=True):
-            check_same(a, b)
+            assert_same_output(a, b)
     else:
         assert isinstance(theirs, peer_module.MimiConv1dPaddingCache | None) and isinstance(mine, type(theirs))
 
@@ -71,19 +71,21 @@ def check_same(mine, theirs):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_fields(name):
+def test_output_fields(name):
     mine, peer = pair(name)
     for samples in (1, 1919, 1920, 1921, 30_000):
         audio = noise(2, 1, samples)
         codes = peer.encode(audio).audio_codes
         for return_dict in (None, True, False):
             options = {"return_dict": return_dict}
-            check_same(mine(audio, **options), peer(audio, **options))
-            check_same(mine.encode(audio, num_quantizers=3, **options), peer.encode(audio, num_quantizers=3, **options))
-            check_same(mine.decode(codes, **options), peer.decode(codes, **options))
-        check_same(mine(audio, audio_codes=codes[:, :4]), peer(audio, audio_codes=codes[:, :4]))
+            assert_same_output(mine(audio, **options), peer(audio, **options))
+            assert_same_output(
+                mine.encode(audio, num_quantizers=3, **options), peer.encode(audio, num_quantizers=3, **options)
+            )
+            assert_same_output(mine.decode(codes, **options), peer.decode(codes, **options))
+        assert_same_output(mine(audio, audio_codes=codes[:, :4]), peer(audio, audio_codes=codes[:, :4]))
         mask = torch.ones(2, 1, samples)
-        check_same(mine.decode(codes, mask), peer.decode(codes, mask))
+        assert_same_output(mine.decode(codes, mask), peer.decode(codes, mask))
 
 
 @torch.no_grad()
@@ -92,7 +94,7 @@ def test_feature_extractor_inputs(models):
     extractor = transformers.EncodecFeatureExtractor(feature_size=1, sampling_rate=24_000)
     audio = [noise(3000, seed=1).numpy(), noise(3000, seed=2).numpy()]
     inputs = extractor(raw_audio=audio, sampling_rate=24_000, return_tensors="pt")
-    check_same(mine(**inputs), peer(**inputs))
+    assert_same_output(mine(**inputs), peer(**inputs))
 
 
 @torch.no_grad()
@@ -118,7 +120,7 @@ def stream(model, audio, sizes):
 @pytest.mark.parametrize("name", ["small", "replicate"])
 @torch.no_grad()
 def test_streaming_with_caches(name):
-    """With chunks of whole frames the codes are the peer's; with chunks of any length they are the same."""
+    """With chunks of whole frames the codes equal the peer's; chunks of other lengths give the same codes."""
     mine, peer = pair(name, use_cache=True)  # without it, transformers 4 drops its cache even in a stream
     audio = noise(2, 1, 1920 * 30)
     theirs, their_past, _ = stream(peer, audio, [1920 * 3] * 10)
@@ -126,20 +128,20 @@ def test_streaming_with_caches(name):
     assert torch.equal(codes, theirs)
     assert past.get_seq_length() == their_past.get_seq_length()
     assert isinstance(cache, peer_module.MimiConv1dPaddingCache)
-    odd, _, _ = stream(mine, audio, [1000] * 57 + [600])
-    assert torch.equal(odd, theirs)
+    partial_frames, _, _ = stream(mine, audio, [1000] * 57 + [600])
+    assert torch.equal(partial_frames, theirs)
     assert torch.equal(mine.encode(audio).audio_codes, theirs)
 
 
 @torch.no_grad()
 def test_the_peers_own_padding_cache_is_accepted(models):
-    """Larger models may make it (KyutaiSpeechToText has its own copy of the class)."""
+    """Larger models may create it (KyutaiSpeechToText has its own copy of the class)."""
     mine, peer = models
     audio = noise(1, 1, 1920 * 4)
     _, past, cache = stream(peer, audio, [1920 * 4])
     options = {PAST: past, "padding_cache": cache, "use_streaming": True}
     theirs = peer.encode(audio, **copy.deepcopy(options))
-    check_same(mine.encode(audio, **options).audio_codes, theirs.audio_codes)
+    assert_same_output(mine.encode(audio, **options).audio_codes, theirs.audio_codes)
 
 
 @torch.no_grad()
@@ -147,11 +149,11 @@ def test_key_value_caches_of_the_decoder():
     mine, peer = pair(use_cache=True)
     codes = torch.randint(0, 64, (1, 6, 20), generator=torch.Generator().manual_seed(0))
     first = [model.decode(codes[..., :12]) for model in (mine, peer)]
-    check_same(*first)
+    assert_same_output(*first)
     second = [m.decode(codes[..., 12:], **{DECODER_PAST: f[1]}) for m, f in zip((mine, peer), first, strict=True)]
-    check_same(*second)
+    assert_same_output(*second)
     if HALVES:  # older versions of the peer's `forward` do not return the caches
-        check_same(mine(noise(1, 1, 4000)), peer(noise(1, 1, 4000)))
+        assert_same_output(mine(noise(1, 1, 4000)), peer(noise(1, 1, 4000)))
 
 
 @needs_halves
@@ -163,27 +165,27 @@ def test_hidden_states_and_attentions(models, wanted):
         for model in models:
             model.set_attn_implementation("eager")
     audio, options = noise(1, 1, 4000), {wanted: True}
-    check_same(mine.encode(audio, **options), peer.encode(audio, **options))
+    assert_same_output(mine.encode(audio, **options), peer.encode(audio, **options))
     codes = peer.encode(audio).audio_codes
-    check_same(mine.decode(codes, **options), peer.decode(codes, **options))
+    assert_same_output(mine.decode(codes, **options), peer.decode(codes, **options))
 
 
 @needs_halves
 @torch.no_grad()
-def test_halves(tmp_path):
+def test_encoder_and_decoder_models(tmp_path):
     mine, peer = pair()
     audio, latents = noise(2, 1, 5000), noise(2, 32, 3)
     assert type(mine.encoder) is fastmimi.MimiEncoderModel and type(mine.decoder) is fastmimi.MimiDecoderModel
-    check_same(mine.encoder(audio), peer.encoder(audio))
-    check_same(mine.decoder(latents), peer.decoder(latents))
-    check_same(mine.encoder(audio, return_dict=False), peer.encoder(audio, return_dict=False))
+    assert_same_output(mine.encoder(audio), peer.encoder(audio))
+    assert_same_output(mine.decoder(latents), peer.decoder(latents))
+    assert_same_output(mine.encoder(audio, return_dict=False), peer.encoder(audio, return_dict=False))
     peer.save_pretrained(tmp_path)
     for ours, theirs, given in (
         (fastmimi.MimiEncoderModel, transformers.MimiEncoderModel, audio),
         (fastmimi.MimiDecoderModel, transformers.MimiDecoderModel, latents),
     ):
         a, b = ours.from_pretrained(tmp_path), theirs.from_pretrained(tmp_path)
-        check_same(a(given), b(given))
+        assert_same_output(a(given), b(given))
     mine = fastmimi.MimiEncoderModel.from_pretrained(tmp_path)
     streamed, past, cache = [], None, None
     for chunk in noise(1, 1, 1920 * 6).split(1000, dim=-1):
@@ -200,7 +202,7 @@ def test_halves(tmp_path):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_mask_is_respected(side):
-    """The codes and audio of each row are identical to those of the row alone; the peer ignores the mask."""
+    """The codes and audio of each row are identical to those of the unpadded row; the peer ignores the mask."""
     mine, peer = pair()
     lengths, total = [1, 1919, 4000, 9700], 9700
     audio, mask = torch.full((4, 1, total), 0.7), torch.zeros(4, total, dtype=torch.bool)
@@ -210,13 +212,13 @@ def test_padding_mask_is_respected(side):
     out = mine(audio, padding_mask=mask)
     codes_mask = mine.get_audio_codes_mask(mask, side)
     for row in range(4):
-        alone = peer(audio[row : row + 1, :, mask[row]])
-        assert torch.equal(out.audio_codes[row, :, codes_mask[row]], alone.audio_codes[0])
-        assert relative_error(out.audio_values[row, :, mask[row]], alone.audio_values[0]) < 1e-5
+        unpadded = peer(audio[row : row + 1, :, mask[row]])
+        assert torch.equal(out.audio_codes[row, :, codes_mask[row]], unpadded.audio_codes[0])
+        assert relative_error(out.audio_values[row, :, mask[row]], unpadded.audio_values[0]) < 1e-5
         assert (out.audio_codes[row, :, ~codes_mask[row]] == 0).all()
     with torch.enable_grad():
         again = mine(audio, padding_mask=mask[:, None])
-    check_same(again, out)
+    assert_same_output(again, out)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -245,12 +247,12 @@ def test_save_and_load(tmp_path):
             for folder in ("mine", "peer"):
                 again, info = cls.from_pretrained(tmp_path / folder, output_loading_info=True)
                 assert not info["missing_keys"] and not info["unexpected_keys"]
-                check_same(again(audio), peer(audio))
+                assert_same_output(again(audio), peer(audio))
     assert torch.equal(
         fastmimi.load(tmp_path / "mine").encode(audio, last_frame="layers"), peer.encode(audio).audio_codes
     )
     fastmimi.save_pretrained(fastmimi.load(tmp_path / "peer"), tmp_path / "core")
-    check_same(transformers.MimiModel.from_pretrained(tmp_path / "core").encode(audio), peer.encode(audio))
+    assert_same_output(transformers.MimiModel.from_pretrained(tmp_path / "core").encode(audio), peer.encode(audio))
 
 
 def test_half_precision(tmp_path):
@@ -284,18 +286,18 @@ def test_edited_weights_and_replaced_modules_take_effect():
         for parameter in other.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     mine.load_state_dict(other.state_dict())
-    check_same(mine(audio), other(audio))
+    assert_same_output(mine(audio), other(audio))
     mine.quantizer = other.quantizer  # replaces a whole module
     for buffer in other.quantizer.buffers():
         buffer.mul_(1.5)
-    check_same(mine(audio), other(audio))
-    check_same(copy.deepcopy(mine)(audio), other(audio))
-    check_same(pickle.loads(pickle.dumps(mine))(audio), other(audio))
+    assert_same_output(mine(audio), other(audio))
+    assert_same_output(copy.deepcopy(mine)(audio), other(audio))
+    assert_same_output(pickle.loads(pickle.dumps(mine))(audio), other(audio))
 
 
 @torch.no_grad()
 def test_subclasses_that_drop_parts():
-    """As the tokenizer of Qwen3-TTS does, which keeps only the encoder."""
+    """The tokenizer of Qwen3-TTS keeps only the encoder."""
 
     class Tokenizer(fastmimi.MimiModel):
         def __init__(self, config):
@@ -309,7 +311,7 @@ def test_subclasses_that_drop_parts():
     mine.load_state_dict({k: v for k, v in peer.state_dict().items() if k in mine.state_dict()})
     assert not [name for name in mine.state_dict() if name.startswith(("decoder", "upsample"))]
     audio = noise(1, 1, 4000)
-    check_same(mine.encode(audio), peer.encode(audio))
+    assert_same_output(mine.encode(audio), peer.encode(audio))
     with pytest.raises(ValueError, match="without"):
         mine.decode(peer.encode(audio).audio_codes)
 
@@ -320,10 +322,10 @@ def test_weight_norm_that_is_not_folded():
         if hasattr(module, "apply_weight_norm"):
             module.apply_weight_norm()
     with torch.no_grad():
-        check_same(mine(noise(1, 1, 4000)), peer(noise(1, 1, 4000)))
+        assert_same_output(mine(noise(1, 1, 4000)), peer(noise(1, 1, 4000)))
 
 
-def test_impl_reaches_the_core(models):
+def test_impl_is_passed_to_the_core(models):
     mine, _ = models
     mine.impl = "reference"
     assert {row.chosen for row in mine._core().explain()} == {"reference"}

@@ -64,12 +64,15 @@ HOSTILE = {
     "deep values": (b"data: {folder: x}\nmodel: {changes: {a: " + b"[" * 400 + b"]" * 400 + b"}}", "recursion"),
     "a large file": (b"# " * 40_000, "a configuration must have at most 65536 bytes, got 80000"),
     "a tag of Python": (b"!!python/object/apply:os.system ['true']", "could not determine a constructor"),
-    "a digit too many": (b"steps: " + b"9" * 5000, "Exceeds the limit"),
+    "an integer with too many digits": (b"steps: " + b"9" * 5000, "Exceeds the limit"),
     "a float too large": (b"optimizer: {lr: " + b"9" * 500 + b"}", "too large to convert to float"),
     "a bool": (b"data: {folder: x}\nsteps: true", "steps: Value 'True' of type 'bool' could not be converted"),
-    "a part that is none": (b"data: 3", "DataConfig. value: 3"),
+    "a section that is a number": (b"data: 3", "DataConfig. value: 3"),
     "null": (b"data: {folder: x}\nseed: null", "seed: Incompatible value 'None'"),
-    "an item": (b"data: {folder: x}\noptimizer: {betas: [a, b]}", r"optimizer.betas\[0\]: Value 'a' of type 'str'"),
+    "an invalid list item": (
+        b"data: {folder: x}\noptimizer: {betas: [a, b]}",
+        r"optimizer.betas\[0\]: Value 'a' of type 'str'",
+    ),
     "an interpolation": (b"data: {folder: x}\nout: ${out}", "out: .*interpolation"),
     "a name of two lines": (b'data: {folder: x}\n"a\\nb": 3', r"'a\\nb': Key 'a b' not in 'TrainConfig'"),
     "many processes": (b"data: {folder: x, workers: 1000000}", r"data.workers must lie in \[0, 1024\], got 1000000"),
@@ -87,7 +90,7 @@ HOSTILE = {
         for name in HOSTILE
     ],
 )
-def test_hostile_files_are_refused_in_one_sentence(tmp_path, content, sentence):
+def test_hostile_files_raise_an_input_error_of_one_line(tmp_path, content, sentence):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"(?i)config\.yaml(:| is).*({sentence})") as error:
@@ -129,12 +132,6 @@ def test_model_changes_must_name_fields_of_the_codec(tiny_training, architecture
     config.model.changes = changes
     with pytest.raises(ValueError, match=rf"model\.changes must name fields of {kind} \(.*\), got '{name}'"):
         Generator(config)
-
-
-def test_a_list_is_not_a_configuration(tmp_path):
-    (tmp_path / "list.yaml").write_text("- data")
-    with pytest.raises(ValueError, match=r"list\.yaml: "):
-        TrainConfig.read(tmp_path / "list.yaml")
 
 
 def test_a_written_configuration_reads_back_equal(tmp_path):

@@ -36,12 +36,12 @@ def windows(folder, seconds=1.0, channels=1, seed=0, with_teacher=True):
     return Windows(AudioFolder(folder), seconds, RATE, channels, seed, with_teacher)
 
 
-def loudest(audio):
+def peak_frequency(audio):
     """Frequency in Hz of the largest bin of the spectrum of [N]."""
     return np.abs(np.fft.rfft(audio * np.hanning(len(audio)))).argmax() * RATE / len(audio)
 
 
-def test_windows_have_the_codecs_sample_rate(folder):
+def test_windows_have_the_sample_rate_of_the_codec(folder):
     found = {}
     for number in range(30):
         audio, teacher_audio, name, unread = windows(folder)[number]
@@ -49,7 +49,7 @@ def test_windows_have_the_codecs_sample_rate(folder):
         assert audio.dtype == teacher_audio.dtype == np.float32
         found[name.rpartition("/")[2]] = audio[0]
     assert found.keys() == {"a.wav", "b.flac", "short.ogg"}
-    assert all(abs(loudest(audio[: RATE // 4]) - 500) < 5 for audio in found.values())
+    assert all(abs(peak_frequency(audio[: RATE // 4]) - 500) < 5 for audio in found.values())
     assert not found["short.ogg"][RATE // 2 :].any() and found["a.wav"][RATE // 2 :].any()
 
 
@@ -58,7 +58,7 @@ def test_channels_are_mixed_or_repeated(folder):
     assert audio.shape == (2, RATE) and np.array_equal(audio[0], audio[1])
 
 
-def test_a_window_depends_on_its_number_and_the_seed_alone(folder):
+def test_a_window_depends_only_on_its_number_and_the_seed(folder):
     first, second, other = windows(folder)[7], windows(folder)[7], windows(folder, seed=1)
     assert np.array_equal(first[0], second[0]) and first[2] == second[2]
     assert any(not np.array_equal(windows(folder)[i][0], other[i][0]) for i in range(5))
@@ -111,8 +111,8 @@ def test_flac_from_a_pipe_that_ends_after_its_header_is_skipped(folder):
     assert {name.rpartition("/")[2] for number in range(20) for name in windows(folder)[number][3]} == {"cut.flac"}
 
 
-def test_data_sets_can_contain_flac_from_a_pipe(tmp_path):
-    """Their files are bytes in memory, which are opened a second time."""
+def test_data_sets_can_contain_flac_from_a_pipe():
+    """The files of data sets are bytes in memory, which are opened twice."""
     written = io.BytesIO()
     soundfile.write(written, np.linspace(0.1, 0.9, 16_000), 16_000, format="FLAC")
     audio, rate = data._read_random_window(
@@ -128,9 +128,9 @@ def test_windows_of_mp3_equal_those_of_the_whole_file(tmp_path):
     with Forward(tmp_path / "a.mp3") as file:
         whole = file.read(file.frames, dtype="float32", always_2d=True)
     for seed in range(5):
-        piece, _ = data._read_random_window(tmp_path / "a.mp3", np.random.default_rng(seed), 0.5)
+        window, _ = data._read_random_window(tmp_path / "a.mp3", np.random.default_rng(seed), 0.5)
         start = int(np.random.default_rng(seed).integers(len(whole) - 12_001 + 1))
-        assert np.abs(piece - whole[start : start + 12_001]).max() < 1e-6
+        assert np.abs(window - whole[start : start + 12_001]).max() < 1e-6
 
 
 def test_folders_without_audio_are_refused(tmp_path):
@@ -145,13 +145,15 @@ def test_folders_without_audio_are_refused(tmp_path):
 def test_processes_divide_the_windows_of_a_step(folder, workers):
     config = DataConfig(batch_size=4, workers=workers)
     source = windows(folder, seconds=0.1)
-    alone = list(batches(source, config, 0, 3, (0, 1)))
-    assert [len(batch.names) for batch in alone] == [4, 4, 4] and alone[0].audio.shape == (4, 1, 2400)
-    pair = [list(batches(source, config, 0, 3, (rank, 2))) for rank in range(2)]
-    for whole, *halves in zip(alone, *pair, strict=True):
+    one_process = list(batches(source, config, 0, 3, (0, 1)))
+    assert [len(batch.names) for batch in one_process] == [4, 4, 4] and one_process[0].audio.shape == (4, 1, 2400)
+    two_processes = [list(batches(source, config, 0, 3, (rank, 2))) for rank in range(2)]
+    for whole, *halves in zip(one_process, *two_processes, strict=True):
         assert torch.equal(whole.audio, torch.cat([half.audio for half in halves]))
     later = list(batches(source, config, 2, 3, (0, 1)))
-    assert len(later) == 1 and torch.equal(later[0].audio, alone[2].audio), "as without a stop"
+    assert len(later) == 1 and torch.equal(later[0].audio, one_process[2].audio), (
+        "a resumed run continues with the same windows"
+    )
     with pytest.raises(ValueError, match=r"data\.batch_size must be a multiple of the 3 processes, got 4"):
         batches(source, config, 0, 3, (0, 3))
 
@@ -171,7 +173,7 @@ def test_data_sets(folder, tmp_path, monkeypatch):
     source = source_of("a.wav", "deep/b.flac")
     assert isinstance(source, DatasetColumn) and len(source) == 2 and source.name(1) == "someone/speech[1]"
     audio, _, name, unread = Windows(source, 1.0, RATE, 1, 0, False)[0]
-    assert name.startswith("someone/speech[") and not unread and abs(loudest(audio[0]) - 500) < 5
+    assert name.startswith("someone/speech[") and not unread and abs(peak_frequency(audio[0]) - 500) < 5
     with pytest.raises(ValueError, match=r"data\.column must be one of speech of someone/speech, got 'audio'"):
         open_source(DataConfig(dataset="someone/speech"))
     monkeypatch.undo()

@@ -66,7 +66,7 @@ def test_speech_of_many_phrases_has_a_pesq():
     assert 1 <= measures(audio, audio + 0.001 * hiss, 16_000)["pesq"] <= 4.65
 
 
-def test_usage():
+def test_usage_from_histograms():
     histograms = np.array([[5, 5, 5, 5], [10, 0, 0, 0], [8, 8, 0, 0]])
     found = usage_from_histograms(histograms)
     assert [level.used for level in found] == [1.0, 0.25, 0.5]
@@ -96,7 +96,7 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path, clip):
+def test_the_evaluate_command(tmp_path, clip):
     fastmimi.save_pretrained(small_model(), tmp_path / "model")
     for name in ("audio/a.flac", "audio/deep/a.flac"):
         (tmp_path / name).parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Whole runs: overfitting a sentence, and runs that are killed, stopped, fail and are resumed."""
+"""Training runs: overfitting a sentence, and runs that are killed, stopped, fail and resume."""
 
 import multiprocessing
 import os
@@ -37,7 +37,7 @@ def speech(tmp_path):
 
 
 def scalars(out, name):
-    """{step: value} of a run's log; of steps that were repeated after a stop, the last value."""
+    """{step: value} from a run's log; the last value of steps that were repeated on resume."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(Path(out) / "log"))
@@ -49,7 +49,7 @@ def scalars(out, name):
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "without straight-through"])
-def test_it_overfits_a_sentence(tiny_training, monkeypatch, whole):
+def test_training_overfits_only_with_straight_through_gradients(tiny_training, monkeypatch, whole):
     """Without straight-through gradients, most entries of the codebooks fall out of use."""
     import soxr
 
@@ -95,7 +95,7 @@ def wait_for(what, process, seconds=240):
 def test_a_killed_run_resumes_with_the_same_results(tiny_training, speech, tmp_path):
     config = tiny_training(folder=str(speech), steps=7, save_every=2)
     train(config)
-    unbroken = {name: scalars(config.out, name) for name in ("mel", "discriminator", "cosine", "commitment")}
+    uninterrupted = {name: scalars(config.out, name) for name in ("mel", "discriminator", "cosine", "commitment")}
     whole = fastmimi.load(Path(config.out) / "model").state_dict()
     config.out = str(tmp_path / "broken")
     process = subprocess.Popen(command(config), env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -106,7 +106,7 @@ def test_a_killed_run_resumes_with_the_same_results(tiny_training, speech, tmp_p
     assert before < "step_00000007"
     time.sleep(1.1)  # TensorBoard orders log files by the second in their names
     train(config)
-    for name, values in unbroken.items():
+    for name, values in uninterrupted.items():
         again = scalars(config.out, name)
         assert again.keys() == values.keys() == set(range(1, 8))
         assert again == pytest.approx(values, rel=1e-4, abs=1e-6), name
@@ -148,10 +148,10 @@ def test_a_model_that_could_not_be_written_is_written_on_resume(tiny_training, s
 
 def test_partial_checkpoints_of_a_killed_run_are_deleted(tiny_training, speech):
     config = tiny_training(folder=str(speech), steps=1)
-    left = Path(config.out) / "checkpoints" / ".step_00000007.part"
-    left.mkdir(parents=True)
+    partial = Path(config.out) / "checkpoints" / ".step_00000007.part"
+    partial.mkdir(parents=True)
     train(config)
-    assert not left.exists()
+    assert not partial.exists()
 
 
 def test_a_nan_loss_stops_the_run(tiny_training, speech, monkeypatch):
@@ -231,7 +231,7 @@ def test_a_damaged_checkpoint_is_skipped(tiny_training, speech, capfd):
         train(config)
 
 
-def test_a_checkpoint_is_not_called_damaged_for_a_bug_of_ours(tiny_training, speech, monkeypatch):
+def test_a_bug_is_not_taken_for_a_damaged_checkpoint(tiny_training, speech, monkeypatch):
     config = tiny_training(folder=str(speech), steps=1)
     train(config)
     monkeypatch.setattr(loop._Counters, "load_state_dict", lambda self, state: state["no such counter"])
@@ -239,8 +239,8 @@ def test_a_checkpoint_is_not_called_damaged_for_a_bug_of_ours(tiny_training, spe
         train(config)
 
 
-def test_an_error_of_a_data_loader_process_is_one_sentence(tiny_training, tmp_path):
-    """Although PyTorch passes on the whole traceback of that process as the message."""
+def test_an_error_of_a_data_loader_process_has_one_line(tiny_training, tmp_path):
+    """Although the message that PyTorch raises is the traceback of that process."""
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.wav").write_bytes(b"RIFF nothing")
     config = tiny_training(folder=str(tmp_path / "broken"), steps=1, workers=1)
@@ -251,26 +251,26 @@ def test_an_error_of_a_data_loader_process_is_one_sentence(tiny_training, tmp_pa
 
 @pytest.mark.parametrize("where", [(loop.TrainingStep, "__call__"), (AudioFolder, "read")], ids=["run", "loader"])
 def test_data_loader_processes_end_with_the_run(tiny_training, speech, monkeypatch, where):
-    """Wherever it fails: at exit, Python would wait for ever for those that are left."""
+    """Wherever it fails: otherwise Python would wait for them for ever at exit."""
 
     def broken(*_):
         raise KeyError
 
     monkeypatch.setattr(*where, broken)
-    with pytest.raises(KeyError) as held:  # keeps the traceback alive
+    with pytest.raises(KeyError) as error:  # keeps the traceback alive
         train(tiny_training(folder=str(speech), steps=5, workers=2))
-    assert not multiprocessing.active_children(), held
+    assert not multiprocessing.active_children(), error
 
 
 def test_data_loader_processes_ignore_only_the_first_sigterm():
     code = "import time; from fastmimi.train.data import _ignore_first_sigterm as ignore; ignore(0); print(flush=True)"
-    reader = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(60)"], stdout=subprocess.PIPE)
-    reader.stdout.readline()
-    reader.terminate()
+    process = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(60)"], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.terminate()
     with pytest.raises(subprocess.TimeoutExpired):
-        reader.wait(0.5)
-    reader.terminate()
-    assert reader.wait(30) == -signal.SIGTERM
+        process.wait(0.5)
+    process.terminate()
+    assert process.wait(30) == -signal.SIGTERM
 
 
 def test_only_the_newest_checkpoints_are_kept(tiny_training, speech):
@@ -283,7 +283,7 @@ def test_only_the_newest_checkpoints_are_kept(tiny_training, speech):
 # The trained model
 
 
-def test_the_trained_model_loads_in_the_drop_in_too(tiny_training, speech):
+def test_the_trained_model_loads_in_the_transformers_drop_in(tiny_training, speech):
     model = train(tiny_training(folder=str(speech), steps=2))
     audio = noise(1, 1, 9600)
     codec = fastmimi.load(model)

@@ -22,7 +22,7 @@ def speech(tmp_path):
 
 
 @pytest.mark.slow
-def test_half_precision_weights_behave_as_the_trained_ones(tiny_training, speech, tmp_path):
+def test_published_half_precision_weights_are_close_to_the_trained_ones(tiny_training, speech, tmp_path):
     config = tiny_training(folder=speech, steps=3)
     model = train(config)
     publish([tmp_path / "run"], tmp_path / "published")
@@ -48,7 +48,7 @@ def test_curves_of_several_runs_are_concatenated():
     assert joined["mel"][0].tolist() == [1, 2, 3, 5] and joined["l1"][0].tolist() == [3, 5]
 
 
-def test_publishing_that_is_refused(tiny_training, speech, tmp_path):
+def test_runs_that_cannot_be_published(tiny_training, speech, tmp_path):
     with pytest.raises(ValueError, match="is not a training run with a checkpoint"):
         publish([tmp_path], tmp_path / "published")
     train(tiny_training(folder=speech, steps=1, architecture="jodio"))

@@ -19,7 +19,7 @@ def quantizer_of(config, seed=0):
     return codec, trained, latents
 
 
-def test_sequences_can_bypass_the_quantizer(tiny_training):
+def test_all_sequences_bypass_the_quantizer_if_raw_is_1(tiny_training):
     codec, trained, latents = quantizer_of(tiny_training(raw=1.0))
     assert torch.equal(trained(codec, latents, codec.forward_context(len(latents)), 1).latents, latents)
 
@@ -49,7 +49,7 @@ def test_levels_are_dropped_for_each_sequence(tiny_training):
     assert kept == {1, 2, 3, 4}
 
 
-def test_half_of_the_sequences_bypass_the_quantizer(tiny_training):
+def test_half_of_the_sequences_bypass_the_quantizer_if_raw_is_0_5(tiny_training):
     codec, trained, latents = quantizer_of(tiny_training(raw=0.5))
     torch.manual_seed(0)
     raw = 0
@@ -60,7 +60,7 @@ def test_half_of_the_sequences_bypass_the_quantizer(tiny_training):
 
 
 def test_distillation_gets_the_latents_until_entries_are_initialized(tiny_training):
-    """The latents do not change what entries of zeros decode to: the gradient would not vanish, and they would grow."""
+    """The output of entries of zeros ignores the latents: their gradient would not vanish, and they would grow."""
     torch.manual_seed(0)
     generator = Generator(tiny_training(begin=5))
     codec, latents, context = generator.codec, noise(4, 32, 30), generator.codec.forward_context(4)
@@ -105,12 +105,12 @@ def test_entries_are_moving_averages(tiny_training):
     codec, trained, latents = quantizer_of(tiny_training(raw=0.0, replace_every=1000))
     before = [(means.usage.clone(), means.sums.clone()) for means in trained.means]
     output = trained(codec, latents, codec.forward_context(len(latents)), 1)
-    books = [part.codebooks().clone() for part, _ in codec.quantizer.parts(4)]
+    codebooks = [part.codebooks().clone() for part, _ in codec.quantizer.parts(4)]
     trained(codec, 2 * latents, codec.forward_context(len(latents)), 1)  # only the given statistics count
     trained.update(codec, output.statistics, 1)
     codes = iter(output.codes.unbind(1))
     for (part, _), means, (usage, sums), entries in zip(
-        codec.quantizer.parts(4), trained.means, before, books, strict=True
+        codec.quantizer.parts(4), trained.means, before, codebooks, strict=True
     ):
         rows = part.project(latents, codec.forward_context(len(latents))).transpose(1, 2).flatten(0, 1)
         for level in range(len(usage)):
@@ -157,7 +157,7 @@ def test_latents_are_collected_before_entries_are_initialized(tiny_training):
     assert initialized == [False, False, False, True, True], "from step 2 on, 120 latents a step"
 
 
-def test_one_all_reduce_for_all_levels(tiny_training, monkeypatch):
+def test_one_all_reduce_serves_all_levels(tiny_training, monkeypatch):
     from fastmimi.train import quantizer
 
     calls = []

@@ -68,7 +68,7 @@ def test_generator_and_discriminators_are_updated_separately(make_training_step,
     training_step, reached = make_training_step(), []
     backward = training_step.accelerator.backward
 
-    def watched(loss):
+    def checked(loss):
         before = [p.grad for p in training_step.discriminators.parameters()]
         assert all(grad is None or not grad.any() for grad in before), (
             "the discriminators have gradients of the codec's losses"
@@ -76,7 +76,7 @@ def test_generator_and_discriminators_are_updated_separately(make_training_step,
         backward(loss)
         reached.append(any(p.grad is not None for p in training_step.unwrapped_generator.parameters()))
 
-    monkeypatch.setattr(training_step.accelerator, "backward", watched)
+    monkeypatch.setattr(training_step.accelerator, "backward", checked)
     training_step(batch(), 0)
     assert reached == [False, True]
 
@@ -105,7 +105,7 @@ def test_frozen_modules_do_not_change(make_training_step, tmp_path, architecture
     assert all(any(name.startswith(part) for name in moved) for part in moves)
 
 
-def test_frozen_modules_have_no_dropout(tiny_training, tmp_path):
+def test_frozen_modules_have_no_dropout(tiny_training):
     generator = Generator(tiny_training(architecture="jodio", freeze=["encoder_transformer"])).train()
     assert not any(module.training for module in generator.codec.encoder_transformer.modules())
     assert generator.codec.decoder_transformer.training
@@ -120,7 +120,7 @@ def test_a_residual_quantizer_is_frozen_as_a_whole(tiny_training, inside):
         Generator(tiny_training(freeze=[f"{part}.{inside}"]))
 
 
-def test_freezing_that_is_refused(tiny_training):
+def test_modules_that_cannot_be_frozen(tiny_training):
     with pytest.raises(ValueError, match=r"model\.freeze names a quantizer that has no entries yet"):
         Generator(tiny_training(freeze=["quantizer"]))
     everything = ["encoder", "encoder_transformer", "downsample", "upsample", "decoder_transformer", "decoder"]
@@ -328,7 +328,7 @@ def test_discriminators_learn_to_separate_real_from_fake(make_training_step):
 # The teacher
 
 
-def test_the_teachers_embeddings_have_the_codecs_frame_rate(wavlm_config):
+def test_embeddings_of_the_teacher_have_the_frame_rate_of_the_codec(wavlm_config):
     teacher, distillation = Teacher(str(wavlm_config), True, CPU), Distillation(16, 32)
     teacher_audio = noise(2, 16_000 * 2)
     targets = teacher(teacher_audio)
