@@ -1,4 +1,4 @@
-"""The command line: equal results of all ways to get them, and what is printed and drawn."""
+"""The command line: equal results of all commands, printed output and plots."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def write_sound(path: Path, frames: int = FRAMES, rate: int = RATE, channels: in
 
 
 def run(*args: object) -> Result:
-    """A command that succeeds."""
+    """Run a command that must succeed."""
     result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     return result
@@ -71,11 +71,11 @@ def codes_of(path: str) -> np.ndarray:
     return Tokens.load(path).codes
 
 
-# Equal results
+# Results
 
 
 @pytest.mark.slow
-def test_every_way_gives_the_same_codes_and_audio(here: Path, models: dict[str, str]) -> None:
+def test_all_commands_give_the_same_codes_and_audio(here: Path, models: dict[str, str]) -> None:
     common = "--model", models["small"]
     run("roundtrip", "in.wav", "out/whole.wav", "--tokens", "out/whole.st", *common)
     run("roundtrip", "in.wav", "out/stream.wav", "--tokens", "out/stream.st", "--stream", *common)
@@ -136,7 +136,7 @@ def test_any_length(here: Path, models: dict[str, str], frames: int, stream: boo
     assert soundfile.info("out/a.wav").frames == frames
 
 
-def test_other_kinds_of_models(here: Path, models: dict[str, str]) -> None:
+def test_stereo_noncausal_and_48_khz_models(here: Path, models: dict[str, str]) -> None:
     run("roundtrip", "in.wav", "out/stereo.wav", "--model", models["stereo"])
     assert soundfile.info("out/stereo.wav").channels == 2
     run("roundtrip", "in.wav", "out/whole.wav", "--tokens", "out/whole.st", "--model", models["not_causal"])
@@ -151,7 +151,7 @@ def test_half_precision(here: Path, models: dict[str, str], dtype: str) -> None:
     assert np.abs(soundfile.read("out/a.wav")[0]).max() > 0
 
 
-def test_fewer_codebooks_can_be_decoded(here: Path, models: dict[str, str]) -> None:
+def test_decoding_fewer_codebooks(here: Path, models: dict[str, str]) -> None:
     run("encode", "in.wav", "out/a.st", "--model", models["small"])
     run("encode", "in.wav", "out/b.st", "--model", models["small"], "--codebooks", 2)
     run("decode", "out/a.st", "out/a.wav", "--model", models["small"], "--codebooks", 2)
@@ -159,17 +159,17 @@ def test_fewer_codebooks_can_be_decoded(here: Path, models: dict[str, str]) -> N
     assert Path("out/a.wav").read_bytes() == Path("out/b.wav").read_bytes()
 
 
-# Printed output and pictures
+# Printed output and plots
 
 
-def test_jodio_works_as_mimi_does(here: Path, models: dict[str, str]) -> None:
+def test_jodio(here: Path, models: dict[str, str]) -> None:
     run("encode", "in.wav", "whole.st", "--model", models["jodio"])
     run("encode", "in.wav", "stream.st", "--model", models["jodio"], "--stream")
     whole, stream = Tokens.load("whole.st"), Tokens.load("stream.st")
     assert (whole.codes == stream.codes).all() and whole.codes.shape == (5, 9)
     run("decode", "whole.st", "out.wav", "--model", models["jodio"])
-    sound, rate = soundfile.read("out.wav")
-    assert len(sound) == whole.length and rate == 24_000
+    audio, rate = soundfile.read("out.wav")
+    assert len(audio) == whole.length and rate == 24_000
     printed = run("info", models["jodio"]).stdout
     for part in ("8 channels, strides [4, 5, 6, 8, 2]", "3 layers of 20, 2 heads, then 2 layers of 12, 3 heads", "yes"):
         assert part in printed
@@ -222,14 +222,14 @@ def test_explain_a_model(here: Path, models: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_info_takes_what_the_model_option_takes(here: Path) -> None:
+def test_info_takes_the_sources_of_the_model_option(here: Path) -> None:
     printed = run("info", "demo").stdout
     assert "demo" in printed and fastmimi.checkpoints.weights.fingerprint(fastmimi.load("demo")) in printed
     assert "random:7" in run("info", "random:7").stdout
 
 
 @pytest.mark.slow
-def test_pictures_are_drawn(here: Path, models: dict[str, str]) -> None:
+def test_plots_are_written(here: Path, models: dict[str, str]) -> None:
     common = "--model", models["small"]
     printed = run("roundtrip", "in.wav", "out/a.wav", "--tokens", "out/a.st", "--plot", "out/r.png", *common).stdout
     assert "picture  out/r.png" in printed
@@ -244,16 +244,16 @@ def test_pictures_are_drawn(here: Path, models: dict[str, str]) -> None:
 def test_help_prints_every_text_unchanged() -> None:
     """Brackets are not parsed as markup: `fastmimi[train]`, `[jodio-]random[:seed]`."""
     group = typer.main.get_command(app)
-    listed = letters(run("--help").stdout)
+    listed = without_layout(run("--help").stdout)
     for name, command in group.commands.items():
-        printed = letters(run(name, "--help").stdout)
-        assert letters(command.help) in listed and letters(command.help) in printed
+        printed = without_layout(run(name, "--help").stdout)
+        assert without_layout(command.help) in listed and without_layout(command.help) in printed
         for parameter in command.params:
-            assert letters(parameter.help or "") in printed
+            assert without_layout(parameter.help or "") in printed
     assert "fastmimi[train]" in listed
 
 
-def letters(text: str) -> str:
+def without_layout(text: str) -> str:
     """The text without white space, table borders and Markdown's backticks."""
     return re.sub(r"[\s│|`]", "", text)
 

@@ -1,4 +1,4 @@
-"""Errors of the command line: a user's mistake is one sentence, a bug is not, and no partial file is left behind."""
+"""Errors of the command line: one line for a user's mistake, a traceback for a bug, and no partial files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write_noise(path: Path, seconds: float = 0.6) -> None:
 
 
 def run(*args: object) -> None:
-    """A command that succeeds."""
+    """Run a command that must succeed."""
     result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
 
@@ -179,8 +179,8 @@ BAD = [
 
 
 @pytest.fixture(scope="session")
-def broken(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str]) -> Path:
-    folder = tmp_path_factory.mktemp("broken")
+def broken_inputs(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str]) -> Path:
+    folder = tmp_path_factory.mktemp("broken_inputs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_noise(folder / "in.wav")
@@ -190,10 +190,10 @@ def broken(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str]) -> 
 
 
 @pytest.mark.parametrize(("line", "expected"), BAD, ids=[line for line, _ in BAD])
-def test_a_mistake_is_one_sentence(
-    broken: Path, models: dict[str, str], line: str, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_a_users_mistake_is_an_error_of_one_line(
+    broken_inputs: Path, models: dict[str, str], line: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(broken)
+    monkeypatch.chdir(broken_inputs)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is read at its first import
     args = line.split()
     if "--model" not in args and args[0] in ("encode", "decode", "roundtrip"):
@@ -202,12 +202,12 @@ def test_a_mistake_is_one_sentence(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_missing_gpu_is_named(here: Path, models: dict[str, str]) -> None:
+def test_the_error_without_a_gpu(here: Path, models: dict[str, str]) -> None:
     sentence = refused("encode", "in.wav", "out/a.st", "--device", "cuda", "--model", models["a"])
     assert "device 'cuda' was asked for, and PyTorch finds only" in sentence
 
 
-def test_an_existing_target_survives_a_mistake(here: Path, models: dict[str, str]) -> None:
+def test_an_error_leaves_existing_files_unchanged(here: Path, models: dict[str, str]) -> None:
     write_noise(here / "long.wav", 9)
     data = bytearray(Path("long.wav").read_bytes())
     data[-4:] = np.float32("nan").tobytes()  # found after most of the file has been encoded
@@ -219,10 +219,10 @@ def test_an_existing_target_survives_a_mistake(here: Path, models: dict[str, str
 
 
 @pytest.mark.parametrize("line", ["np.zeros(3) + np.zeros(4)", "torch.zeros(3) @ torch.zeros(4)", "int('three')"])
-def test_a_bug_of_ours_keeps_its_traceback(
+def test_a_bug_keeps_its_traceback(
     here: Path, models: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It leaves no partial file behind either."""
+    """And leaves no partial file."""
     module = {"__name__": "fastmimi.buggy", "np": np, "torch": torch}
     exec(f"def decode(*args, **options): {line}", module)
     monkeypatch.setattr(transcode, "decode", module["decode"])
@@ -246,7 +246,7 @@ def test_an_interruption_leaves_no_files(here: Path, models: dict[str, str], mon
     assert os.listdir("out") == []
 
 
-# Real processes
+# In processes of their own
 
 
 def start(*args: object, **options: object) -> subprocess.Popen:
@@ -268,9 +268,9 @@ def test_a_signal_leaves_no_files(here: Path, models: dict[str, str], number: in
     run("encode", "in.wav", "a.st", "--model", models["a"])
     long = np.zeros((6, 20_000), int)
     replace(Tokens.load("a.st"), codes=long, length=1920 * long.shape[1]).save("long.st")
-    # what a shell starts in the background ignores SIGINT, and so do its children: `make test &`
-    heard = partial(signal.signal, number, signal.SIG_DFL)
-    process = start("decode", "long.st", "out/a.wav", "--stream", "--model", models["a"], preexec_fn=heard)
+    # Processes that a shell starts in the background (`make test &`) ignore SIGINT, and so do their children.
+    unignored = partial(signal.signal, number, signal.SIG_DFL)
+    process = start("decode", "long.st", "out/a.wav", "--stream", "--model", models["a"], preexec_fn=unignored)
     while not os.listdir("out"):
         assert process.poll() is None
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Comparison by layer: what differs is named, what does not is not, and nothing stays behind on the modules."""
+"""Comparison by layer: it names the layers that differ and only those, and removes its hooks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def jodio():
 
 
 @pytest.mark.parametrize("model", [small_model(**FAST), jodio()], ids=["mimi", "jodio"])
-def test_a_stream_and_the_whole(model):
+def test_a_stream_and_one_call(model):
     audio = noise(2, 1, 10 * model.frame_size + 20)
     whole = record(model, lambda: model.encode(audio))
     found = compare(whole, record(model, lambda: streamed(model, audio, 3 * model.frame_size // 2)))
@@ -49,7 +49,7 @@ def test_the_first_layer_that_differs_is_named():
     assert [line.split()[0] for line in str(found).splitlines() if "<- first" in line] == ["encoder.layers.6"]
 
 
-def test_the_time_from_which_on_it_differs():
+def test_the_first_time_that_differs():
     model = small_model(**FAST)
     later = AUDIO.clone()
     later[..., 300:] += 0.1
@@ -57,7 +57,7 @@ def test_the_time_from_which_on_it_differs():
     assert found.first is not None and (found.first.layer, found.first.first) == ("encoder.layers.0", 300)
 
 
-def test_the_decoder_and_nan():
+def test_the_decoder_and_a_nan():
     model = small_model(**FAST)
     latents = noise(2, 32, 5)
     plain = record(model, lambda: model.decode_latent(latents))
@@ -87,7 +87,7 @@ def test_hooks_are_removed_after_an_error():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_what_cannot_be_compared():
+def test_results_that_cannot_be_compared():
     mine = record(nn.Sequential(nn.Identity()), lambda: torch.zeros(1, 2, 3))
     with pytest.raises(InputError, match="no layer in common: result, and x"):
         compare(mine, {"x": torch.zeros(1)})

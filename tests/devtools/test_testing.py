@@ -169,7 +169,7 @@ def case(request):
     return CASES[request.param]
 
 
-def by(multiply, reference):
+def computed_with(multiply, reference):
     def op(*operands, **options):
         with Products(multiply):
             return reference(*operands, **options)
@@ -189,7 +189,7 @@ def number_of_products(reference, operands, options):
 def test_fp32_sums_in_any_order_are_within_the_bound(name, multiply):
     """Independently of the error of PyTorch's kernels on this processor."""
     reference, operands, options, *_ = (CASES | CODECS)[name]
-    found = errors(by(multiply, reference), reference, operands, **options)
+    found = errors(computed_with(multiply, reference), reference, operands, **options)
     assert found.mine <= found.bound + found.eps, found
 
 
@@ -203,7 +203,7 @@ def test_one_faulty_product_is_refused(case, fault):
             return fault(a, b) if number == faulty else a @ b
 
         with pytest.raises(AssertionError, match="of the peak"):
-            assert_as_exact(by(multiply, reference), reference, operands, **options)
+            assert_as_exact(computed_with(multiply, reference), reference, operands, **options)
 
 
 @pytest.mark.parametrize("fault", [without_a_term, bfloat16, tf32])
@@ -212,7 +212,7 @@ def test_a_codec_with_faulty_products_is_refused(name, fault):
     """All products at once: LayerScale can hide the error of a single layer, which the tests of its op cover."""
     reference, operands, options = CODECS[name]
     with pytest.raises(AssertionError, match="of the peak"):
-        assert_as_exact(by(lambda _, a, b: fault(a, b), reference), reference, operands, **options)
+        assert_as_exact(computed_with(lambda _, a, b: fault(a, b), reference), reference, operands, **options)
 
 
 def test_a_wrong_pad_trim_or_window_is_refused(case):
@@ -229,12 +229,16 @@ def test_a_wrong_pad_trim_or_window_is_refused(case):
 def test_sums_in_half_precision_are_refused(name):
     reference, operands, options, _ = CASES[name]
     operands = [t if i in options.get("fixed", ()) else t.bfloat16() for i, t in enumerate(operands)]
-    assert_as_exact(by(lambda _, a, b: (a.float() @ b.float()).bfloat16(), reference), reference, operands, **options)
+    assert_as_exact(
+        computed_with(lambda _, a, b: (a.float() @ b.float()).bfloat16(), reference), reference, operands, **options
+    )
     with pytest.raises(AssertionError, match="of the peak"):
-        assert_as_exact(by(lambda _, a, b: sums_in_bfloat16(a, b), reference), reference, operands, **options)
+        assert_as_exact(
+            computed_with(lambda _, a, b: sums_in_bfloat16(a, b), reference), reference, operands, **options
+        )
 
 
-def test_an_error_of_pytorch_is_no_excuse():
+def test_an_error_as_large_as_pytorchs_is_refused():
     """An op that agrees with a wrong result of PyTorch is refused: both are off by the whole peak."""
     found = Errors(mine=1.0, plain=1.0, bound=1e-6, eps=1e-7)
     with pytest.raises(AssertionError, match="of the peak"):
