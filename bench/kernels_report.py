@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel launch of the models ahead of time: registers, spills, shared memory, tensor cores.
+"""Compile every Triton kernel launch of the models ahead of time: registers, spills, shared memory, tensor cores.
 
     python bench/kernels_report.py             # all targets, writes bench/results/kernels.md (`make kernels-report`)
     python bench/kernels_report.py sm_90       # only the checks, for one target
@@ -198,10 +198,10 @@ def tile(launch: Launch) -> str:
 
 
 def head(launch: Launch) -> str:
-    """The first cells of a kernel's row, which identify it."""
-    name, dtype, *form = describe(launch).removesuffix(tile(launch)).split()
+    """The first cells of a kernel's row, which identify the launch."""
+    name, dtype, *variant = describe(launch).removesuffix(tile(launch)).split()
     warps = f"{launch.options['num_warps']}, {launch.options.get('num_stages', '-')}"
-    return f"| {name} | {dtype} | {' '.join(form)} | {tile(launch)} | {warps} |"
+    return f"| {name} | {dtype} | {' '.join(variant)} | {tile(launch)} | {warps} |"
 
 
 def table(rows: list[tuple[Launch, dict[str, Usage]]], targets: list[str]) -> str:
@@ -209,12 +209,12 @@ def table(rows: list[tuple[Launch, dict[str, Usage]]], targets: list[str]) -> st
         "# Triton kernels, compiled ahead of time",
         "",
         f"Written by `make kernels-report` with Triton {triton.__version__}, without a GPU; nothing was timed here.",
-        "Each cell: registers a thread / KiB of shared memory a block / tensor-core instruction. No kernel spills",
+        "Each cell: registers per thread / KiB of shared memory per block / tensor-core instruction. No kernel spills",
         "registers: the report fails where one does. Products of tiles under 64 rows run on `HMMA` by choice, since a",
         "warp group needs 64. fp16 compiles as bf16 does. fp32 multiplies as three TF32 products on NVIDIA, in IEEE",
         "fp32 on AMD.",
         "",
-        f"| kernel | dtype | form | tile | warps, stages | {' | '.join(targets)} |",
+        f"| kernel | dtype | variant | tile | warps, stages | {' | '.join(targets)} |",
         f"|---|---|---|---|---|{'---|' * len(targets)}",
     ]
     for launch, usages in rows:

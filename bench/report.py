@@ -151,10 +151,10 @@ def main(arguments: list[str]) -> None:
         taken = [rows(run(env, ROOT / "out" / "bench.json")) for env in settings.values()]
     allocators = dict(zip(settings, taken, strict=False))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        near = accuracy(peers.weights(Path(folder)))
+        accuracies = accuracy(peers.weights(Path(folder)))
     data = {
         "processor": processor(), "threads": torch.get_num_threads(), "ceilings": ceilings(), "versions": versions(),
-        "commit": commit(), "allocators": allocators, "accuracy": near,
+        "commit": commit(), "allocators": allocators, "accuracy": accuracies,
     }  # fmt: skip
     (RESULTS / "cpu.json").write_text(json.dumps(data, indent=1) + "\n")
     (RESULTS / "cpu.md").write_text(table(data))
