@@ -35,9 +35,16 @@ LENGTHS = ("B", "T", "T_out", "mirror", "seg", "per_tile")
 PROCESSORS = 132  # of an H100; enough programs for so many are about enough for any GPU
 MOST_SPLITS = 16
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Flushes results under 2^-126 to zero, which `tl.exp2` spends three instructions more on not to do
-exp2 = tl.exp2 if INTERPRETED else libdevice.exp2
 FEW_ROWS, SOME_ROWS = 64, 2048  # of the GEMM: a frame of one stream; of some tens of streams
+
+
+@triton.jit
+def _exp2(x):
+    return tl.exp2(x)
+
+
+# libdevice's flushes results below 2^-126 to zero, which `tl.exp2` spends three more instructions on not to do
+exp2 = _exp2 if INTERPRETED else libdevice.exp2
 
 
 @triton.jit
