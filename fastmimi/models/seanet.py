@@ -255,6 +255,6 @@ def _numbered(layers: list[nn.Module | None]) -> nn.ModuleDict:
                 before.post = "elu"
             elif isinstance(after, CausalConv1d):
                 after.around = replace(after.around, pre="elu")
-            else:
+            elif isinstance(after, CausalConvTranspose1d):
                 after.pre = "elu"
     return nn.ModuleDict({str(i): layer for i, layer in enumerate(layers) if layer is not None})

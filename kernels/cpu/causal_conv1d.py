@@ -65,7 +65,8 @@ def input_of(
     """
     begin, steps = None, (0, 0)
     if history is not None:
-        begin, steps = history.data_ptr() + channel * history.element_size(), history.stride()[:2]
+        begin = history.data_ptr() + channel * history.element_size()
+        steps = (history.stride(0), history.stride(1))
     return Input(
         x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[2], x.shape[1], x.stride(0), x.stride(2), *pad,
         PAD_MODES[pad_mode], begin, *steps, address(first), address(active),

@@ -184,6 +184,11 @@ def by_taps(weight: Tensor) -> Tensor:
     return packing.packed(weight, "by_taps", lambda w: w.permute(0, 2, 1).contiguous())
 
 
+def channels_of(tensor: Tensor | None, dim: int, group: int, groups: int) -> Tensor | None:
+    """The channels of one group, which are along dimension `dim`; the tensor itself if there is one group."""
+    return tensor if tensor is None or groups == 1 else tensor.chunk(groups, dim)[group]
+
+
 def mirrored_length(length: int, pad: tuple[int, int], pad_mode: str) -> int:
     """The length of the signal that 'reflect' mirrors.
 

@@ -32,6 +32,7 @@ from ._conv import (
     advance_history,
     blocks,
     by_taps,
+    channels_of,
     convolve,
     mirrored_length,
     rows_of,
@@ -56,7 +57,7 @@ def causal_conv1d_fwd_kernel(
     b, t, m_row, group = rows_of(part // columns, B, T_out, seg, per_tile, 0, SHARED, BLOCK_T)
     fresh = m_row
     if STREAM and MODE == "replicate":
-        fresh = tl.load(p_first + b, mask=m_row, other=0) != 0
+        fresh = tl.load(p_first + b + tl.zeros_like(t), mask=m_row, other=0) != 0
     r_start = 0
     r_stop = K * C
     if SPLITS > 1:
@@ -109,12 +110,10 @@ def causal_conv1d(
     residual = None if residual is None else layout.channels_last(residual)
     if not len(x):
         return y
+    tensors = ((x, 1), (by_taps(weight), 0), (bias, 0), (residual, 1), (history, 2), (y, 1))
     for g in range(groups):
-        px, pw, pb, pr, ph, py = (
-            t if t is None or groups == 1 else t.chunk(groups, dim)[g]
-            for t, dim in ((x, 1), (weight, 0), (bias, 0), (residual, 1), (history, 2), (y, 1))
-        )
-        launch_group(px, by_taps(pw), pb, pr, ph, first, active, py, stride, dilation, pad, pad_mode, pre, post)
+        px, pw, pb, pr, ph, py = (channels_of(t, dim, g, groups) for t, dim in tensors)
+        launch_group(px, pw, pb, pr, ph, first, active, py, stride, dilation, pad, pad_mode, pre, post)
     return y
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...runtime import layout, packing
 from .._common import as_convolution, conv_transpose_length, taps_of
 from . import _launch
-from ._conv import LENGTHS, activate, rows_of, segments
+from ._conv import LENGTHS, activate, channels_of, rows_of, segments
 from .causal_conv1d import launch_group
 
 
@@ -94,23 +94,26 @@ def causal_conv_transpose1d(
         return _depthwise(x, weight, bias, stride, left, pre, history, active, total)
     rows = triton.cdiv(left + total, stride)  # of s outputs each
     y = x.new_empty(batch, rows, stride, out)
+    packed = packing.packed(weight, f"upsampling {stride} {groups}", lambda w: _pack(w, stride, groups))
+    repeated = None
+    if bias is not None:
+        repeated = packing.packed(bias, f"x{stride} {groups}", lambda v: v.view(groups, -1).repeat(1, stride).flatten())
+    tensors = ((x, 1), (packed, 0), (repeated, 0), (history, 2))
     for g in range(groups):
-        px, pw, pb, ph = (
-            t if t is None or groups == 1 else t.chunk(groups, dim)[g]
-            for t, dim in ((x, 1), (weight, 0), (bias, 0), (history, 2))
-        )
-        packed = packing.packed(
-            pw, f"upsampling {stride}", lambda w: as_convolution(w, stride).permute(0, 2, 1).contiguous()
-        )
-        repeated_bias = None if pb is None else packing.packed(pb, f"x{stride}", lambda v: v.repeat(stride))
+        px, pw, pb, ph = (channels_of(t, dim, g, groups) for t, dim in tensors)
         part = y if groups == 1 else y.new_empty(batch, rows, stride, per_group)
         launch_group(
-            px, packed, repeated_bias, None, ph, first, active, part.flatten(2).transpose(1, 2),
+            px, pw, pb, None, ph, first, active, part.flatten(2).transpose(1, 2),
             pad=(taps - 1, max(0, rows - length)), pre=pre,
         )  # fmt: skip
         if groups > 1:
             y[..., g * per_group : (g + 1) * per_group] = part
     return y.view(batch, rows * stride, out)[:, left : left + total].contiguous().transpose(1, 2)  # copies if trimmed
+
+
+def _pack(weight: Tensor, stride: int, groups: int) -> Tensor:
+    """[C, C_out / groups, K] -> [s * C_out, taps, C / groups], as `causal_conv1d` reads weights."""
+    return as_convolution(weight, stride, groups).permute(0, 2, 1).contiguous()
 
 
 def _depthwise(x, weight, bias, stride, left, pre, history, active, total):

@@ -79,7 +79,7 @@ def resblock_fwd_kernel(
     b, t, m_row, group = rows_of(tile, B, T, seg, per_tile, pad, SHARED, BLOCK_T)
     fresh = m_row
     if STREAM and MODE == "replicate":
-        fresh = tl.load(p_first + b, mask=m_row, other=0) != 0
+        fresh = tl.load(p_first + b + tl.zeros_like(t), mask=m_row, other=0) != 0
     time = time_in_signal(t, T, mirror, fresh, MODE)
     p_rows = p_x + b * sx_b + time.to(tl.int64) * sx_t
     m_x = m_row & (time < T)
