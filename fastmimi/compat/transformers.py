@@ -105,7 +105,7 @@ class DropIn(Packable):
     ) -> tuple[Tensor, peer.Cache | None]:  # fmt: skip
         """Latents [B, hidden, T] and the new key-value cache; the transformer is the peer's."""
         state = None
-        audio = checks.finite(checks.audio(audio, core.config).to(core.device, core.dtype))
+        audio, _ = checks.finite(checks.audio(audio, core.config).to(core.device, core.dtype))
         if cache is not None:
             audio, _ = cache.state.push(audio)
             state = cache.state.encode

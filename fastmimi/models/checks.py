@@ -39,17 +39,22 @@ def _values(x: object, name: str) -> None:
         raise InputError(f"{name} must be a dense tensor with values, got {x.dtype} {x.layout} on {x.device}")
 
 
-def finite(x: Tensor) -> Tensor:
-    """Audio without NaN or infinity, which would silently spread to all later frames."""
+def finite(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Audio [B, C, N] without NaN or infinity, which would spread to all later frames, and which rows had any, [B].
+
+    On a CPU it raises InputError instead, and the second is None. On a GPU, which would have to be waited for, such
+    samples become 0.
+    """
+    if torch.compiler.is_compiling() or not x.numel():
+        return x, None
+    if not x.is_cpu:
+        known = x.nan_to_num(0.0, 0.0, 0.0)
+        return known, (known != x).flatten(1).any(dim=1)
     # without a tensor of x's size: an hour of audio is 345 MB
-    if (
-        not torch.compiler.is_compiling()
-        and x.numel()
-        and not all(map(math.isfinite, map(float, x.detach().aminmax())))
-    ):
+    if not all(map(math.isfinite, map(float, x.detach().aminmax()))):
         bad = (~torch.isfinite(x)).nonzero()[0].tolist()
         raise InputError(f"audio must be finite, got {x[tuple(bad)].item()} at {bad}")
-    return x
+    return x, None
 
 
 def codes(x: Tensor, config: AnyConfig) -> Tensor:
@@ -63,21 +68,29 @@ def codes(x: Tensor, config: AnyConfig) -> Tensor:
     return x.long()
 
 
-def code_range(x: Tensor, config: AnyConfig, ignored: Tensor | None = None) -> Tensor:
-    """Codes [B, K, T] in [0, codebook_size); where `ignored` [B, T] is True they may be anything and become 0."""
+def code_range(x: Tensor, config: AnyConfig, ignored: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Codes [B, K, T] in [0, codebook_size), and which rows had others, [B].
+
+    Where `ignored` [B, T] is True they may be anything and become 0. On a CPU it raises InputError for others, and the
+    second is None. On a GPU, which would have to be waited for, they become the nearest code.
+    """
     if ignored is not None:
         if ignored.shape != (x.shape[0], x.shape[2]):
             raise InputError(
                 f"padding_mask must be [batch, frames] = {(x.shape[0], x.shape[2])}, got {tuple(ignored.shape)}"
             )
         x = torch.where(ignored[:, None].to(x.device), 0, x)
-    if x.numel() and not torch.compiler.is_compiling():
-        low, high = (value.item() for value in x.aminmax())
-        if low < 0 or high >= config.codebook_size:
-            worst = low if low < 0 else high
-            hint = "; -1 marks no frame: pass padding_mask=mimi.frame_mask(...)" if low == -1 else ""
-            raise InputError(f"codes must lie in [0, {config.codebook_size}), got {worst}{hint}")
-    return x
+    if not x.numel() or torch.compiler.is_compiling():
+        return x, None
+    if not x.is_cpu:
+        known = x.clamp(0, config.codebook_size - 1)
+        return known, (known != x).flatten(1).any(dim=1)
+    low, high = (value.item() for value in x.aminmax())
+    if low < 0 or high >= config.codebook_size:
+        worst = low if low < 0 else high
+        hint = "; -1 marks no frame: pass padding_mask=mimi.frame_mask(...)" if low == -1 else ""
+        raise InputError(f"codes must lie in [0, {config.codebook_size}), got {worst}{hint}")
+    return x, None
 
 
 def codebook_count(count: object, config: AnyConfig) -> int:

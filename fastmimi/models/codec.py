@@ -76,7 +76,8 @@ class Codec(Packable):
         self, batch: int, state: DirectionState | None = None, lengths: Tensor | None = None
     ) -> ForwardContext:
         """What a pass over a batch carries: the ops bound for this device and dtype, and the state of streams."""
-        return ForwardContext(self.ops, state, lengths, self.tiling.positions_per_subtile(batch, self.device.type))
+        first = None if state is None else state.first
+        return ForwardContext(self.ops, state, lengths, self.tiling.positions_per_subtile(batch, self.device), first)
 
     # The passes that are made of them
 
@@ -232,7 +233,9 @@ class Codec(Packable):
         `last_frame` says how an incomplete last frame is completed offline: "waveform" pads the audio with zeros (like
         moshi, and like `flush`), "layers" pads the input of each layer (like transformers).
         Memory is bounded for any N if the configuration can stream and no gradients are required.
-        Raises InputError for a wrong shape, dtype, mask or count, and for NaN or infinite samples.
+        Raises InputError for a wrong shape, dtype, mask or count, and for NaN or infinite samples. Samples on a GPU are
+        not waited for: there, such samples count as 0, offline all codes of their row are -1, and of a stream
+        `state.check()` tells.
         """
         to_codes = self._audio_to_codes(self._count(num_codebooks))
         codes, valid = self._encode(to_codes, audio, state, padding_mask, last_frame)
@@ -256,7 +259,7 @@ class Codec(Packable):
     ) -> Tensor:  # fmt: skip
         """Audio [B, channels, N] -> latents before quantisation [B, hidden_size, T]; arguments as for `encode`.
 
-        Differentiable offline. Where a row has no frame, its latents are 0.
+        Differentiable offline. Where a row has no frame (`encode`: a code of -1), its latents are 0.
         """
         latents, valid = self._encode(self._audio_to_latents(), audio, state, padding_mask, last_frame)
         return latents if valid is None else torch.where(valid[:, None], latents, 0)
@@ -286,22 +289,28 @@ class Codec(Packable):
     def _encode(
         self, run: Pass, audio: Tensor, state: StreamState | None, padding_mask: Tensor | None, last_frame: str
     ) -> tuple[Tensor, Tensor | None]:
-        """The result of a pass over audio, [B, C, T], and which frames belong to their rows, [B, T] (None: all)."""
+        """The result of a pass over audio, [B, C, T], and which frames count, [B, T] or [B, 1] (None: all)."""
         checks.has_part(self.encoder, "encoder", "encode")
         checks.last_frame(last_frame)
-        audio = checks.audio(audio, self.config).to(self.device, self.dtype)
+        audio = checks.audio(audio, self.config).to(self.dtype)
         if state is not None:
             self._check_state(state, audio.shape[0], padding_mask)
-            audio = checks.finite(torch.where(state.exec_mask[:, None, None], audio, 0))
-            return self._encode_streams(run, *state.push(audio), state)
+            audio, bad = checks.finite(torch.where(state.mask_on(audio.device)[:, None, None], audio, 0))
+            state.note_invalid(bad)
+            return self._encode_streams(run, *state.push(audio.to(self.device)), state)
         fill = last_frame == "waveform"
         if padding_mask is None:
-            return run.whole(checks.finite(audio), fill=fill), None
+            audio, bad = checks.finite(audio)
+            result = run.whole(audio.to(self.device), fill=fill)
+            return result, None if bad is None else ~bad[:, None]
+        audio = audio.to(self.device)
         rows = self._ragged(padding_mask, audio)
         frames = rows.frames(self.frame_size)
         # with zero-filled frames, what follows a row's end equals the padding of the row alone
         lengths = None if fill else rows.lengths
-        return run.ragged(checks.finite(rows.align(audio)), rows, frames, lengths, fill), frames.mask
+        audio, bad = checks.finite(rows.align(audio))
+        valid = frames.mask if bad is None else frames.mask & ~bad[:, None]
+        return run.ragged(audio, rows, frames, lengths, fill), valid
 
     @torch.no_grad()
     def _encode_streams(
@@ -325,23 +334,32 @@ class Codec(Packable):
         K may be any number of codebooks from the semantic ones up. With `padding_mask` [B, T] (see `frame_mask`) each
         row's audio is identical to decoding the unpadded row, and 0 where padded. With `state`, T may be anything; rows
         whose `exec_mask` is False do not advance and return 0, whatever their codes.
-        Raises InputError for a wrong shape, dtype or mask, and for codes outside [0, codebook_size).
+        Raises InputError for a wrong shape, dtype or mask, and for codes outside [0, codebook_size). Codes that are on
+        a GPU are not waited for: there, the nearest code stands in, offline the audio of their row is NaN, and of a
+        stream `state.check()` tells.
         """
         codes, ignored = checks.codes(codes, self.config), None
         if state is not None:
             self._check_state(state, codes.shape[0], padding_mask)
-            ignored = ~state.exec_mask[:, None].expand(-1, codes.shape[-1])
+            ignored = ~state.mask_on(codes.device)[:, None].expand(-1, codes.shape[-1])
         elif padding_mask is not None:
             ignored = ~masks.as_tensor(padding_mask, "padding_mask").to(codes.device, torch.bool)
-        codes = checks.code_range(codes, self.config, ignored).to(self.device)
-        return self._decode(self._codes_to_audio(), codes, state, padding_mask)
+        codes, bad = checks.code_range(codes, self.config, ignored)
+        audio = self._decode(self._codes_to_audio(), codes.to(self.device), state, padding_mask)
+        if state is not None:
+            state.note_invalid(bad)
+        elif bad is not None:
+            audio = torch.where(bad[:, None, None], torch.nan, audio)
+        return audio
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Codes [B, K, T] -> latents [B, hidden_size, T]."""
-        codes = checks.code_range(checks.codes(codes, self.config), self.config).to(self.device)
+        codes, bad = checks.code_range(checks.codes(codes, self.config), self.config)
+        codes = codes.to(self.device)
         if codes.shape[-1] == 0:
             return codes.new_empty(codes.shape[0], self.config.hidden_size, 0, dtype=self.dtype)
-        return self.codes_to_latents(codes, self.forward_context(len(codes)))
+        latents = self.codes_to_latents(codes, self.forward_context(len(codes)))
+        return latents if bad is None else torch.where(bad[:, None, None], torch.nan, latents)
 
     def decode_latent(self, latents: Tensor, *, state: StreamState | None = None) -> Tensor:
         """Latents [B, hidden_size, T] -> audio [B, channels, T * frame_size]; differentiable offline."""

@@ -59,7 +59,7 @@ class Pass:
     def in_tiles(self, x: Tensor, state: DirectionState, lengths: Tensor | None = None, fill: bool = True) -> Tensor:
         """The result for x [B, C, N] that continues the streams of `state`, which advances. Memory is bounded."""
         codec, frames = self.codec, self._frames(x)
-        tile = codec.tiling.frames_per_tile(len(x), x.device.type)
+        tile = codec.tiling.frames_per_tile(frames, len(x), x.device, codec.dtype)
         result = None
         if frames == 0 or frames > tile:
             # allocated before the activations of the tiles, so that results do not fragment the memory between them
@@ -121,7 +121,7 @@ class Pass:
     def _needs_tiles(self, x: Tensor, frames: int) -> bool:
         """Whether x is long enough for tiles, and tiles are possible."""
         codec = self.codec
-        if frames <= codec.tiling.most_frames_at_once(len(x), x.device.type) or not codec.config.streamable:
+        if codec.tiling.runs_at_once(frames, len(x), x.device, codec.dtype) or not codec.config.streamable:
             return False
         # state is written in place, which autograd cannot differentiate through
         trains = x.requires_grad or any(p.requires_grad for p in codec.parameters())

@@ -41,13 +41,7 @@ class Surroundings:
     def padding(self, x: Tensor, context: ForwardContext, name: str) -> Padding:
         """The op's arguments for what stands before and after x [B, C, T]: padding, or the history kept as `name`."""
         pad = (self.left, self.right + -x.shape[-1] % self.multiple)
-        if context.state is None:
-            return {"pad": pad, "pad_mode": self.mode}
-        first = context.state.first & False if context.continues else context.state.first
-        history = context.state.buffers[name]
-        return {
-            "pad": pad, "pad_mode": self.mode, "history": history, "first": first, "active": context.state.active
-        }  # fmt: skip
+        return {"pad": pad, "pad_mode": self.mode, **history_of(context, name)}
 
     def convolve(self, conv: nn.Conv1d, x: Tensor, context: ForwardContext, name: str) -> Tensor:
         """[B, C_in, T] -> [B, C_out, ceil(T / stride)], with the state kept as `name`."""
@@ -60,6 +54,14 @@ class Surroundings:
         )  # fmt: skip
 
 
+def history_of(context: ForwardContext, name: str) -> History:
+    """The op's arguments for the history kept as `name`; none offline."""
+    if context.state is None:
+        return {}
+    assert context.first is not None, "a context with a state says which rows are at its start"
+    return {"history": context.state.buffers[name], "first": context.first, "active": context.state.active}
+
+
 def upsample(
     conv: nn.ConvTranspose1d, trim: tuple[int, int], x: Tensor, context: ForwardContext, name: str, pre: str = "none"
 ) -> Tensor:
@@ -67,12 +69,9 @@ def upsample(
 
     trim: of the full result; a negative number on the right appends outputs that no input reaches.
     """
-    state: History = {}
-    if context.state is not None:
-        state = {"history": context.state.buffers[name], "first": context.state.first, "active": context.state.active}
     return context.ops.causal_conv_transpose1d(
         x, weight_of(conv), conv.bias, stride=conv.stride[0], groups=conv.groups, trim=trim, pre=pre,
-        scales=scales_of(conv), **state,
+        scales=scales_of(conv), **history_of(context, name),
     )  # fmt: skip
 
 
@@ -224,7 +223,8 @@ def _run(layers: list[nn.Module], x: Tensor, context: ForwardContext, steps: int
     for start in range(0, x.shape[-1], size):
         part = x[..., start : start + size]
         inside = None if context.lengths is None else (context.lengths - start).clamp(0, part.shape[-1])
-        y = _run(layers, part, context._replace(lengths=inside, continues=start > 0)).transpose(1, 2)  # [B, T', C']
+        first = context.first if start == 0 or context.first is None else context.first & False
+        y = _run(layers, part, context._replace(lengths=inside, first=first)).transpose(1, 2)  # [B, T', C']
         if result is None:  # results kept until the last one would fragment the memory between the activations
             result = y.new_empty(len(x), -(-x.shape[-1] * y.shape[1] // size), y.shape[2])
         result[:, done : done + y.shape[1]] = y

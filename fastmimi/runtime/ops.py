@@ -39,14 +39,14 @@ class ForwardContext(NamedTuple):
 
     ops: the bound implementations. state: the streaming state of this direction, None offline. lengths: [B] int64,
     samples of audio that belong to each row, None where all do. subtile: transformer positions that pass the layers
-    near the audio at once, None: all. continues: the state says that streams begin, and an earlier subtile has begun.
+    near the audio at once, None: all. first: [B] bool, with a state: rows for which this is the start of a stream.
     """
 
     ops: Ops
     state: DirectionState | None = None
     lengths: Tensor | None = None
     subtile: int | None = None
-    continues: bool = False
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True)

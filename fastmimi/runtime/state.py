@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import InputError, named
 from . import masks
 
+CPU = torch.device("cpu")
 LISTED = 20  # mismatches that an error lists before it only counts them
 MOST_POSITIONS = 1 << 53  # of a stream: more than a million years
 
@@ -80,11 +81,10 @@ class DirectionState:
         """Add `positions` to the offset of the active rows, once all layers have run."""
         self.offset += self.active * positions
 
-    def reset(self, mask: Tensor) -> None:
-        """Reset the rows of `mask` [B] bool to the start of a stream."""
-        for buffer in self.buffers.values():
-            buffer[mask] = 0
-        self.offset[mask] = 0
+    def reset(self, rows: Tensor) -> None:
+        """Reset these rows, int64, to the start of a stream."""
+        for buffer in (*self.buffers.values(), self.offset):
+            buffer.index_fill_(0, rows, 0)
 
 
 class StreamState:
@@ -92,6 +92,7 @@ class StreamState:
 
     exec_mask: [B] bool, set by the caller: encode, decode and flush do not advance rows that are False, and return -1
         (codes) or 0 (audio) for them. Assignment copies the values, so that the address stays the same.
+    invalid: [B] bool, rows on a GPU that were given samples or codes that are none (`check`).
     pending: [B, C, frame_size] samples waiting for their frame to fill; pending_length: [B] int64, on the CPU.
     config: of the model that the state belongs to, if known.
     """
@@ -103,6 +104,9 @@ class StreamState:
         self.pending = pending
         self.pending_length = torch.zeros(pending.shape[0], dtype=torch.int64)
         self._exec_mask = torch.ones(pending.shape[0], dtype=torch.bool, device=pending.device)
+        self.invalid = torch.zeros_like(self._exec_mask)
+        self._mask_at_hand = torch.ones(pending.shape[0], dtype=torch.bool)
+        self._mask_version = self._exec_mask._version
 
     @property
     def exec_mask(self) -> Tensor:
@@ -112,6 +116,14 @@ class StreamState:
     def exec_mask(self, mask: Tensor) -> None:
         self._exec_mask.copy_(masks.of_streams(mask, "exec_mask", self.batch_size))
 
+    def mask_on(self, device: torch.device) -> Tensor:
+        """`exec_mask` on its own device or on the CPU, where it is copied from a GPU only after it has been changed."""
+        if self._exec_mask.device == device:
+            return self._exec_mask
+        if self._exec_mask._version != self._mask_version:
+            self._mask_at_hand, self._mask_version = self._exec_mask.cpu(), self._exec_mask._version
+        return self._mask_at_hand
+
     @property
     def batch_size(self) -> int:
         return self.pending.shape[0]
@@ -120,13 +132,26 @@ class StreamState:
         """Restart the streams of `mask` [B] bool (all of them by default); their `exec_mask` becomes True."""
         if mask is None:
             mask = torch.ones(self.batch_size, dtype=torch.bool)
-        mask = masks.of_streams(mask, "mask", self.batch_size)
-        here = mask.to(self.exec_mask.device)
-        self.encode.reset(here)
-        self.decode.reset(here)
-        self.pending[here] = 0
-        self.exec_mask[here] = True
-        self.pending_length[mask.cpu()] = 0
+        mask = masks.of_streams(mask, "mask", self.batch_size).cpu()
+        self.pending_length[mask] = 0
+        rows = mask.nonzero()[:, 0].to(self.exec_mask.device)
+        self.encode.reset(rows)
+        self.decode.reset(rows)
+        for tensor, value in ((self.pending, 0), (self.exec_mask, True), (self.invalid, False)):
+            tensor.index_fill_(0, rows, value)
+
+    def note_invalid(self, rows: Tensor | None) -> None:
+        """Mark the rows [B] that were given samples or codes that are none; None: no row."""
+        if rows is not None:
+            self.invalid.logical_or_(rows.to(self.invalid.device))
+
+    def check(self) -> None:
+        """Raise InputError if streams on a GPU were given NaN, infinite samples or unknown codes since their reset.
+
+        Waits for the GPU. On a CPU nothing is left to be found: `encode` and `decode` raise at once.
+        """
+        if bad := self.invalid.nonzero()[:, 0].tolist():
+            raise InputError(f"streams {bad} were given samples that are NaN or infinite, or codes out of range")
 
     def summary(self) -> str:
         """A text for people: sizes, where each stream stands, and the buffers that hold NaN or infinity."""
@@ -156,7 +181,7 @@ class StreamState:
         in_step = bool((self.pending_length == held).all())
         if in_step and held == 0 and audio.shape[-1] % size == 0:
             return audio, None
-        active = self.exec_mask.cpu()
+        active = self.mask_on(CPU)
         if not (in_step and active.all()):
             return self._push_drifted(audio, active)
         buffer = torch.cat([self.pending[..., :held], audio], dim=-1)
@@ -182,7 +207,7 @@ class StreamState:
 
     def pop_partial(self) -> tuple[Tensor, Tensor]:
         """The samples held back, completed with zeros: [B, C, frame_size] and frames per row (0 or 1) on the CPU."""
-        active = self.exec_mask.cpu()
+        active = self.mask_on(CPU)
         frames = (active & (self.pending_length > 0)).long()
         inside = torch.arange(self.pending.shape[-1]) < self.pending_length[:, None]
         audio = torch.where(inside[:, None].to(self.pending.device), self.pending, 0)
@@ -194,6 +219,7 @@ class StreamState:
         copy = StreamState(self.encode.clone(), self.decode.clone(), self.pending.clone(), self.config)
         copy.pending_length.copy_(self.pending_length)
         copy.exec_mask.copy_(self.exec_mask)
+        copy.invalid.copy_(self.invalid)
         return copy
 
     def state_dict(self) -> dict[str, Tensor]:
