@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..runtime import dispatch, masks
 from ..runtime.cpu_graphs import MOST_FRAMES, CpuGraphs
+from ..runtime.cuda_graphs import CudaGraphs, GraphReport
 from ..runtime.ops import ForwardContext, Ops
 from ..runtime.packing import Packable
 from ..runtime.ragged import Ragged
@@ -48,7 +49,7 @@ class Codec(Packable):
         self.tiling = Tiling(config.frame_size, config.latent_stride, config.num_filters)
         self.impl = impl
         self.num_codebooks = config.num_quantizers if num_codebooks is None else num_codebooks
-        self.graphs = {direction: CpuGraphs(direction) for direction in ("encode", "decode")}
+        self._new_graphs("cpu")
 
     def parts(self, direction: str) -> list[nn.Module | None]:
         """The modules of a direction, "encode" or "decode", whose layers carry state."""
@@ -147,7 +148,13 @@ class Codec(Packable):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packable:
         for graphs in self.graphs.values():  # they reference the weights that are about to be replaced
             graphs.forget()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self._new_graphs(self.device.type)
+        return self
+
+    def _new_graphs(self, device: str) -> None:
+        kind = CudaGraphs if device == "cuda" else CpuGraphs
+        self.graphs: dict[str, CpuGraphs | CudaGraphs] = {name: kind(name) for name in ("encode", "decode")}
 
     def _a_parameter(self) -> Tensor:
         half: Any = self.encoder if self.encoder is not None else self.decoder
@@ -188,7 +195,8 @@ class Codec(Packable):
     ) -> None:  # fmt: skip
         """Pack weights and build kernels for streams of this state's batch size now, so that no frame waits for it.
 
-        On a CPU, chunks of `frames` frames (1 to 4) are also recorded (runtime/cpu_graphs.py), which makes every frame
+        Chunks of `frames` frames (1 to 4) are also recorded, on a CPU as native calls (runtime/cpu_graphs.py), on a GPU
+        as CUDA graphs of this state alone (runtime/cuda_graphs.py, `graph_report`), which makes every frame
         faster; without this call nothing is recorded. A recording is for one batch size, number of frames, number of
         codebooks (or `latents`, for `encode_to_latent` and `decode_latent`) and `torch.set_num_threads`, and is dropped
         when weights change. `threads` is how many threads will step such streams at the same time. The state stays as
@@ -216,6 +224,10 @@ class Codec(Packable):
             encoding.warm_up(audio, state.encode, threads)
         if self.decoder is not None:
             decoding.warm_up(coded, state.decode, threads)
+
+    def graph_report(self) -> list[GraphReport]:
+        """The CUDA graphs that `warm_up` has captured, in order, with the memory that each holds."""
+        return [row for graphs in self.graphs.values() if isinstance(graphs, CudaGraphs) for row in graphs.report]
 
     # Audio to codes
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..runtime.arrivals import owned
 from ..runtime.ops import ForwardContext
 from ..runtime.ragged import Ragged
 from ..runtime.state import DirectionState
@@ -71,7 +72,7 @@ class Pass:
             graphs = codec.graphs[self.direction]
             found = None if inside is not None else graphs.run(codec.ops, part, state, self.key)
             if found is None:
-                found = self.step(part, codec.forward_context(len(part), state, inside))
+                found = self._with_state(part, state, inside)
             if result is None:  # one tile is all
                 return _joined(found)
             channel, here = 0, result[..., start * self.result_unit : (start + tile) * self.result_unit]
@@ -107,8 +108,12 @@ class Pass:
         codec = self.codec
         codec.graphs[self.direction].record(codec, codec.ops, self._with_state, examples, state, threads, self.key)
 
-    def _with_state(self, x: Tensor, state: DirectionState) -> list[Tensor]:
-        return self.step(x, self.codec.forward_context(len(x), state))
+    def _with_state(self, x: Tensor, state: DirectionState, lengths: Tensor | None = None) -> list[Tensor]:
+        context = self.codec.forward_context(len(x), state, lengths)
+        if x.is_cpu or torch.compiler.is_compiling():
+            return self.step(x, context)
+        with owned(state.arrivals):
+            return self.step(x, context)
 
     def _frames(self, x: Tensor) -> int:
         return -(-x.shape[-1] // self.unit)

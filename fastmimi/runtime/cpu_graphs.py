@@ -9,18 +9,17 @@ one program serves all streams of a batch size; threads that step at the same ti
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from itertools import chain
-from operator import is_
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import dispatch, packing
 from .ops import Ops
 from .state import DirectionState
+from .watch import Model, Watch
 
 _log = logging.getLogger(__name__)
 
@@ -28,17 +27,6 @@ MOST_FRAMES = 4  # that a recorded step may have: in longer ones Python's overhe
 
 Step = Callable[[Tensor, DirectionState], list[Tensor]]
 Key = tuple[object, ...]
-
-
-class Model(Protocol):
-    """What is recorded, a codec."""
-
-    _modules: dict[str, nn.Module | None]
-
-    @property
-    def quantizer(self) -> nn.Module: ...
-
-    def parts(self, direction: str) -> list[nn.Module | None]: ...
 
 
 class Program(Protocol):
@@ -65,7 +53,7 @@ class _Scratch(DirectionState):
 
 
 def _tensors(state: DirectionState) -> list[Tensor]:
-    return [*state.buffers.values(), state.offset, state.active, state.first]
+    return [*state.tensors(), state.first]
 
 
 class CpuGraphs:
@@ -79,14 +67,7 @@ class CpuGraphs:
         """Drop all programs and their references to weights."""
         self._count: dict[Key, int] = {}  # programs of a step, idle or running
         self._idle: dict[Key, list[tuple[Program, int]]] = {}  # programs that no thread is running, and their positions
-        self._modules: list[nn.Module] = []
-        self._hooks: list[Mapping[int, object]] = []
-        self._owners: list[dict[str, Any]] = []  # of modules, parameters and buffers
-        self._owned: list[object] = []  # what they held when it was remembered
-        self._tensors: list[Tensor] = []  # among those
-        self._states: list[tuple[int, int]] = []
-        self._modes: list[bool] = []  # of the modules: training or not
-        self._generation = -1
+        self._watch = Watch()
 
     def __reduce__(self) -> tuple[type[CpuGraphs], tuple[str]]:
         return CpuGraphs, (self.direction,)
@@ -101,10 +82,10 @@ class CpuGraphs:
         idle = self._idle.get(_key(ops, x, state, kind))
         if not idle:
             return None
-        if not self._current():
+        if not self._watch.is_current():
             self.forget()
             return None
-        if any(self._hooks):  # a program would not call them
+        if self._watch.has_hooks():
             return None
         try:
             program, positions = idle.pop()
@@ -123,14 +104,14 @@ class CpuGraphs:
 
         examples: three different inputs of the step; one is recorded, two are compared with the model's own step.
         """
-        if not self._current():
+        if not (self._watch.tensors and self._watch.is_current()):
             self.forget()
-            self._remember(model)
+            self._watch = Watch(model, self.direction)
         key = _key(ops, examples[0], state, kind)
         recorder = dispatch.recorder(ops)
         while self._count.get(key, 0) < threads:
             packing.count_preparation()
-            if recorder is None or any(t.is_inference() for t in self._tensors):  # whose edits are not counted
+            if recorder is None or any(t.is_inference() for t in self._watch.tensors):  # whose edits are not counted
                 step(examples[0], state.clone())
                 return
             recorded = _record(recorder, step, examples, state)
@@ -139,35 +120,6 @@ class CpuGraphs:
             _log.debug("recorded a step: %s, %s, input %s", self.direction, kind, tuple(examples[0].shape))
             self._idle.setdefault(key, []).append(recorded)
             self._count[key] = self._count.get(key, 0) + 1
-
-    def _remember(self, model: Model) -> None:
-        parts = [part for part in (*model.parts(self.direction), model.quantizer) if part is not None]
-        self._modules = modules = [module for part in parts for module in part.modules()]
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._owners = [model._modules]
-        for m in modules:
-            self._owners += filter(None, (m._modules, m._parameters, m._buffers))
-        self._owned = self._owned_now()
-        self._tensors = [x for x in self._owned if isinstance(x, Tensor)]
-        self._states, self._modes = self._states_now(), self._modes_now()
-        self._generation = packing.generation()
-
-    def _current(self) -> bool:
-        """Whether all modules and weights are those that were recorded, as far as PyTorch counts edits."""
-        owned = self._owned_now()
-        same = len(owned) == len(self._owned) and all(map(is_, owned, self._owned))
-        same = same and self._generation == packing.generation() and self._modes_now() == self._modes
-        return same and self._states_now() == self._states
-
-    def _owned_now(self) -> list[object]:
-        """All modules, parameters and buffers, in order; called at every step, hence without a Python loop."""
-        return [*chain.from_iterable(map(dict.values, self._owners))]
-
-    def _modes_now(self) -> list[bool]:
-        return [module.training for module in self._modules]
-
-    def _states_now(self) -> list[tuple[int, int]]:
-        return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self._tensors]
 
 
 def _key(ops: Ops, x: Tensor, state: DirectionState, kind: int | str) -> Key:

@@ -40,7 +40,7 @@ class _Entry:
     def __init__(
         self, key: _Key, tensors: tuple[Tensor, ...], result: Any, stream: torch.cuda.Stream | None, seconds: float
     ):
-        self.result, self.stream = result, stream
+        self.result, self.streams = result, [stream]
         first = tensors[0]
         self.row = PackedWeight(key[1], tuple(first.shape), first.dtype, _nbytes(result), seconds)
         self.event = None if stream is None else stream.record_event()
@@ -57,11 +57,32 @@ class _Entry:
             for t, ref, storage, state in zip(tensors, self.tensors, self.storages, self.states, strict=True)
         )  # fmt: skip
 
+    def use_on(self, stream: torch.cuda.Stream) -> None:
+        """Let a stream other than the one that packed it use the result, which then outlives that use."""
+        assert self.event is not None
+        stream.wait_event(self.event)
+        for tensor in _tensors(self.result):
+            tensor.record_stream(stream)
+        self.streams.append(stream)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+# What captured graphs use, for as long as the process lives: they hold addresses, not references
+_captured: dict[int, object] = {}
+
+
+def _tensors(result: object) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result for tensor in _tensors(part)] if isinstance(result, tuple | list) else []
+
 
 def _nbytes(result: object) -> int:
-    if isinstance(result, Tensor):
-        return result.nbytes
-    return sum(map(_nbytes, result)) if isinstance(result, tuple | list) else 0
+    return sum(tensor.nbytes for tensor in _tensors(result))
 
 
 def _forget(entries: dict[_Key, _Entry], key: _Key, _: object) -> None:
@@ -114,19 +135,22 @@ def packed(tensors: Tensor | tuple[Tensor | None, ...], layout: str, pack: Calla
     tensors: the first one must be there, others may be None.
     layout: its name; a tensor may be packed in several. The cache entry lives as long as the first tensor. Edits
     through `.data` increment no version counter and go unnoticed. Tensors made in inference mode have no version
-    counter: they are packed at every call, with one warning. In a CUDA graph, packing is captured and runs at each
-    replay.
+    counter: they are packed at every call, with one warning. A CUDA graph that is being captured uses what is packed;
+    what is not packed yet is packed at each replay.
     """
     arguments = (tensors,) if isinstance(tensors, Tensor) else tensors
     present = tuple(t for t in arguments if t is not None)
-    on_gpu = present[0].is_cuda
-    uncounted = any(t.is_inference() for t in present)
-    if uncounted or (on_gpu and torch.cuda.is_current_stream_capturing()):
+    key = id(present[0]), layout, tuple(t is not None for t in arguments)
+    on_gpu, uncounted = present[0].is_cuda, any(t.is_inference() for t in present)
+    capturing = on_gpu and _is_capturing(present[0].device)
+    if capturing and (found := _entries.get(key)) is not None and found.is_of(present):
+        _captured[id(found.result)] = found.result
+        return found.result
+    if uncounted or capturing:
         if uncounted:
             _warn_of_inference_tensors()
         count_preparation()
         return pack(*map(_detached, arguments))
-    key = id(present[0]), layout, tuple(t is not None for t in arguments)
     stream = torch.cuda.current_stream(present[0].device) if on_gpu else None
     found = _entries.get(key)
     if found is None or not found.is_of(present):
@@ -137,8 +161,8 @@ def packed(tensors: Tensor | tuple[Tensor | None, ...], layout: str, pack: Calla
             result = pack(*map(_detached, arguments))
         found = _entries[key] = _Entry(key, present, result, stream, time.perf_counter() - start)
         _log.debug("packed %s", found.row)
-    if stream is not None and found.event is not None and stream != found.stream:
-        stream.wait_event(found.event)
+    if stream is not None and stream not in found.streams:
+        found.use_on(stream)
     return found.result
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, named
-from . import masks
+from . import arrivals, masks
 
 CPU = torch.device("cpu")
 LISTED = 20  # mismatches that an error lists before it only counts them
@@ -39,17 +39,20 @@ class StreamingModule:
                 module.name = name
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself: graphs are kept by state
 class DirectionState:
     """The state of one direction of a batch of streams.
 
     `buffers` maps a layer's name to a tensor whose first dimension is the batch; `offset` [B] int64 counts transformer
-    positions seen; `active` [B] bool says which rows the current step advances.
+    positions seen; `active` [B] bool says which rows the current step advances. `arrivals` are counters for kernels.
     """
 
     buffers: dict[str, Tensor]
     offset: Tensor
     active: Tensor
+
+    def __post_init__(self) -> None:
+        self.arrivals = arrivals.new(len(self.offset), self.offset.device)
 
     @classmethod
     def of(
@@ -71,6 +74,15 @@ class DirectionState:
         """An independent copy."""
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         return DirectionState(buffers, self.offset.clone(), self.active.clone())
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the state, in order."""
+        return [*self.buffers.values(), self.offset, self.active]
+
+    def copy_(self, other: DirectionState) -> None:
+        """Take over the values of another state of the same shapes."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
 
     @property
     def first(self) -> Tensor:

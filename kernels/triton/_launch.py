@@ -1,4 +1,4 @@
-"""What all launchers of this backend share: the check of the target, the launch itself, and arrival counters.
+"""What all launchers of this backend share: the check of the target, and the launch itself.
 
 Every kernel is launched through `launch`, on the device of its tensors. If Triton cannot build it for that GPU, the
 error names the op and says how to go on without its kernel. `make kernels-report` replaces `launch` to record all
@@ -73,20 +73,3 @@ def for_amd(options: dict[str, Any]) -> dict[str, Any]:
     """Launch options for AMD GPUs, which have no TF32 and only 64 KiB of shared memory per block."""
     changes = {"PRECISION": "ieee", "num_stages": min(2, options.get("num_stages", 2))}
     return {**options, **{name: value for name, value in changes.items() if name in options}}
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def arrivals(x: Tensor, count: int) -> Tensor:
-    """Arrival counters: at least `count` int32 zeros, which every kernel that uses them resets to zero.
-
-    They are reused by all launches on the same CUDA stream, which run one after another. A CUDA graph under capture
-    gets its own.
-    """
-    if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=x.device)
-    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
-    if key not in _counters or len(_counters[key]) < count:
-        _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
-    return _counters[key]

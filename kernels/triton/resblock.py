@@ -39,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime import layout
+from ...runtime.arrivals import arrivals
 from .._common import check_resblock
 from . import _launch
 from ._conv import (
@@ -159,7 +160,7 @@ def resblock(
     _launch.launch(
         "resblock", resblock_fwd_kernel, (groups * tiles,),
         x, by_taps(weight1), bias1, weight2.contiguous(), bias2, skip, h, f, a,
-        _launch.arrivals(x, groups) if stream else x, y,
+        arrivals(x, groups) if stream else x, y,
         batch, length, channels, hidden, dilation, halo, mirrored_length(length, pad, pad_mode), seg, per_tile,
         x.stride(0), x.stride(2), skip.stride(0), skip.stride(2), y.stride(0), y.stride(2), h.stride(0),
         POST=post, MODE=pad_mode, STREAM=stream, SHARED=per_tile > 1, ONCE=skip is x and tile["BLOCK_C"] >= channels,
