@@ -55,7 +55,10 @@ TARGETS = {
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # largest shared memory of a block
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 SMALL_TILES = "HMMA"  # for tiles of 16 or 32 rows, which are too short for the instructions of a warp group
-WITHOUT_PRODUCTS = ("rvq_decode_fwd_kernel", "causal_conv_transpose1d_depthwise_kernel")
+WITHOUT_PRODUCTS = (
+    "rvq_decode_fwd_kernel", "causal_conv_transpose1d_depthwise_kernel", "window_attention_rotate_kernel",
+    "window_attention_ring_kernel",
+)  # fmt: skip
 OUT = Path(__file__).parent / "results" / "kernels.md"
 
 

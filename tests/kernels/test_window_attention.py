@@ -124,7 +124,7 @@ def test_the_models_shapes(op, heads, kv_heads, dim, length, dtype, interleaved)
     assert_as_exact(op, reference, (q, k, v, frequencies(dim)), **options)
 
 
-@pytest.mark.parametrize("position", [0, 5_000, 100_000, 20_000_001])
+@pytest.mark.parametrize("position", [0, 5_000, 100_000, 20_000_001, 2_000_000_011])
 def test_rotation_at_large_positions(op, position):
     q = noise(1, 1, 1, 64, scale=1.0)
     rings = []
@@ -141,6 +141,20 @@ def test_ring_entries_from_before_a_reset_are_ignored(op):
     state |= {"offset": torch.zeros(2, dtype=torch.int64), "active": torch.tensor([True, True])}
     mine = op(q, k, v, frequencies(), window=5, **state)
     assert relative_error(mine, op(q, k, v, frequencies(), window=5)) < 1e-6
+
+
+def test_a_key_that_is_nan_shows_as_long_as_it_is_in_the_window(op):
+    """At position 7 it is still in the ring, masked: onednn multiplies it by 0."""
+    q, k, v = case(16, batch=1)
+    k[:, :, 2] = float("nan")
+    rings = {"cache_k": torch.zeros(1, 2, 5, 8), "cache_v": torch.zeros(1, 2, 5, 8), "active": torch.tensor([True])}
+    parts, at = [], 0
+    for size in [1] * 8 + [8]:
+        new = (t[:, :, at : at + size] for t in (q, k, v))
+        parts.append(op(*new, frequencies(), window=5, offset=torch.tensor([at]), **rings))
+        at += size
+    seen = torch.cat(parts, dim=2).isnan().any(-1).any(1)[0].tolist()
+    assert seen[:7] == [False] * 2 + [True] * 5 and not any(seen[8:])
 
 
 def test_fp32_rings_under_bf16_autocast(op):
