@@ -130,7 +130,7 @@ def launch_group(
     parts, splits = groups_of_rows * tiles * triton.cdiv(out, tile["BLOCK_O"]), tile["SPLITS"]
     r, sums = y if residual is None else residual, x
     h, f, a = (history, first, active) if stream else (x, x, x)
-    counters = arrivals(x, groups_of_rows + parts) if stream or splits > 1 else x
+    counters = arrivals(x, groups_of_rows + parts * (splits > 1)) if stream or splits > 1 else x
     if splits > 1:
         sums = x.new_empty(parts, splits, tile["BLOCK_T"], tile["BLOCK_O"], dtype=torch.float32)
     h_t = h.stride(1) if stream else 0

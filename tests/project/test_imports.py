@@ -27,7 +27,14 @@ BACKEND_MAY_USE = {
     "kernels.onednn": {"torch"},
 }
 # Modules that kernels may import as well; these import only each other.
-FOR_KERNELS = {"runtime.layout", "runtime.lengths", "runtime.packing", "runtime.quantized", "kernels._common"}
+FOR_KERNELS = {
+    "runtime.arrivals",
+    "runtime.layout",
+    "runtime.lengths",
+    "runtime.packing",
+    "runtime.quantized",
+    "kernels._common",
+}
 # Each floor imports itself and those before it.
 FLOORS = ("errors", "runtime", "models", "io", "checkpoints", "devtools", "compat", "train", "cli", "__main__")
 DISPATCH, ROOT = "runtime.dispatch", ""  # ROOT: fastmimi/__init__
