@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.weights import flat_name
 from ..errors import InputError
+from ..models.seanet import CausalConv1d, ResBlock
 from ..models.transformer import Transformer
 
 Recording = dict[str, Tensor]
@@ -74,7 +75,9 @@ def record(model: nn.Module, call: Callable[[], Tensor | Iterable[Tensor]]) -> R
 
         return hook
 
-    names = {flat_name(name): module for name, module in model.named_modules()}  # the inner one of two
+    names = {
+        _result_name(flat_name(name), module): module for name, module in model.named_modules()
+    }  # the inner of two
     handles = [module.register_forward_hook(keep(name)) for name, module in names.items() if name]
     try:
         found[RESULT] = list(_tensors_of(call()))
@@ -107,6 +110,14 @@ def _row(name: str, a: Tensor, b: Tensor, tolerance: float) -> Row:
     error = torch.where(a.isnan() & b.isnan(), 0.0, (a - b).abs()).nan_to_num(torch.inf, torch.inf) / (peak or 1.0)
     over = (error > tolerance).flatten(0, -2).any(0).nonzero()
     return Row(name, tuple(a.shape), float(error.max()) if error.numel() else 0.0, int(over[0]) if len(over) else None)
+
+
+def _result_name(name: str, module: nn.Module) -> str:
+    """The name of the layer whose result a module returns: with an activation fused into it, the one after it."""
+    if isinstance(module, CausalConv1d | ResBlock) and module.post != "none":
+        layers, _, number = name.rpartition(".")
+        return f"{layers}.{int(number) + 1}"
+    return name
 
 
 def _tensors_of(output: object) -> Iterator[Tensor]:

@@ -205,25 +205,14 @@ class Codec(Packable):
         self._check_state(checks.is_state(state), state.batch_size, None)
         if frames not in range(1, MOST_FRAMES + 1) or threads < 1:
             raise InputError(f"frames must be from 1 to {MOST_FRAMES} and threads positive, got {frames} and {threads}")
-        count = self._count(num_codebooks)
-        draw = torch.Generator(self.device).manual_seed(0)
-
-        def noise(*shape: int) -> list[Tensor]:
-            return [state.pending.new_empty(shape).normal_(std=0.1, generator=draw) for _ in range(3)]
-
-        batch, channels, size = state.pending.shape
-        audio = noise(batch, channels, frames * size)
-        if latents:
-            coded = noise(batch, self.config.hidden_size, frames)
-            encoding, decoding = self._audio_to_latents(), self._latents_to_audio()
-        else:
-            entries, shape = self.config.codebook_size, (batch, count, frames)
-            coded = [torch.randint(entries, shape, generator=draw, device=self.device) for _ in range(3)]
-            encoding, decoding = self._audio_to_codes(count), self._codes_to_audio()
+        encoding, decoding, channels = self._audio_to_latents(), self._latents_to_audio(), self.config.hidden_size
+        if not latents:
+            channels = self._count(num_codebooks)
+            encoding, decoding = self._audio_to_codes(channels), self._codes_to_audio()
         if self.encoder is not None:
-            encoding.warm_up(audio, state.encode, threads)
+            encoding.warm_up(self.config.audio_channels, frames, state.encode, threads)
         if self.decoder is not None:
-            decoding.warm_up(coded, state.decode, threads)
+            decoding.warm_up(channels, frames, state.decode, threads)
 
     def graph_report(self) -> list[GraphReport]:
         """The CUDA graphs that `warm_up` has captured, in order, with the memory that each holds."""

@@ -103,9 +103,16 @@ class Pass:
                 results.append(self.in_tiles(x[..., start * self.unit : stop * self.unit], state))
         return _joined(results, dim=-1) if results else self.in_tiles(x[..., :0], state)
 
-    def warm_up(self, examples: list[Tensor], state: DirectionState, threads: int) -> None:
-        """Pack weights, and on a CPU record the pass for chunks of the shape of the examples."""
-        codec = self.codec
+    def warm_up(self, channels: int, frames: int, state: DirectionState, threads: int) -> None:
+        """Pack weights, and record the pass for chunks [B, channels, frames * unit] of the streams of `state`."""
+        codec, device, shape = self.codec, state.offset.device, (len(state.offset), channels, frames * self.unit)
+        draw = torch.Generator(device).manual_seed(0)
+        if self.key == "codes":
+            entries = codec.config.codebook_size
+            examples = [torch.randint(entries, shape, generator=draw, device=device) for _ in range(3)]
+        else:
+            empty = torch.empty(shape, dtype=codec.dtype, device=device)
+            examples = [empty.clone().normal_(std=0.1, generator=draw) for _ in range(3)]
         codec.graphs[self.direction].record(codec, codec.ops, self._with_state, examples, state, threads, self.key)
 
     def _with_state(self, x: Tensor, state: DirectionState, lengths: Tensor | None = None) -> list[Tensor]:

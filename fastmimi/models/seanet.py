@@ -103,6 +103,11 @@ class CausalConv1d(StreamingModule, nn.Module):
         mode = pad_mode or config.pad_mode
         self.around = Surroundings(total - right, right, stride, mode, samples=samples)
 
+    @property
+    def post(self) -> str:
+        """The activation that is fused into it."""
+        return self.around.post
+
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         return {self.name: (batch, self.around.left, self.conv.in_channels)}
 
