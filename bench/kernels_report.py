@@ -145,6 +145,8 @@ def _run_other_shapes(dtype: torch.dtype) -> None:
     for dim in (16, 128):
         q = torch.zeros(1, 250, 4, dim, dtype=dtype).transpose(1, 2)
         window_attention.window_attention(q, q, q, torch.zeros(dim // 2), window=250)
+    for dim in (256, 1028):
+        rvq_encode.rvq_encode(torch.zeros(1000, dim, dtype=dtype), torch.zeros(2, 2048, dim))
 
 
 def compile_for(name: str, launch: Launch) -> Usage:
@@ -178,11 +180,16 @@ def faults(name: str, launch: Launch, usage: Usage) -> Iterator[str]:
         yield f"{where} spills {usage.spilled} bytes per thread"
     if usage.shared > SHARED_KIB[name] * 1024:
         yield f"{where} needs {usage.shared} bytes of shared memory, more than {SHARED_KIB[name]} KiB"
-    if launch.kernel.__name__ not in WITHOUT_PRODUCTS and usage.tensor_cores not in (TENSOR_CORES[name], SMALL_TILES):
+    if multiplies(launch) and usage.tensor_cores not in (TENSOR_CORES[name], SMALL_TILES):
         yield f"{where} uses {usage.tensor_cores or 'no tensor-core instruction'}, not {TENSOR_CORES[name]}"
     rows = launch.options.get("BLOCK_T", launch.options.get("BLOCK_Q", launch.options.get("BLOCK_N", 0)))
-    if rows >= 64 and launch.kernel.__name__ not in WITHOUT_PRODUCTS and usage.tensor_cores != TENSOR_CORES[name]:
+    if rows >= 64 and multiplies(launch) and usage.tensor_cores != TENSOR_CORES[name]:
         yield f"{where} uses {usage.tensor_cores}, not {TENSOR_CORES[name]}, with {rows} rows per tile"
+
+
+def multiplies(launch: Launch) -> bool:
+    """Whether a kernel has matrix products; a tile of a single row has none."""
+    return launch.kernel.__name__ not in WITHOUT_PRODUCTS and launch.options.get("BLOCK_N") != 1
 
 
 def describe(launch: Launch) -> str:

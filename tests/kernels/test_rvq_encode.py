@@ -1,5 +1,9 @@
 """rvq_encode, each implementation, against an exhaustive fp64 search."""
 
+import itertools
+import multiprocessing
+import sys
+
 import pytest
 import torch
 
@@ -118,3 +122,148 @@ def test_edited_codebooks_are_used(op):
     op(x, books)
     books[:, :8] *= 3
     assert torch.equal(op(x, books), reference(x, books))
+
+
+# Triton's kernel, whose programs share the search of a tile of rows
+
+
+@pytest.fixture
+def triton_op(monkeypatch):
+    """Triton's kernel, searching with the given number of programs."""
+    from fastmimi.kernels.triton import rvq_encode as kernel
+
+    def search(x, codebooks, programs):
+        monkeypatch.setattr(kernel, "_programs", lambda x: programs)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return implementation("rvq_encode", "triton")(x.to(device), codebooks.to(device)).cpu()
+
+    return search
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "rows, levels, size, dim", [(1, 3, 100, 16), (3, 2, 17, 7), (17, 3, 200, 16), (300, 2, 300, 8)]
+)
+def test_any_number_of_splits(triton_op, rows, levels, size, dim):
+    x, codebooks = noise(rows, dim, seed=1), noise(levels, size, dim, seed=2)
+    for programs in (1, 7, 64):
+        assert torch.equal(triton_op(x, codebooks, programs), exhaustive(x, codebooks)), programs
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("rows", [1, 17, 100])
+def test_first_index_wins_across_splits(triton_op, rows):
+    """The same entry on both sides of every border of tiles of 16, of 64, and at the end of the last split."""
+    book = noise(1, 200, 8)
+    book[0, [199, 192, 191, 128, 127, 64, 63, 48, 47, 33]] = book[0, 32].clone()
+    x = book[0, 32].repeat(rows, 1)
+    assert triton_op(x, book, 64).tolist() == [[32] * rows]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize("size", [1, 65])
+def test_splits_with_a_single_entry(triton_op, rows, size):
+    x, book = noise(rows, 8, seed=1), noise(2, size, 8, seed=2)
+    book[1, -1] = x[0] - book[0, exhaustive(x, book[:1])[0, 0]]
+    codes = triton_op(x, book, 64)
+    assert torch.equal(codes, exhaustive(x, book))
+    assert codes[1, 0] == size - 1
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [1, 17])
+def test_rows_that_are_not_finite_get_the_first_entry(triton_op, rows, bad):
+    x, books = noise(rows, 8, seed=1), noise(2, 130, 8, seed=2)
+    x[0] = bad
+    codes = triton_op(x, books, 64)
+    assert codes[:, 0].tolist() == [0, 0]
+    assert torch.equal(codes[:, 1:], exhaustive(x[1:], books))
+
+
+@pytest.mark.kernels
+def test_a_row_of_nan_in_the_most_splits(triton_op):
+    x = torch.full((1, 8), float("nan"))
+    assert triton_op(x, noise(1, 2048, 8), 128).tolist() == [[0]]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("rows", [1, 17, 300])
+def test_both_of_the_best_two_may_be_in_one_column(triton_op, rows):
+    """Entries 3 and 67 share a column in every tile. Their scores in fp32 say nothing."""
+    for seed in range(4):
+        book = 900 + noise(1, 130, 16, seed=seed)
+        pair = 1000 + noise(2, 16, seed=10 + seed, scale=1e-2)
+        book[0, [3, 67]] = pair
+        x = pair + noise(2, 16, seed=100 + seed, scale=1e-3)
+        codes = triton_op(x[torch.arange(rows) % 2], book, 1)
+        assert torch.equal(codes, torch.tensor([[3, 67]])[:, torch.arange(rows) % 2])
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("programs", [1, 8, 132])
+def test_every_entry_is_in_one_split(programs):
+    from fastmimi.kernels.triton.rvq_encode import TILES, _divide
+
+    for _, tile in TILES:
+        for rows in (1, 4, 17, 100, 1000, 100_000):
+            for size in (1, 16, 17, 1000, 2048, 5000):
+                row_tiles, splits, share = _divide(rows, size, tile, programs)
+                assert row_tiles * tile["BLOCK_N"] >= rows > (row_tiles - 1) * tile["BLOCK_N"]
+                assert splits * share >= size > (splits - 1) * share and share % tile["BLOCK_S"] == 0
+                assert splits == 1 or (splits <= tile["SPLITS"] and row_tiles * splits <= programs)
+
+
+@pytest.mark.kernels
+def test_parts_are_exact():
+    from fastmimi.kernels.triton.rvq_encode import _parts
+
+    books = noise(2, 16, 8)
+    high, low = _parts(books)
+    assert torch.equal(high + low, books)
+    assert not (high.view(torch.int32) & 0x1FFF).any()
+    assert (low.abs() <= high.abs() * 2**-11).all()
+
+
+@pytest.mark.kernels
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+@pytest.mark.parametrize(
+    "rows, levels, size, dim, programs",
+    [(1, 6, 64, 8, 4), (2, 6, 64, 8, 8), (20, 5, 192, 8, 6), (300, 3, 256, 8, 6)],
+)
+def test_splits_wait_for_each_other(monkeypatch, rows, levels, size, dim, programs):
+    """One launch for all levels: its programs are processes of Triton's interpreter, which share the tensors."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU runs programs at the same time")
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    from fastmimi.kernels.triton import _launch
+    from fastmimi.kernels.triton import rvq_encode as kernel
+
+    def program(kernel, grid, index, args, options):
+        set_index, set_grid = builder.set_grid_idx, builder.set_grid_dim
+        builder.set_grid_idx, builder.set_grid_dim = lambda *_: set_index(*index, 0), lambda *_: set_grid(*grid, 1)
+        kernel[1, 1](*args, **options)
+
+    def launch(op, kernel, grid, *args, **options):
+        launched.append(grid)
+        args = [a.share_memory_() if isinstance(a, torch.Tensor) else a for a in args]
+        fork = multiprocessing.get_context("fork")
+        indices = itertools.product(*map(range, grid))
+        processes = [fork.Process(target=program, args=(kernel, grid, i, args, options)) for i in indices]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+            process.kill()
+        assert [process.exitcode for process in processes] == [0] * len(processes)
+
+    launched = []
+    monkeypatch.setattr(_launch, "launch", launch)
+    monkeypatch.setattr(kernel, "_programs", lambda x: programs)
+    monkeypatch.setattr(kernel, "_may_wait", lambda x: True)
+    x, codebooks = noise(rows, dim, seed=1), noise(levels, size, dim, seed=2)
+    assert torch.equal(kernel.rvq_encode(x, codebooks), exhaustive(x, codebooks))
+    assert len(launched) == 1 and launched[0][1] > 1
