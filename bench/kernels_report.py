@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -34,17 +33,25 @@ from fastmimi.kernels.triton import (
     resblock,
     rvq_decode,
     rvq_encode,
+    transformer_layer,
     window_attention,
 )
 from fastmimi.models.codec import Codec
 from fastmimi.models.config import JodioConfig, JodioTransformerConfig, MimiCodecConfig
 from fastmimi.models.jodio import JodioModel
 from fastmimi.models.mimi import Mimi
-from fastmimi.reference.transformer_layer import transformer_layer
 from fastmimi.runtime import tiles
 from fastmimi.runtime.ops import Ops
 
-MODULES = (causal_conv1d, causal_conv_transpose1d, resblock, rvq_decode, rvq_encode, window_attention)
+MODULES = (
+    causal_conv1d,
+    causal_conv_transpose1d,
+    resblock,
+    rvq_decode,
+    rvq_encode,
+    transformer_layer,
+    window_attention,
+)
 KERNELS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -116,15 +123,18 @@ def launches() -> list[Launch]:
 
     _launch.launch = record
     kernels = {op: getattr(module, op) for op, module in KERNELS.items()}
-    kernels["window_attention"] = lambda *a, dropout, **k: window_attention.window_attention(*a, **k)
-    layer = partial(transformer_layer, attention=kernels["window_attention"])
-    ops = Ops(transformer_layer=layer, **kernels)
+    kernels["transformer_layer"] = _without_dropout
+    ops = Ops(**kernels)
     for dtype in (torch.float32, torch.bfloat16):
         few_layers = JodioTransformerConfig(num_hidden_layers=1)  # all layers launch the same kernels
         for model in (Mimi(MimiCodecConfig()), JodioModel(JodioConfig(encoder_transformer=few_layers))):
             _run(model.to(dtype).eval(), ops)
         _run_other_shapes(dtype)
     return list(recorded.values())
+
+
+def _without_dropout(*tensors: Any, dropout: float = 0.0, residual_dropout: float = 0.0, **options: Any) -> Any:
+    return transformer_layer.transformer_layer(*tensors, **options)
 
 
 @torch.no_grad()
@@ -147,6 +157,11 @@ def _run_other_shapes(dtype: torch.dtype) -> None:
         window_attention.window_attention(q, q, q, torch.zeros(dim // 2), window=250)
     for dim in (256, 1028):
         rvq_encode.rvq_encode(torch.zeros(1000, dim, dtype=dtype), torch.zeros(2, 2048, dim))
+    vector, square, tall = (torch.zeros(*shape, dtype=dtype) for shape in ((512,), (512, 512), (2048, 512)))
+    transformer_layer.transformer_layer(
+        torch.zeros(1, 300, 512, dtype=dtype), vector, vector, *[square] * 4, vector, vector, vector,
+        tall, tall.t().contiguous(), vector, torch.zeros(32), window=250, eps=1e-5,
+    )  # fmt: skip
 
 
 def compile_for(name: str, launch: Launch) -> Usage:

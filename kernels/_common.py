@@ -111,6 +111,13 @@ def check_norm(norm: str, *biases: Tensor | None) -> None:
         raise ValueError("an RMSNorm has no bias, got one")
 
 
+def normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm: str) -> Tensor:
+    """LayerNorm, or RMSNorm, over the last dimension of x [..., C], by PyTorch."""
+    if norm == "rms":
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
 def stacked_bias(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
     """The biases [C_out] of linear layers, one after the other, 0 where a layer has none; None if none has."""
     if all(bias is None for bias in biases):

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import packing
-from .._common import check_norm, stacked_bias
+from .._common import check_norm, normalized, stacked_bias
 from ._prepacked import linear, prepack
 from .window_attention import window_attention
 
@@ -34,7 +33,7 @@ def transformer_layer(
         (q, k, v, o, fc1, fc2, scale1, scale2, q_bias, k_bias, v_bias, o_bias), "onednn layer", _pack
     )
     dim = 2 * len(inv_freq)
-    hidden = _normalized(x, norm1_weight, norm1_bias, eps, norm)
+    hidden = normalized(x, norm1_weight, norm1_bias, eps, norm)
     heads = linear(hidden, packed.qkv, packed.qkv_bias).unflatten(-1, (-1, dim)).transpose(1, 2)  # [B, H, T, D]
     q_heads, k_heads, v_heads = heads.split([len(weight) // dim for weight in (q, k, v)], dim=1)
     y = window_attention(
@@ -42,14 +41,8 @@ def transformer_layer(
         offset=offset, cache_k=cache_k, cache_v=cache_v, active=active,
     )  # fmt: skip
     x = linear(y.transpose(1, 2).flatten(-2), packed.out, packed.out_bias, residual=x.contiguous())
-    hidden = _normalized(x, norm2_weight, norm2_bias, eps, norm)
+    hidden = normalized(x, norm2_weight, norm2_bias, eps, norm)
     return linear(linear(hidden, packed.fc1, post=activation), packed.fc2, residual=x)
-
-
-def _normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm: str) -> Tensor:
-    if norm == "rms":
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 class _Packed(NamedTuple):

@@ -121,6 +121,15 @@ def test_norms_with_optional_tensors_missing(op, norm, missing):
     assert relative_error(op(x, *given, norm=norm, window=5, eps=1e-5), truth) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [35, 150, 300])
+def test_many_rows(op, length, dtype):
+    """The Triton kernels' tiles grow with the number of rows, here 70, 300 and 600."""
+    x, weights = noise(2, length, WIDTH, scale=1.0).to(dtype), case(biases=True, dtype=dtype)
+    options = {"window": 5, "eps": 1e-5, "activation": "silu"}
+    assert_as_exact(op, reference, (x, *weights), longest=HIDDEN, fixed=(FREQUENCIES,), **options)
+
+
 def test_rms_norm_has_no_bias(op):
     with pytest.raises(ValueError, match="an RMSNorm has no bias"):
         op(noise(1, 2, WIDTH), *case(), window=5, eps=1e-5, norm="rms")

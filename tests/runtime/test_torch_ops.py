@@ -78,8 +78,6 @@ def cases():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name, tensors, options, state", cases(), ids=lambda v: v if isinstance(v, str) else "")
 def test_opcheck(backend, name, tensors, options, state):
-    if (backend, name) == ("triton", "transformer_layer"):
-        pytest.skip("there is no Triton kernel of transformer_layer")
     dispatch.implementation(name, backend)
     tensors = tuple(t if t is None else t.to(device(backend)) for t in tensors)
     state = {key: t.to(device(backend)) for key, t in state.items()}
@@ -125,14 +123,12 @@ def test_the_error_of_a_kernel_that_cannot_be_built():
 ])  # fmt: skip
 def test_the_reason_says_what_triton_does_not_support(target, dtype, sentence):
     for row in dispatch.explain(target, dtype):
-        assert OPS[row.op].composed_of is not None or sentence in dict(row.passed_over)["triton"]
+        assert sentence in dict(row.passed_over)["triton"]
 
 
 @pytest.mark.kernels
 def test_the_interpreter_runs_only_if_asked_for():
     if torch.cuda.is_available():
         pytest.skip("the kernels run on the GPU, not in the interpreter")
-    own = [row for row in dispatch.explain() if OPS[row.op].composed_of is None]
-    assert all("if asked for" in dict(row.passed_over)["triton"] for row in own)
-    chosen = {row.op: row.chosen for row in dispatch.explain(impl="triton")}
-    assert chosen.pop("transformer_layer") == "reference" and set(chosen.values()) == {"triton"}
+    assert all("if asked for" in dict(row.passed_over)["triton"] for row in dispatch.explain())
+    assert {row.chosen for row in dispatch.explain(impl="triton")} == {"triton"}
