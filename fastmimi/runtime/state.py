@@ -91,7 +91,7 @@ class DirectionState:
 
     def advance(self, positions: int) -> None:
         """Add `positions` to the offset of the active rows, once all layers have run."""
-        self.offset += self.active * positions
+        self.offset.add_(self.active, alpha=positions)
 
     def reset(self, rows: Tensor) -> None:
         """Reset these rows, int64, to the start of a stream."""

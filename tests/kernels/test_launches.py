@@ -1,0 +1,80 @@
+"""How many kernels a streamed frame launches on a GPU; counted on the meta device, where nothing runs."""
+
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastmimi.models import checks
+from fastmimi.models.codec import Codec
+from fastmimi.models.config import MimiCodecConfig
+from fastmimi.models.mimi import Mimi
+from fastmimi.runtime.ops import OPS, Ops
+
+pytest.importorskip("triton")
+# PyTorch's operations that launch nothing: views and allocations
+NO_LAUNCH = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand",
+    "new_empty", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unsqueeze",
+    "view", "scalar_tensor",
+}  # fmt: skip
+MOST = {"encode": (56, 11), "decode": (56, 10)}  # of ours, of PyTorch
+
+
+class Launches(TorchDispatchMode):
+    """Counts PyTorch's operations that launch a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), function._schema.name.split("::")[1]
+        on_gpu = any(isinstance(x, torch.Tensor) and x.is_meta for x in tree_leaves((args, kwargs, result)))
+        if on_gpu and name not in NO_LAUNCH:
+            self.counts[name] += 1
+        return result
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """The names of the Triton kernels that are launched, none of which runs."""
+    from fastmimi.kernels.triton import _launch, rvq_encode
+
+    names = []
+    monkeypatch.setattr(rvq_encode, "_may_wait", lambda x: True)  # as on a GPU: all levels in one launch
+    monkeypatch.setattr(_launch, "launch", lambda op, kernel, grid, *_, **__: names.append(kernel.__name__))
+    monkeypatch.setattr(checks, "_values", lambda x, name: None)  # refuses tensors on the meta device
+    return names
+
+
+def kernels():
+    from importlib import import_module
+
+    def without_dropout(function):
+        return lambda *args, dropout=0.0, residual_dropout=0.0, **options: function(*args, **options)
+
+    modules = {op: import_module(f"fastmimi.kernels.triton.{op}") for op in OPS}
+    return Ops(**{op: without_dropout(getattr(module, op)) for op, module in modules.items()})
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_streamed_frame(ours, batch):
+    model = Mimi(MimiCodecConfig(), num_codebooks=8).eval().bfloat16().to("meta")
+    audio = torch.empty(batch, 1, model.frame_size, dtype=torch.bfloat16, device="meta")
+    codes = torch.empty(batch, 8, 1, dtype=torch.int64, device="meta")
+    with mock.patch.object(Codec, "ops", kernels()):
+        state = model.new_state(batch)
+        calls = {"encode": lambda: model.encode(audio, state=state), "decode": lambda: model.decode(codes, state=state)}
+        for direction, call in calls.items():
+            call()  # packs the weights
+            ours.clear()
+            with Launches() as theirs:
+                call()
+            launched = (len(ours), theirs.counts.total())
+            assert all(n <= most for n, most in zip(launched, MOST[direction], strict=True)), (
+                direction, Counter(ours), theirs.counts,
+            )  # fmt: skip
