@@ -252,10 +252,11 @@ def check_interpreter(triton: str, numpy: str) -> None:
 
 
 def patch_triton_interpreter() -> None:
-    """Patch Triton's interpreter to compute in bfloat16 as GPUs do.
+    """Patch Triton's interpreter to round as GPUs do.
 
-    Up to Triton 3.9 it multiplies the bit patterns of bfloat16 as integers, and truncates where it should round to
-    nearest. Raises InputError if it cannot run with the installed NumPy.
+    Up to Triton 3.9 it multiplies the bit patterns of bfloat16 as integers, truncates where it should round to nearest,
+    and multiplies in fp32 where tensor cores multiply in TF32. What it still cannot show: the order of a GPU's sums,
+    and races, since its programs run one after another. Raises InputError if it cannot run with the installed NumPy.
     """
     import numpy as np
     import triton
@@ -266,10 +267,23 @@ def patch_triton_interpreter() -> None:
     builder = interpreter.InterpreterBuilder
     original_dot, original_cast = builder.create_dot, builder.cast_impl
 
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def create_dot(self: Any, a: Any, b: Any, total: Any, precision: Any, *rest: Any) -> Any:
+        def dot(x: Any, y: Any, total: Any) -> Any:
+            return original_dot(self, x, y, total, precision, *rest)
+
         if a.dtype.scalar == tl.bfloat16:
-            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
-        return original_dot(self, a, b, *rest)
+            return dot(self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32), total)
+        kind = str(precision).rpartition(".")[2]
+        if a.dtype.scalar != tl.float32 or kind not in ("TF32", "TF32x3"):
+            return dot(a, b, total)
+        parts = [tf32_parts(np.ascontiguousarray(x.data)) for x in (a, b)]
+        (high_a, low_a), (high_b, low_b) = ([interpreter.TensorHandle(x, tl.float32) for x in pair] for pair in parts)
+        if kind == "TF32":
+            return dot(high_a, high_b, total)
+        zero = interpreter.TensorHandle(np.zeros_like(total.data), total.dtype)
+        small = dot(high_a, low_b, dot(low_a, high_b, zero))
+        small.data = np.nan_to_num(small.data, nan=0.0)  # of infinities, which have no low part; as Triton does
+        return dot(high_a, high_b, self.create_fadd(total, small))
 
     def cast_impl(self: Any, x: Any, dtype: Any) -> Any:
         if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
@@ -280,3 +294,16 @@ def patch_triton_interpreter() -> None:
         return interpreter.TensorHandle(halves, tl.bfloat16)
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
+
+
+def tf32_parts(x: Any) -> tuple[Any, Any]:
+    """fp32 numpy values as the sum of two that TF32, with 11 significant bits, represents, as far as they go."""
+    import numpy as np
+
+    def rounded(x: Any) -> Any:
+        bits = (x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+        return np.where(np.isfinite(x), bits.view(np.float32), x)
+
+    high = rounded(x)
+    with np.errstate(invalid="ignore"):
+        return high, rounded(x - high)

@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from fastmimi.devtools.testing import Errors, as_function, assert_as_exact, errors, longest_sum, noise, small_model
+from fastmimi.devtools.testing import (
+    Errors,
+    as_function,
+    assert_as_exact,
+    errors,
+    longest_sum,
+    noise,
+    relative_error,
+    small_model,
+)
 from fastmimi.reference.causal_conv1d import causal_conv1d
 from fastmimi.reference.causal_conv_transpose1d import causal_conv_transpose1d
 from fastmimi.reference.resblock import resblock
@@ -244,3 +253,25 @@ def test_an_error_as_large_as_pytorchs_is_refused():
     with pytest.raises(AssertionError, match="of the peak"):
         found.check()
     Errors(mine=1.9e-6, plain=1e-6, bound=1e-6, eps=1e-7).check()
+
+
+@pytest.mark.kernels
+def test_the_interpreter_multiplies_as_tensor_cores_do():
+    """In TF32 with 11 significant bits; in three TF32 products as accurately as in fp32; infinities stay."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def product(p_a, p_b, p_c, PRECISION: tl.constexpr):
+        at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        tl.store(p_c + at, tl.dot(tl.load(p_a + at), tl.load(p_b + at), input_precision=PRECISION))
+
+    a, b, errors = noise(16, 16), noise(16, 16, seed=1), {}
+    for precision in ("ieee", "tf32", "tf32x3"):
+        c = torch.empty(16, 16)
+        product[(1,)](a, b, c, precision)
+        errors[precision] = relative_error(c, a.double() @ b.double())
+    assert errors["ieee"] < 1e-6 and errors["tf32x3"] < 1e-6 and 1e-4 < errors["tf32"] < 1e-3
+    a[3, 5] = torch.inf
+    product[(1,)](a, b.abs(), c, "tf32x3")
+    assert (c[3] == torch.inf).all() and c[:3].isfinite().all()
