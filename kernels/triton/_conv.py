@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from ...runtime import packing
-from ._launch import INTERPRETED
+from . import _launch
 
 # Arguments that vary from call to call: Triton must not specialize (recompile) kernels for their values.
 LENGTHS = ("B", "T", "T_out", "mirror", "seg", "per_tile")
@@ -44,7 +44,7 @@ def _exp2(x):
 
 
 # libdevice's flushes results below 2^-126 to zero, which `tl.exp2` spends three more instructions on not to do
-exp2 = _exp2 if INTERPRETED else libdevice.exp2
+exp2 = _exp2 if _launch.INTERPRETED else libdevice.exp2
 
 
 @triton.jit
@@ -211,8 +211,8 @@ def blocks(rows: int, C: int, O: int, K: int, x: Tensor) -> dict[str, Any]:
         tile = {"BLOCK_T": 128 if tall else 64, "BLOCK_O": block_o, "num_warps": 4, "num_stages": 3}
     elif rows <= SOME_ROWS:
         tile = {"BLOCK_T": 64, "BLOCK_O": 64, "num_warps": 4, "num_stages": 3 if fp32 else 4}
-    elif fp32:
-        tile = {"BLOCK_T": 128, "BLOCK_O": 64, "num_warps": 8, "num_stages": 3}
+    elif fp32 or not _launch.has_warp_groups(x):
+        tile = {"BLOCK_T": 128, "BLOCK_O": 64 if fp32 else 128, "num_warps": 8, "num_stages": 3}
     else:
         tile = {"BLOCK_T": 256, "BLOCK_O": 128, "num_warps": 8, "num_stages": 3}
     steps = triton.cdiv(K * C, block_r)

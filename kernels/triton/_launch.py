@@ -69,6 +69,14 @@ def precision(x: Tensor) -> str:
     return "tf32x3" if x.dtype == torch.float32 else "ieee"
 
 
+def has_warp_groups(x: Tensor) -> bool:
+    """Whether the GPU multiplies from shared memory, as from Hopper on: accumulators have more registers to themselves.
+
+    Without a GPU, where kernels are interpreted or compiled ahead of time, yes.
+    """
+    return not x.is_cuda or (torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0))
+
+
 def for_amd(options: dict[str, Any]) -> dict[str, Any]:
     """Launch options for AMD GPUs, which have no TF32 and only 64 KiB of shared memory per block."""
     changes = {"PRECISION": "ieee", "num_stages": min(2, options.get("num_stages", 2))}

@@ -173,9 +173,13 @@ def _blocks(rows: int, channels: int, hidden: int, x: Tensor) -> dict[str, int]:
     """Block sizes, warps and pipeline stages for `rows` = B * T rows."""
     fp32 = x.dtype == torch.float32
     block_h = max(16, triton.next_power_of_2(hidden))
-    block_t = 16 if rows <= FEW_ROWS else 64 if fp32 or block_h > 64 else 128
+    block_t, warps, stages = 16 if rows <= FEW_ROWS else 64 if fp32 or block_h > 64 else 128, 4, 2
+    if rows > FEW_ROWS and block_h > 32:
+        warps = 8
+    if rows > FEW_ROWS and not _launch.has_warp_groups(x):  # fewer registers are left
+        block_t, warps, stages = block_t // 2, 8, 1
     return {
         "BLOCK_T": block_t, "BLOCK_H": block_h,
         "BLOCK_C": min(32 if fp32 else 64, max(16, triton.next_power_of_2(channels))),
-        "num_warps": 8 if block_h > 32 and rows > FEW_ROWS else 4, "num_stages": 2,
+        "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
