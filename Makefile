@@ -70,7 +70,7 @@ native-sanitize: $(VENV)/stamp-test  ## build the native kernels with sanitizers
 numerics: $(VENV)/stamp-test  ## run the ops' tests with PyTorch's other CPU kernels; how near errors come to their bound
 	$(PY) tests/numerics_sweep.py
 
-kernels-report: $(VENV)/stamp-test  ## compile every kernel for four GPU generations, without one: bench/results/kernels.md
+kernels-report: $(VENV)/stamp-test  ## compile all kernels for four GPUs without having one, predict times: bench/results/kernels.md
 	$(PY) bench/kernels_report.py
 
 docs: $(VENV)/stamp-docs  ## build the documentation: site/index.html, which opens without a server or a network
