@@ -179,12 +179,13 @@ def window_attention_fwd_kernel(
 
     if STREAM and FEW:
         tl.debug_barrier()  # all threads have read the ring
-        m_new = (j < T) & (j >= T - window) & (tl.load(p_active + b) != 0)
-        p_slots = o_ring + ((next_slot + j) % window)[:, None] * D
-        m_k, m_v = m_new[:, None] & m_half[None, :], m_new[:, None] & m_d[None, :]
-        tl.store(p_ring_k + p_slots + o_a[None, :], k_a, mask=m_k)
-        tl.store(p_ring_k + p_slots + o_b[None, :], k_b, mask=m_k)
-        tl.store(p_ring_v + p_slots + d[None, :], v, mask=m_v)
+        if tl.load(p_active + b):
+            m_new = (j < T) & (j >= T - window)
+            p_slots = o_ring + ((next_slot + j) % window)[:, None] * D
+            m_k, m_v = m_new[:, None] & m_half[None, :], m_new[:, None] & m_d[None, :]
+            tl.store(p_ring_k + p_slots + o_a[None, :], k_a, mask=m_k)
+            tl.store(p_ring_k + p_slots + o_b[None, :], k_b, mask=m_k)
+            tl.store(p_ring_v + p_slots + d[None, :], v, mask=m_v)
 
 
 @triton.jit(do_not_specialize=["T"])
