@@ -281,7 +281,7 @@ def _blocks(few: bool, dim: int, q: Tensor) -> dict[str, int]:
     if few:
         return {
             "BLOCK_Q": 16,
-            "BLOCK_K": (64 if fp32 else 128) // (1 + wide),
+            "BLOCK_K": (64 if fp32 or dim < 64 else 128) // (1 + wide),
             "num_warps": 4 << (fp32 and wide),
             "num_stages": 2,
         }
