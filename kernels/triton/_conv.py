@@ -97,10 +97,21 @@ def time_in_signal(time, T, mirror, fresh, MODE: tl.constexpr):
 
 
 @triton.jit
+def load_either(first, p_first, p_second, mask, SELECT: tl.constexpr):
+    """Load from p_first where `first`, elsewhere from p_second: by one load, if the compiler can SELECT pointers."""
+    if SELECT:
+        x = tl.load(tl.where(first, p_first, p_second), mask=mask, other=0.0)
+    else:
+        x = tl.load(p_first, mask=mask & first, other=0.0) + tl.load(p_second, mask=mask & (first == 0), other=0.0)
+    return x
+
+
+@triton.jit
 def convolve(
     p_x, p_history, p_w, b, t, m_row, fresh, o, r_start, r_stop,
     T, C, O, K, stride, dilation, pad, mirror, sx_b, sx_t, sh_b, sh_t,
-    PRE: tl.constexpr, MODE: tl.constexpr, STREAM: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
+    PRE: tl.constexpr, MODE: tl.constexpr, STREAM: tl.constexpr, SELECT: tl.constexpr, FLAT: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sum over window elements [r_start, r_stop), [BLOCK_T, BLOCK_O] fp32, for rows (b, t) and output channels o.
@@ -125,11 +136,9 @@ def convolve(
         m_r = r < window
         if FLAT:
             m_x = r[None, :] < high[:, None]
-            p_window = p_rows[:, None] + r[None, :]
-            if STREAM:
-                p_window = tl.where(r[None, :] < low[:, None], p_past[:, None] + r[None, :], p_window)
-            else:
-                m_x &= r[None, :] >= low[:, None]
+            is_past = r[None, :] < low[:, None]
+            o_x = r[None, :]
+            o_past = o_x
         else:
             k = r0 // C if EVEN else r // C
             c = r - k * C
@@ -139,12 +148,13 @@ def convolve(
                 time = start[:, None] + (k * dilation)[None, :]
             time = time_in_signal(time, T, mirror, fresh[:, None], MODE)
             m_x = m_row[:, None] & m_r[None, :] & (time < T)
-            p_window = p_rows[:, None] + time.to(tl.int64) * sx_t + c[None, :]
-            if STREAM:
-                p_window = tl.where(time < 0, p_past[:, None] + time.to(tl.int64) * sh_t + c[None, :], p_window)
-            else:
-                m_x &= time >= 0
-        b_x = tl.load(p_window, mask=m_x, other=0.0)
+            is_past = time < 0
+            o_x = time.to(tl.int64) * sx_t + c[None, :]
+            o_past = time.to(tl.int64) * sh_t + c[None, :]
+        if STREAM:
+            b_x = load_either(is_past, p_past[:, None] + o_past, p_rows[:, None] + o_x, m_x, SELECT)
+        else:
+            b_x = tl.load(p_rows[:, None] + o_x, mask=m_x & (is_past == 0), other=0.0)
         if PRE != "none":
             b_x = activate(b_x.to(tl.float32), PRE, dtype == tl.float32).to(dtype)
         b_w = tl.load(p_weights[:, None] + r[None, :], mask=(o < O)[:, None] & m_r[None, :], other=0.0)
@@ -155,7 +165,7 @@ def convolve(
 @triton.jit
 def advance_history(
     p_x, p_history, p_first, p_active, p_arrivals, group, per_group, B, per_tile,
-    T, C, pad, sx_b, sx_t, sh_b, sh_t, MODE: tl.constexpr, BLOCK: tl.constexpr,
+    T, C, pad, sx_b, sx_t, sh_b, sh_t, MODE: tl.constexpr, SELECT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The last program of a group to arrive replaces its rows' history by the last `pad` times of (history, x)."""
     tl.debug_barrier()  # all threads of this program have read the history
@@ -174,7 +184,7 @@ def advance_history(
                         time = tl.where((time < 0) & first, 0, time)
                     p_new = p_x + b * sx_b + time.to(tl.int64) * sx_t + c
                     p_old = p_history + b * sh_b + c
-                    b_h = tl.load(tl.where(time < 0, p_old + (pad + time) * sh_t, p_new), mask=m, other=0.0)
+                    b_h = load_either(time < 0, p_old + (pad + time) * sh_t, p_new, m, SELECT)
                     tl.debug_barrier()  # everything is read before any of it is overwritten
                     tl.store(p_old + i * sh_t, b_h, mask=m)
 
@@ -197,13 +207,16 @@ def mirrored_length(length: int, pad: tuple[int, int], pad_mode: str) -> int:
     return max(length, max(pad) + 1) if pad_mode == "reflect" else length
 
 
-def blocks(rows: int, C: int, O: int, K: int, x: Tensor) -> dict[str, Any]:
-    """Block sizes, splits, warps and pipeline stages for a convolution with `rows` = B * T_out output rows."""
+def blocks(rows: int, C: int, O: int, K: int, x: Tensor, flat: bool, stream: bool) -> dict[str, Any]:
+    """Block sizes, splits, warps and pipeline stages for a convolution with `rows` = B * T_out output rows.
+
+    flat: its windows are contiguous and padded with zeros. Other cases and histories take registers for addresses.
+    """
     fp32 = x.dtype == torch.float32
     # elements per step of the reduction: 128 bytes
     block_r = min(32 if fp32 else 64, max(16, triton.next_power_of_2(K * C)))
     if rows <= FEW_ROWS:  # a step of a stream: limited by reading the weights, so many small programs
-        tile = {"BLOCK_T": 16, "BLOCK_O": 32, "num_warps": 2 if fp32 else 4, "num_stages": 4}
+        tile = {"BLOCK_T": 16, "BLOCK_O": 32, "num_warps": 2 if fp32 and flat else 4, "num_stages": 4}
     elif O <= 64:
         block_o = max(16, triton.next_power_of_2(O))
         # fp32 is three TF32 products, with operands of their own: half the tile, to avoid spills
@@ -211,7 +224,7 @@ def blocks(rows: int, C: int, O: int, K: int, x: Tensor) -> dict[str, Any]:
         tile = {"BLOCK_T": 128 if tall else 64, "BLOCK_O": block_o, "num_warps": 4, "num_stages": 3}
     elif rows <= SOME_ROWS:
         tile = {"BLOCK_T": 64, "BLOCK_O": 64, "num_warps": 4, "num_stages": 3 if fp32 else 4}
-    elif fp32 or not _launch.has_warp_groups(x):
+    elif fp32 or stream or not flat or not _launch.has_warp_groups(x):
         tile = {"BLOCK_T": 128, "BLOCK_O": 64 if fp32 else 128, "num_warps": 8, "num_stages": 3}
     else:
         tile = {"BLOCK_T": 256, "BLOCK_O": 128, "num_warps": 8, "num_stages": 3}

@@ -79,5 +79,5 @@ def has_warp_groups(x: Tensor) -> bool:
 
 def for_amd(options: dict[str, Any]) -> dict[str, Any]:
     """Launch options for AMD GPUs, which have no TF32 and only 64 KiB of shared memory per block."""
-    changes = {"PRECISION": "ieee", "num_stages": min(2, options.get("num_stages", 2))}
+    changes = {"PRECISION": "ieee", "SELECT": False, "num_stages": min(2, options.get("num_stages", 2))}
     return {**options, **{name: value for name, value in changes.items() if name in options}}

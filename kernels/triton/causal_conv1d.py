@@ -47,7 +47,8 @@ def causal_conv1d_fwd_kernel(
     B, T, T_out, C, O, K, stride, dilation, pad, mirror, seg, per_tile, groups,
     sx_b, sx_t, sr_b, sr_t, sy_b, sy_t, sh_b, sh_t,
     PRE: tl.constexpr, POST: tl.constexpr, MODE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    STREAM: tl.constexpr, SHARED: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
+    STREAM: tl.constexpr, SELECT: tl.constexpr, SHARED: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = p_y.dtype.element_ty
@@ -68,7 +69,7 @@ def causal_conv1d_fwd_kernel(
     acc = convolve(
         p_x, p_history, p_w, b, t, m_row, fresh, o, r_start, r_stop,
         T, C, O, K, stride, dilation, pad, mirror, sx_b, sx_t, sh_b, sh_t,
-        PRE, MODE, STREAM, FLAT, EVEN, BLOCK_T, BLOCK_O, BLOCK_R, PRECISION,
+        PRE, MODE, STREAM, SELECT, FLAT, EVEN, BLOCK_T, BLOCK_O, BLOCK_R, PRECISION,
     )  # fmt: skip
     if SPLITS > 1:
         i = tl.arange(0, BLOCK_T)[:, None] * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
@@ -95,7 +96,7 @@ def causal_conv1d_fwd_kernel(
     if STREAM:
         advance_history(
             p_x, p_history, p_first, p_active, p_arrivals, group, tl.cdiv(T_out, seg) * columns, B, per_tile,
-            T, C, pad, sx_b, sx_t, sh_b, sh_t, MODE, 1024,
+            T, C, pad, sx_b, sx_t, sh_b, sh_t, MODE, SELECT, 1024,
         )  # fmt: skip
 
 
@@ -125,7 +126,9 @@ def launch_group(
     """Compute one group into its channels of y; the weight is [C_out, K, C]."""
     (batch, channels, length), (out, kernel, _), total = x.shape, weight.shape, y.shape[2]
     stream = history is not None and pad[0] > 0
-    tile = blocks(batch * total, channels, out, kernel, x)
+    h_t = history.stride(1) if stream else channels
+    flat = (dilation == 1 or kernel == 1) and pad_mode == "constant" and x.stride(2) == h_t == channels
+    tile = blocks(batch * total, channels, out, kernel, x, flat, stream)
     seg, per_tile, groups_of_rows, tiles = segments(batch, total, tile["BLOCK_T"])
     parts, splits = groups_of_rows * tiles * triton.cdiv(out, tile["BLOCK_O"]), tile["SPLITS"]
     r, sums = y if residual is None else residual, x
@@ -133,15 +136,14 @@ def launch_group(
     counters = arrivals(x, groups_of_rows + parts * (splits > 1)) if stream or splits > 1 else x
     if splits > 1:
         sums = x.new_empty(parts, splits, tile["BLOCK_T"], tile["BLOCK_O"], dtype=torch.float32)
-    h_t = h.stride(1) if stream else 0
-    flat = (dilation == 1 or kernel == 1) and pad_mode == "constant" and x.stride(2) == channels
     _launch.launch(
         "causal_conv1d", causal_conv1d_fwd_kernel, (parts * splits,),
         x, weight, weight if bias is None else bias, r, h, f, a, counters, sums, y,
         batch, length, total, channels, out, kernel, stride, dilation, pad[0],
         mirrored_length(length, pad, pad_mode), seg, per_tile, groups_of_rows,
         x.stride(0), x.stride(2), r.stride(0), r.stride(2), y.stride(0), y.stride(2), h.stride(0), h_t,
-        PRE=pre, POST=post, MODE=pad_mode, BIAS=bias is not None, RESIDUAL=residual is not None, STREAM=stream,
-        SHARED=per_tile > 1, FLAT=flat and (not stream or h_t == channels), EVEN=channels % tile["BLOCK_R"] == 0,
+        PRE=pre, POST=post, MODE=pad_mode, BIAS=bias is not None, RESIDUAL=residual is not None,
+        STREAM=stream, SELECT=True,
+        SHARED=per_tile > 1, FLAT=flat, EVEN=channels % tile["BLOCK_R"] == 0,
         PRECISION=_launch.precision(x), **tile,
     )  # fmt: skip

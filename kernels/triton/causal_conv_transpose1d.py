@@ -20,7 +20,7 @@ from torch import Tensor
 from ...runtime import layout, packing
 from .._common import as_convolution, conv_transpose_length, taps_of
 from . import _launch
-from ._conv import LENGTHS, activate, channels_of, rows_of, segments
+from ._conv import LENGTHS, activate, channels_of, load_either, rows_of, segments
 from .causal_conv1d import launch_group
 
 
@@ -28,7 +28,7 @@ from .causal_conv1d import launch_group
 def causal_conv_transpose1d_depthwise_kernel(
     p_x, p_w, p_bias, p_history, p_active, p_y,
     B, T, T_out, rows, C, K, stride, taps, left, seg, per_tile, tiles, sx_b, sx_t, sh_b, sh_t, sy_b, sy_t,
-    PRE: tl.constexpr, BIAS: tl.constexpr, STREAM: tl.constexpr, SHARED: tl.constexpr,
+    PRE: tl.constexpr, BIAS: tl.constexpr, STREAM: tl.constexpr, SELECT: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Depthwise: outputs j < stride of each row are sums over taps only. Offline, `left` outputs are trimmed.
@@ -53,10 +53,10 @@ def causal_conv_transpose1d_depthwise_kernel(
                 m_x = m & (time < T)
                 if STREAM:
                     p_past = p_history + b * sh_b + (taps - 1 + time) * sh_t + c[None, :]
-                    p_rows = tl.where(time < 0, p_past, p_rows)
+                    b_x = load_either(time < 0, p_past, p_rows, m_x, SELECT)
                 else:
-                    m_x &= time >= 0
-                b_x = activate(tl.load(p_rows, mask=m_x, other=0.0).to(tl.float32), PRE, dtype == tl.float32)
+                    b_x = tl.load(p_rows, mask=m_x & (time >= 0), other=0.0)
+                b_x = activate(b_x.to(tl.float32), PRE, dtype == tl.float32)
                 k = tl.full([BLOCK_C], i * stride + j, tl.int32)  # Triton 3.9's interpreter refuses `m_c &` a scalar
                 acc += b_x * tl.load(p_w + c * K + k, mask=m_c & (k < K), other=0.0).to(tl.float32)[None, :]
             if BIAS:
@@ -73,9 +73,9 @@ def causal_conv_transpose1d_depthwise_kernel(
         for i in range(taps - 1):
             tl.debug_barrier()  # everything is read before any of it is overwritten
             time = T - (taps - 1) + i
-            p_new = tl.where(tl.full([BLOCK_T, BLOCK_C], time, tl.int32) < 0, p_past + (taps - 1 + time) * sh_t,
-                             p_rows + time * sx_t)  # fmt: skip
-            tl.store(p_past + i * sh_t, tl.load(p_new, mask=m, other=0.0), mask=m)
+            is_past = tl.full([BLOCK_T, BLOCK_C], time, tl.int32) < 0
+            b_h = load_either(is_past, p_past + (taps - 1 + time) * sh_t, p_rows + time * sx_t, m, SELECT)
+            tl.store(p_past + i * sh_t, b_h, mask=m)
 
 
 def causal_conv_transpose1d(
@@ -131,6 +131,6 @@ def _depthwise(x, weight, bias, stride, left, pre, history, active, total):
         x, weight.contiguous(), weight if bias is None else bias, h, a, y,
         batch, length, total, rows, channels, kernel, stride, taps, left, seg, per_tile, per_program,
         x.stride(0), x.stride(2), h.stride(0), h.stride(1), y.stride(0), y.stride(2),
-        PRE=pre, BIAS=bias is not None, STREAM=stream, SHARED=per_tile > 1, **tile,
+        PRE=pre, BIAS=bias is not None, STREAM=stream, SELECT=True, SHARED=per_tile > 1, **tile,
     )  # fmt: skip
     return y

@@ -48,6 +48,7 @@ from ._conv import (
     activate,
     advance_history,
     by_taps,
+    load_either,
     mirrored_length,
     rows_of,
     segments,
@@ -70,7 +71,8 @@ def moved_down(x, rows, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
 def resblock_fwd_kernel(
     p_x, p_w1, p_b1, p_w2, p_b2, p_skip, p_history, p_first, p_active, p_arrivals, p_y,
     B, T, C, H, dilation, pad, mirror, seg, per_tile, sx_b, sx_t, ss_b, ss_t, sy_b, sy_t, sh_b,
-    POST: tl.constexpr, MODE: tl.constexpr, STREAM: tl.constexpr, SHARED: tl.constexpr, ONCE: tl.constexpr,
+    POST: tl.constexpr, MODE: tl.constexpr, STREAM: tl.constexpr, SELECT: tl.constexpr,
+    SHARED: tl.constexpr, ONCE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ONCE: x is the skip and its channels are one block, so that it is loaded once."""
@@ -84,10 +86,10 @@ def resblock_fwd_kernel(
     time = time_in_signal(t, T, mirror, fresh, MODE)
     p_rows = p_x + b * sx_b + time.to(tl.int64) * sx_t
     m_x = m_row & (time < T)
-    if STREAM:
-        p_rows = tl.where(time < 0, p_history + b * sh_b + (pad + time) * C, p_rows)
-    else:
-        m_x = m_x & (time >= 0)
+    p_past = p_history + b * sh_b + (pad + time) * C
+    is_past = time < 0
+    if not STREAM:
+        m_x = m_x & (is_past == 0)
     h = tl.arange(0, BLOCK_H)
     m_h = (h < H)[:, None]
     p_weights = p_w1 + (h * (3 * C))[:, None]  # [H, 3, C]
@@ -98,7 +100,13 @@ def resblock_fwd_kernel(
     b_x = tl.zeros([BLOCK_T, BLOCK_C], dtype=dtype)
     for c0 in range(0, 1 if ONCE else C, BLOCK_C):
         m_c = (c0 + c < C)[None, :]
-        b_x = tl.load(p_rows[:, None] + (c0 + c)[None, :], mask=m_x[:, None] & m_c, other=0.0)
+        o_x = (c0 + c)[None, :]
+        if STREAM:
+            b_x = load_either(
+                is_past[:, None], p_past[:, None] + o_x, p_rows[:, None] + o_x, m_x[:, None] & m_c, SELECT
+            )
+        else:
+            b_x = tl.load(p_rows[:, None] + o_x, mask=m_x[:, None] & m_c, other=0.0)
         b_e = activate(b_x.to(tl.float32), "elu", FINE).to(dtype)
         p_w = p_weights + (c0 + c)[None, :]
         first = tl.dot(b_e, tl.trans(tl.load(p_w, mask=m_h & m_c, other=0.0)), first, input_precision=PRECISION)
@@ -127,7 +135,7 @@ def resblock_fwd_kernel(
     if STREAM:
         advance_history(
             p_x, p_history, p_first, p_active, p_arrivals, group, tl.cdiv(T, seg), B, per_tile,
-            T, C, pad, sx_b, sx_t, sh_b, C, MODE, 1024,
+            T, C, pad, sx_b, sx_t, sh_b, C, MODE, SELECT, 1024,
         )  # fmt: skip
 
 
@@ -163,7 +171,8 @@ def resblock(
         arrivals(x, groups) if stream else x, y,
         batch, length, channels, hidden, dilation, halo, mirrored_length(length, pad, pad_mode), seg, per_tile,
         x.stride(0), x.stride(2), skip.stride(0), skip.stride(2), y.stride(0), y.stride(2), h.stride(0),
-        POST=post, MODE=pad_mode, STREAM=stream, SHARED=per_tile > 1, ONCE=skip is x and tile["BLOCK_C"] >= channels,
+        POST=post, MODE=pad_mode, STREAM=stream, SELECT=True, SHARED=per_tile > 1,
+        ONCE=skip is x and tile["BLOCK_C"] >= channels,
         PRECISION=_launch.precision(x), **tile,
     )  # fmt: skip
     return y
