@@ -303,7 +303,7 @@ class Codec(Packable):
         if padding_mask is None:
             audio, bad = checks.finite(audio)
             result = run.whole(audio.to(self.device), fill=fill)
-            return result, None if bad is None else ~bad[:, None]
+            return result, None if bad is None else ~bad.to(self.device)[:, None]
         audio = audio.to(self.device)
         rows = self._ragged(padding_mask, audio)
         frames = rows.frames(self.frame_size)
@@ -350,7 +350,7 @@ class Codec(Packable):
         if state is not None:
             state.note_invalid(bad)
         elif bad is not None:
-            audio = torch.where(bad[:, None, None], torch.nan, audio)
+            audio = torch.where(bad.to(self.device)[:, None, None], torch.nan, audio)
         return audio
 
     def dequantize(self, codes: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ class Codec(Packable):
         if codes.shape[-1] == 0:
             return codes.new_empty(codes.shape[0], self.config.hidden_size, 0, dtype=self.dtype)
         latents = self.codes_to_latents(codes, self.forward_context(len(codes)))
-        return latents if bad is None else torch.where(bad[:, None, None], torch.nan, latents)
+        return latents if bad is None else torch.where(bad.to(self.device)[:, None, None], torch.nan, latents)
 
     def decode_latent(self, latents: Tensor, *, state: StreamState | None = None) -> Tensor:
         """Latents [B, hidden_size, T] -> audio [B, channels, T * frame_size]; differentiable offline."""

@@ -118,7 +118,7 @@ class StreamState:
         self._exec_mask = torch.ones(pending.shape[0], dtype=torch.bool, device=pending.device)
         self.invalid = torch.zeros_like(self._exec_mask)
         self._mask_at_hand = torch.ones(pending.shape[0], dtype=torch.bool)
-        self._mask_version = self._exec_mask._version
+        self._mask_version = self._count_of_mask_edits()
 
     @property
     def exec_mask(self) -> Tensor:
@@ -129,12 +129,20 @@ class StreamState:
         self._exec_mask.copy_(masks.of_streams(mask, "exec_mask", self.batch_size))
 
     def mask_on(self, device: torch.device) -> Tensor:
-        """`exec_mask` on its own device or on the CPU, where it is copied from a GPU only after it has been changed."""
+        """`exec_mask` on a device; for other devices than its own, a copy on the CPU is renewed only after an edit."""
         if self._exec_mask.device == device:
             return self._exec_mask
-        if self._exec_mask._version != self._mask_version:
-            self._mask_at_hand, self._mask_version = self._exec_mask.cpu(), self._exec_mask._version
-        return self._mask_at_hand
+        edits = self._count_of_mask_edits()
+        if edits is None or edits != self._mask_version:
+            self._mask_at_hand, self._mask_version = self._exec_mask.cpu(), edits
+        return self._mask_at_hand.to(device)
+
+    def _count_of_mask_edits(self) -> int | None:
+        """None: nobody counts them, in a tensor that was made in inference mode."""
+        return None if self._exec_mask.is_inference() else self._exec_mask._version
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mask_version": None}  # a copy of a tensor, or one from a file, counts anew
 
     @property
     def batch_size(self) -> int:
@@ -226,6 +234,7 @@ class StreamState:
         self.pending_length.copy_(torch.where(active, 0, self.pending_length))
         return audio[..., : int(frames.max()) * audio.shape[-1]], frames
 
+    @torch.inference_mode(False)  # as in `new_state`
     def clone(self) -> StreamState:
         """An independent copy."""
         copy = StreamState(self.encode.clone(), self.decode.clone(), self.pending.clone(), self.config)
@@ -269,6 +278,7 @@ class StreamState:
             raise InputError(f"this state does not fit: {'; '.join(sorted(wrong)[:LISTED])}{more}")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+        self.invalid.fill_(False)  # the streams that it was about are gone
 
 
 def _pick(buffer: Tensor, index: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Encode, decode and streams never wait for a GPU: on the meta device, where there are no values, reading one fails."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from fastmimi.errors import InputError
 from fastmimi.models import checks
 
 BATCH = 3
+META = torch.device("meta")
 
 
 @pytest.fixture
@@ -67,3 +71,48 @@ def test_invalid_inputs_are_marked(monkeypatch):
     assert model.decode(broken, state=state).isfinite().all()
     with pytest.raises(InputError, match=r"streams \[2\] were given"):
         state.check()
+
+
+def test_inputs_on_another_accelerator(model, monkeypatch):
+    """Here the CPU stands in for it, and the meta device for the model's."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    audio, codes = noise(BATCH, 1, model.frame_size), torch.zeros(BATCH, 6, 1, dtype=torch.int64)
+    state = model.new_state(BATCH)
+    assert model.encode(audio).is_meta and model.encode(audio, state=state).is_meta
+    assert model.decode(codes).is_meta and model.decode(codes, state=state).is_meta and model.dequantize(codes).is_meta
+
+
+def test_a_mask_for_an_accelerator():
+    """Whose model is on the CPU: the mask must be where the input is."""
+    assert small_model().new_state(BATCH).mask_on(META).device == META
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state)), lambda s: s.clone()])
+def test_a_copied_state_has_its_own_mask(way, monkeypatch):
+    """Edits of a mask are counted, and the count of a copied tensor may be that of a mask long gone."""
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # as from a GPU
+    state, mask = small_model().new_state(BATCH), torch.tensor([True, False, True])
+    state.exec_mask = ~mask
+    state.mask_on(META)
+    state.exec_mask = mask
+    copied = way(state)
+    copied.mask_on(META)
+    assert torch.equal(copied._mask_at_hand, mask)
+
+
+def test_masks_of_states_copied_in_inference_mode(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # as from a GPU
+    with torch.inference_mode():
+        state, mask = copy.deepcopy(small_model().new_state(BATCH)), torch.tensor([True, False, True])
+        state.mask_on(META)
+        state.exec_mask = mask
+        state.mask_on(META)
+    assert torch.equal(state._mask_at_hand, mask)
+
+
+def test_restored_streams_are_valid():
+    state = small_model().new_state(BATCH)
+    good = {name: tensor.clone() for name, tensor in state.state_dict().items()}
+    state.note_invalid(torch.tensor([False, True, False]))
+    state.load_state_dict(good)
+    state.check()

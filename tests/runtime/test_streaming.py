@@ -175,6 +175,13 @@ def test_a_state_made_in_inference_mode_works_outside_of_it(small):
     assert torch.equal(torch.cat([first, second], dim=-1), whole[..., :3])
 
 
+def test_a_clone_made_in_inference_mode_works_outside_of_it(small):
+    with torch.inference_mode():
+        state = small.new_state(1).clone()
+    small.encode(noise(1, 1, small.frame_size), state=state)
+    state.exec_mask = torch.tensor([False])
+
+
 @pytest.mark.parametrize("name", ["not_causal", "reflect", "trim"])
 def test_models_that_cannot_stream(name):
     with pytest.raises(ValueError, match="cannot stream"):
