@@ -49,7 +49,7 @@ class Codec(Packable):
         self.tiling = Tiling(config.frame_size, config.latent_stride, config.num_filters)
         self.impl = impl
         self.num_codebooks = config.num_quantizers if num_codebooks is None else num_codebooks
-        self._new_graphs("cpu")
+        self._new_graphs(torch.get_default_device().type)
 
     def parts(self, direction: str) -> list[nn.Module | None]:
         """The modules of a direction, "encode" or "decode", whose layers carry state."""

@@ -78,6 +78,7 @@ class _Step:
     def __init__(self, graph: Graph, step: Step, x: Tensor, state: DirectionState):
         self.graph, self.input, self.addresses = graph, x.clone(), _addresses(state)
         self.results = graph.capture(lambda: step(self.input, state))
+        self.report: GraphReport | None = None
 
     def run(self, x: Tensor) -> list[Tensor]:
         self.input.copy_(x)
@@ -96,7 +97,12 @@ class CudaGraphs:
         """Drop all graphs and their references to weights."""
         self._steps: WeakKeyDictionary[DirectionState, dict[Key, _Step]] = WeakKeyDictionary()
         self._watch = Watch()
-        self.report: list[GraphReport] = []
+
+    @property
+    def report(self) -> list[GraphReport]:
+        """A row for each graph that there is, in the order of capture for each state."""
+        kept = [step.report for steps in self._steps.values() for step in steps.values()]
+        return [row for row in kept if row is not None]
 
     def __reduce__(self) -> tuple[type[CudaGraphs], tuple[str, type[Graph]]]:
         return CudaGraphs, (self.direction, self.graph)
@@ -144,12 +150,11 @@ class CudaGraphs:
         if not equal:
             _log.warning("a CUDA graph differs from the model's own step and is not used: %s, %s", self.direction, kind)
             return
-        steps[key] = captured
-        row = GraphReport(
+        captured.report = GraphReport(
             self.direction, str(kind), tuple(examples[0].shape), captured.graph.nbytes, time.perf_counter() - start
         )
-        self.report.append(row)
-        _log.debug("captured %s", row)
+        steps[key] = captured
+        _log.debug("captured %s", captured.report)
 
 
 def _pool_of(graph: Graph | None) -> Any:
@@ -158,7 +163,9 @@ def _pool_of(graph: Graph | None) -> Any:
 
 
 def _key(ops: Ops, x: Tensor, kind: int | str) -> Key:
-    return (kind, ops, x.shape, x.dtype)
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return (kind, ops, x.shape, x.dtype, autocast)
 
 
 def _addresses(state: DirectionState) -> list[int]:

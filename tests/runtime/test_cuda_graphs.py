@@ -133,6 +133,21 @@ def test_a_graph_goes_with_its_state(models):
     del state
     gc.collect()
     assert len(models[0].graphs["encode"]._steps) == 0
+    assert not models[0].graph_report()
+
+
+def test_graphs_are_of_one_autocast(models):
+    states = [model.new_state(BATCH) for model in models]
+    models[0].warm_up(states[0])
+    captured = RecordedGraph.replays
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal_streams(models, states, steps=1)
+    assert RecordedGraph.replays == captured
+
+
+def test_a_model_made_on_a_gpu_has_cuda_graphs(monkeypatch):
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))
+    assert isinstance(small_model().graphs["encode"], CudaGraphs)
 
 
 def test_hooks_are_called(models):
