@@ -53,6 +53,7 @@ class Job(NamedTuple):
     kernel: str
     args: tuple[Any, ...]  # tensors as their dtypes
     options: dict[str, Any]
+    targets: tuple[str, ...]
 
 
 class AbsentGPU:
@@ -81,13 +82,13 @@ def compile_all(launches: Iterable[Launch], targets: list[str]) -> Iterator[dict
 
 def job_of(launch: Launch) -> Job:
     args = tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in launch.args)
-    return Job(launch.kernel.fn.__module__, launch.name, args, launch.options)
+    return Job(launch.kernel.fn.__module__, launch.name, args, launch.options, launch.targets or tuple(TARGETS))
 
 
 def compile_for(job: Job, targets: list[str]) -> dict[str, Usage]:
-    """The resources of one launch by target."""
+    """The resources of one launch by target, of those that it is launched on."""
     kernel = getattr(importlib.import_module(job.module), job.kernel)
-    return {name: _compile(kernel, job, name) for name in targets}
+    return {name: _compile(kernel, job, name) for name in targets if name in job.targets}
 
 
 def _compile(kernel: Any, job: Job, name: str) -> Usage:

@@ -90,18 +90,21 @@ def table(rows: list[tuple[Launch, dict[str, Usage]]], targets: list[str]) -> li
         "",
         "Each cell: registers per thread / KiB of shared memory per block / tensor-core instruction. The report fails",
         "where a kernel spills registers. Products of tiles under 64 rows run on `HMMA` by choice, since a warp group",
-        "needs 64. fp16 compiles as bf16 does. fp32 multiplies as three TF32 products on NVIDIA, in IEEE fp32 on AMD.",
+        "needs 64. A cell is empty where a GPU is given another tile. fp16 compiles as bf16 does. fp32 multiplies as three TF32 products on NVIDIA, in IEEE fp32 on AMD.",
         "",
         f"| kernel | dtype | variant | tile | warps, stages | {' | '.join(targets)} |",
         f"|---|---|---|---|---|{'---|' * len(targets)}",
     ]
     for launch, usages in rows:
-        cells = [
-            "fails" if u.error else f"{u.registers} / {u.shared / 1024:.0f} / {u.tensor_cores or '-'}"
-            for u in (usages[t] for t in targets)
-        ]
+        cells = [cell(usages[target]) if target in usages else "" for target in targets]
         lines.append(f"{head(launch)} {' | '.join(cells)} |")
     return lines
+
+
+def cell(usage: Usage) -> str:
+    if usage.error:
+        return "fails"
+    return f"{usage.registers} / {usage.shared / 1024:.0f} / {usage.tensor_cores or '-'}"
 
 
 def page(rows: list[tuple[Launch, dict[str, Usage]]], times: list[str]) -> str:
@@ -126,9 +129,10 @@ def main(targets: list[str]) -> int:
     rows = list(zip(recorded, usages, strict=True))
     wrong = [fault for k, found in rows for name, usage in found.items() for fault in faults(name, k, usage)]
     times: list[str] = []
-    if MODELLED in (targets or TARGETS) and not any(found[MODELLED].error for found in usages):
+    modelled = {k.variant: found[MODELLED] for k, found in rows if MODELLED in found}
+    if modelled and not any(usage.error for usage in modelled.values()):
         try:
-            cases = predicted.all_stages({k.variant: found[MODELLED] for k, found in rows})
+            cases = predicted.all_stages(modelled)
             wrong += predicted.faults(cases)
             times = predicted.section(cases, *predicted.measured())
         except ValueError as error:  # loops that the model does not know

@@ -44,6 +44,7 @@ class Launch(NamedTuple):
     args: tuple[Any, ...]
     options: dict[str, Any]
     stage: str = ""
+    targets: tuple[str, ...] = ()  # the GPUs that it is launched on
 
     @property
     def name(self) -> str:
@@ -242,8 +243,21 @@ def _run(model: Codec, case: Case, frames: int, samples: int, state: DirectionSt
             run.whole(x)
 
 
+WITH_WARP_GROUPS, WITHOUT = ("sm_90", "sm_100"), ("sm_80", "gfx942")
+
+
 def kernels() -> list[Launch]:
     """The launches of different variants of Mimi and of JODIO: offline, in streams, and those of all cases."""
+    found: dict[tuple[Any, ...], Launch] = {}
+    for targets in (WITH_WARP_GROUPS, WITHOUT):
+        with mock.patch.object(_launch, "has_warp_groups", lambda x, answer=targets is WITH_WARP_GROUPS: answer):
+            for launch in _kernels():
+                before = found.get(launch.variant, launch)
+                found[launch.variant] = before._replace(targets=(*before.targets, *targets))
+    return list(found.values())
+
+
+def _kernels() -> list[Launch]:
     found: dict[tuple[Any, ...], Launch] = {}
 
     def launched(launch: Launch) -> None:
