@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastmimi.devtools.testing import noise
 from fastmimi.models import checks
 from fastmimi.models.codec import Codec
 from fastmimi.models.config import MimiCodecConfig
@@ -78,3 +79,35 @@ def test_a_streamed_frame(ours, batch):
             assert all(n <= most for n, most in zip(launched, MOST[direction], strict=True)), (
                 direction, Counter(ours), theirs.counts,
             )  # fmt: skip
+
+
+@pytest.mark.kernels
+def test_histories_are_read_alike_where_pointers_cannot_be_selected(monkeypatch):
+    """As on AMD GPUs, whose compiler refuses to choose between the addresses of two tensors."""
+    from fastmimi.kernels.triton import _launch, causal_conv1d, causal_conv_transpose1d, resblock
+
+    launch, selected = _launch.launch, []
+
+    def without_selecting(*args, **options):
+        selected.append(options.pop("SELECT"))
+        launch(*args, SELECT=False, **options)
+
+    x, taken = noise(2, 8, 5), {"first": torch.tensor([True, False]), "active": torch.tensor([True, True])}
+    unit = (noise(4, 8, 3, seed=1), noise(4, seed=2), noise(8, 4, 1, seed=3), noise(8, seed=4))
+    calls = {
+        "flat": (causal_conv1d.causal_conv1d, (x, noise(6, 8, 4)), {"stride": 2, "pad": (2, 0)}, 2),
+        "not flat": (causal_conv1d.causal_conv1d, (x, noise(6, 8, 3)), {"pad": (2, 0), "pad_mode": "replicate"}, 2),
+        "residual unit": (resblock.resblock, (x, *unit), {"pad": (2, 0)}, 2),
+        "transposed": (causal_conv_transpose1d.causal_conv_transpose1d, (x, noise(8, 4, 4)), {"stride": 2}, 1),
+        "depthwise": (
+            causal_conv_transpose1d.causal_conv_transpose1d, (x, noise(8, 1, 4)), {"stride": 2, "groups": 8}, 1,
+        ),
+    }  # fmt: skip
+    for name, (op, tensors, options, past) in calls.items():
+        histories = [noise(2, past, 8, seed=5) for _ in range(2)]
+        monkeypatch.setattr(_launch, "launch", launch)
+        expected = op(*tensors, **options, history=histories[0], **taken)
+        monkeypatch.setattr(_launch, "launch", without_selecting)
+        assert torch.equal(op(*tensors, **options, history=histories[1], **taken), expected), name
+        assert torch.equal(*histories), name
+    assert selected == [True] * len(calls)
