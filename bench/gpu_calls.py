@@ -80,6 +80,7 @@ class OpCall:
         first, *rest = [shapes[name] for name in OPS[self.op].names if name in shapes and "norm" not in name][:3]
         words = [f"{name} {value}" for name, value in self.options if name in ("stride", "dilation", "pre", "post")
                  and value not in (1, "none")]  # fmt: skip
+        words += [f"and {name}" for name in ("residual", "shortcut_weight") if name in shapes]
         return " ".join([kind, first, "with", *rest[:1], *words, *(["in streams"] if self.streams else [])])
 
     def make(self, device: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ First all of our kernels, then the launches of whole passes, then the others, th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from gpu_timing import Call, Timer, rotated
 from torch import Tensor
 
 from fastmimi.devtools.workloads import WORKLOADS, Workload
-from fastmimi.runtime import dispatch
+from fastmimi.runtime import arrivals, dispatch
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PASSES = [
@@ -30,6 +31,7 @@ PASSES = [
 DRY_PASSES = [Pass("streams of 2", 2, 1, True)]
 DRY_ROWS = 24
 LONGEST_DENSE_MASK = 10_000
+COUNTERS = 1 << 16
 SMALL_SETS = 8  # of inputs, for implementations that must be compiled
 Sets = list[list[Tensor]]
 
@@ -104,14 +106,14 @@ def ours(
     sets = rotated(made(workload, dtype, device, dry), timer.l2_bytes())
     row: Row = {"op": workload.op, "case": workload.name, "dtype": str(dtype)[6:], "who": "fastmimi"}
     row |= {"bytes": workload.bytes(dtype), "flops": workload.flops(workload.rows), "sets": len(sets)}
-    with torch.no_grad():
+    with torch.no_grad(), counters(device):
         row |= timer.kernels([lambda s=s: workload.run("triton", s) for s in sets])
     yield bound_of(report, row, dtype)
 
 
 def pass_rows(report: Report, timer: Timer, one: Pass, device: str) -> Iterator[Row]:
     """Each distinct call of a pass of the model, both ways, and how often it is made."""
-    with torch.no_grad():
+    with torch.no_grad(), counters(device):
         for call, count in recorded(load(device, BF16), one.run).items():
             dtype = FP32 if call.op.startswith("rvq") else BF16
             row: Row = {"op": call.op, "case": str(call), "pass": one.name, "calls": count, "who": "fastmimi"}
@@ -120,6 +122,11 @@ def pass_rows(report: Report, timer: Timer, one: Pass, device: str) -> Iterator[
             if "ms" in row:
                 row["ms_of_pass"] = count * row["ms"]
             yield bound_of(report, row, dtype)
+
+
+def counters(device: str) -> AbstractContextManager[None]:
+    """Within the context, launches use counters that are there, as in streams, and do not make their own in graphs."""
+    return arrivals.owned(arrivals.new(COUNTERS, torch.device(device)))
 
 
 def calls_of(call: OpCall, device: str, l2_bytes: int) -> list[Call]:

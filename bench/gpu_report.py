@@ -33,7 +33,10 @@ from fastmimi.io.files import replacing  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 HANGS_AFTER_S = 150  # without a new row or step
-FATAL = ("CUDA error", "CUDA driver error", "unspecified launch failure", "illegal memory access", "device-side assert")
+FATAL = (
+    "CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "unspecified launch failure",
+    "illegal memory access", "misaligned address", "device-side assert",
+)  # fmt: skip
 PACKAGES = ("torch", "triton", "transformers", "moshi", "numpy")
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,driver_version"
 
@@ -55,6 +58,7 @@ class Report:
         self.began = time.monotonic()
         self.moved = self.began  # when something was last written
         self.lock = threading.RLock()
+        self.inherited = 0  # rows of a process before this one
         self.detail: str | None = None  # what of the running step is under way
         self.content: dict[str, Any] = {
             "command": command, "dry": dry, "finished": False, "running": None, "budget_s": budget,
@@ -71,14 +75,19 @@ class Report:
         report = cls(path, command, dry, budget)
         report.content = json.loads(path.read_text(encoding="utf-8"))
         report.began -= max(0.0, time.time() - report.content["started_unix"])
+        report.inherited = len(report.rows)
         running = report.content["running"]
         if running is not None and not (report.rows and report.rows[-1].get("resumable")):
             report.content["done"].append(running)
         return report
 
     def known(self, **keys: Any) -> Row | None:
-        """The first row with these values, perhaps of a process before this one."""
-        return next((row for row in self.rows if keys.items() <= row.items()), None)
+        """The first row with these values."""
+        return next((row for row in self.rows if has(row, keys)), None)
+
+    def known_before(self, **keys: Any) -> Row | None:
+        """The last row with these values that a process before this one wrote."""
+        return next((row for row in reversed(self.rows[: self.inherited]) if has(row, keys)), None)
 
     @property
     def rows(self) -> list[Row]:
@@ -129,6 +138,8 @@ class Report:
                 self.content["step_seconds"][step.name] = round(time.monotonic() - begun, 1)
             free_memory()
         self.content["finished"] = True
+        if not self.content["dry"]:
+            self.content["clocks_at_the_end"] = clocks()
         self.write()
         return len(self.failures)
 
@@ -148,6 +159,10 @@ class Report:
             arguments = [a for a in sys.argv if a != "--resume"]
             print(f"starting again after {self.content['running']!r}", flush=True)
             os.execv(sys.executable, [sys.executable, *arguments, "--resume"])
+
+
+def has(row: Row, keys: Row) -> bool:
+    return all(row.get(name) == value for name, value in keys.items())
 
 
 def attempted(step: Step) -> Iterator[Row]:

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from fastmimi.devtools.testing import noise, small_model
+from fastmimi.reference.causal_conv1d import causal_conv1d
 from fastmimi.reference.resblock import resblock
 from fastmimi.runtime import dispatch, packing
 from fastmimi.runtime.ops import OPS, Ops
@@ -44,7 +45,7 @@ def dry(tmp_path, name, *arguments):
 @pytest.mark.slow
 @pytest.mark.kernels
 @pytest.mark.parametrize("name, only, wanted", [
-    ("correct", "launches, float32, 2 x 5", {"op": "resblock", "phase": "first", "of": "result", "ok": True}),
+    ("correct", "launches, float32, 2 x 2", {"op": "resblock", "phase": "first", "of": "result", "ok": True}),
     ("models", "offline", {"way": "decode", "who": "fastmimi", "packed_again": 0}),
     ("ops", "resblock", {"op": "resblock", "who": "cuDNN, two convolutions alone"}),
 ])  # fmt: skip
@@ -101,7 +102,7 @@ def fatal(): yield from good(); raise RuntimeError("CUDA error: an illegal memor
 def hangs(): yield from good(); time.sleep(60)
 def goes_on():
     for check in "abc":
-        if report.known(check=check) is None:
+        if report.known_before(check=check) is None:
             error = {{"error_text": "CUDA error: x"}} if check == "b" else {{}}
             yield {{"check": check, "ok": not error, "again": again, "resumable": True, **error}}
 
@@ -198,6 +199,16 @@ def test_a_wrong_result_a_wrong_history_and_an_exception_are_found(tmp_path):
     assert [row["ok"] for row in resblock_rows(tmp_path, wrong)] == [False, True]
     assert [row["ok"] for row in resblock_rows(tmp_path, forgetful)] == [True, False]
     assert resblock_rows(tmp_path, broken) == [{"op": "resblock", "of": None, "ok": False}]
+
+
+def test_calls_that_read_alike_are_both_checked(tmp_path):
+    """With and without a bias, say; but each of them once."""
+    report, seen = gpu_report.Report(tmp_path / "out.json", "test", True, 60), set()
+    call = gpu_correct.checked(report, "step", seen, "first", "causal_conv1d", causal_conv1d)
+    x, weight = noise(1, 4, 9), noise(5, 4, 3)
+    for bias in (None, noise(5), noise(5, seed=1)):
+        call(x, weight, bias, pad=(2, 0))
+    assert len(report.rows) == 2 and report.rows[0]["check"] == report.rows[1]["check"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
