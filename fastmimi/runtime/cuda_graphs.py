@@ -117,6 +117,8 @@ class CudaGraphs:
         step = self._steps.get(state, {}).get(_key(ops, x, kind))
         if step is None or step.addresses != _addresses(state):
             return None
+        if packing.is_capturing(x.device):  # by the user: a capture cannot contain a replay
+            return None
         if not self._watch.is_current():
             self.forget()
             return None

@@ -66,7 +66,10 @@ class _Entry:
         self.streams.append(stream)
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
+    """Whether what the current stream of a GPU is given is captured and not run."""
+    if device.type != "cuda":
+        return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
@@ -142,7 +145,7 @@ def packed(tensors: Tensor | tuple[Tensor | None, ...], layout: str, pack: Calla
     present = tuple(t for t in arguments if t is not None)
     key = id(present[0]), layout, tuple(t is not None for t in arguments)
     on_gpu, uncounted = present[0].is_cuda, any(t.is_inference() for t in present)
-    capturing = on_gpu and _is_capturing(present[0].device)
+    capturing = on_gpu and is_capturing(present[0].device)
     if capturing and (found := _entries.get(key)) is not None and found.is_of(present):
         _captured[id(found.result)] = found.result
         return found.result

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastmimi.devtools.testing import noise, small_model
+from fastmimi.runtime import packing
 from fastmimi.runtime.cuda_graphs import CudaGraphs
 
 BATCH = 3
@@ -145,6 +146,15 @@ def test_graphs_are_of_one_autocast(models):
     assert RecordedGraph.replays == captured
 
 
+def test_captures_of_users_contain_no_replay(models, monkeypatch):
+    states = [model.new_state(BATCH) for model in models]
+    models[0].warm_up(states[0])
+    captured = RecordedGraph.replays
+    monkeypatch.setattr(packing, "is_capturing", lambda device: True)
+    assert_equal_streams(models, states, steps=1)
+    assert RecordedGraph.replays == captured
+
+
 def test_a_model_made_on_a_gpu_has_cuda_graphs(monkeypatch):
     monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))
     assert isinstance(small_model().graphs["encode"], CudaGraphs)
@@ -179,8 +189,6 @@ def test_a_copied_model_has_no_graphs(models):
 
 
 def test_nothing_is_packed_during_a_replay(models):
-    from fastmimi.runtime import packing
-
     state = models[0].new_state(BATCH)
     models[0].warm_up(state)
     before = packing.preparations()
