@@ -39,7 +39,7 @@ def _upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, grou
     repeated_bias = None
     if bias is not None:
         repeated_bias = packing.packed(
-            bias, arrangement, lambda b: b.view(groups, 1, -1).expand(-1, stride, -1).flatten()
+            bias, arrangement, lambda b: b.view(groups, 1, -1).repeat(1, stride, 1).flatten()
         )
     rows = x.shape[2] - as_conv.shape[2] + 1
     if not batch or rows < 1:
