@@ -23,8 +23,9 @@ from pathlib import Path
 
 COLUMNS = {  # of the table that is printed at the end
     "correct": "step op check phase of at error bound differing error_text error_in_worker",
-    "models": "way case dtype who warm_up wall_ms wall_ms_p50 wall_ms_p99 gpu_ms times_real_time launches "
-    "synchronisations kernels_ms resident_mib peak_mib state_bytes_per_stream measured error_text",
+    "models": "way case dtype who warm_up wall_ms wall_ms_p50 wall_ms_p99 gpu_ms times_real_time graphs "
+    "warm_up_failed launches synchronisations kernels_ms resident_mib peak_mib state_bytes_per_stream "
+    "measured error_text",
     "ops": "op case dtype who pass calls ms ms_of_pass of_roofline binds timed_by measured error_text",
 }
 DRY_BUDGET_S = 150.0

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from gpu_calls import Pass, recorded
 from gpu_compile import Job, compiled, jobs_of
-from gpu_report import Row, Step, table
+from gpu_report import Row, Step, free_memory
 from gpu_timing import Timer
 
 import fastmimi
@@ -127,17 +127,28 @@ def stream_rows(timer: Timer, one: Pass, dtype: torch.dtype, device: str, warm: 
     """A frame of so many streams, each way; memory per stream."""
     model = load(device, dtype)
     with torch.inference_mode():
-        state, before = model.new_state(one.batch), len(model.graph_report())
-        if warm:
-            model.warm_up(state)
-        graphs = model.graph_report()[before:]
+        state = model.new_state(one.batch)
+        refused = warm_up(model, state) if warm else None
+        graphs = [graph for graph in model.graph_report() if graph.input[0] == one.batch]
         held = sum(tensor.nbytes for tensor in state.state_dict().values())
         for way, call in ways(model, one, state=state):
             row = {"way": way, "case": one.name, "dtype": _name(dtype), "who": "fastmimi", "warm_up": warm}
             row |= with_rate(timer.frames(call), one, model) | timer.memory(call)
             row |= {"graphs": len(graphs), "graph_bytes": sum(graph.nbytes for graph in graphs)}
+            row |= {} if refused is None else {"warm_up_failed": refused}
             yield row | {"state_bytes_per_stream": held // one.batch}
             yield row_of_kernels(timer, way, one, dtype, call) | {"warm_up": warm}
+
+
+def warm_up(model: Codec, state: Any) -> str | None:
+    """Warm the state up; why not, if its copies do not fit beside it."""
+    try:
+        model.warm_up(state)
+        return None
+    except torch.OutOfMemoryError as error:
+        reason = f"{error}"[:200]
+    free_memory()
+    return reason
 
 
 def short_tiles(timer: Timer, one: Pass, device: str) -> Iterator[Row]:
@@ -230,7 +241,3 @@ def moshi_rows(timer: Timer, one: Pass, device: str) -> Iterator[Row]:
                 continue
             with peer.streaming(one.batch):
                 yield row | with_rate(timer.frames(call, 100), one, model) | timer.memory(call)
-
-
-def summary(rows: Iterable[Row]) -> str:
-    return table([row for row in rows if "what" not in row])

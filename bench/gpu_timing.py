@@ -38,7 +38,8 @@ class Timer:
         all_ms = max(1e-3, timed(calls[0])) * len(calls)
         rounds = max(1, min(LAUNCHES // len(calls), int(LONG_ENOUGH_MS / all_ms)))
         try:
-            play, how = captured(calls, rounds), "graph"
+            with torch.cuda.stream(torch.cuda.current_stream()):  # comes back to it if a capture fails
+                play, how = captured(calls, rounds), "graph"
         except RuntimeError as error:
             torch.cuda.synchronize()
             play, how = None, f"queue, no graph: {error}"[:120]

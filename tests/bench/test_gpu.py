@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -283,6 +283,7 @@ class MadeUp:
         return mock.patch.multiple(
             torch.cuda, Event=Event, CUDAGraph=Graph, graph=self.graph, synchronize=lambda: None,
             _sleep=lambda cycles: None, get_sync_debug_mode=lambda: 0, set_sync_debug_mode=lambda mode: None,
+            stream=nullcontext, current_stream=lambda: None,
         )  # fmt: skip
 
 
