@@ -2,6 +2,7 @@
 
     python bench/kernels_report.py             # all targets, writes bench/results/kernels.md (`make kernels-report`)
     python bench/kernels_report.py sm_90       # only the checks, for one target
+    python bench/kernels_report.py --check     # the page's list of kernels, and some of them for sm_90 (2 minutes)
 
 No GPU is needed: the launches of Mimi and of JODIO (offline, and for one frame of a stream) are recorded instead of
 run (recorded.py), and each distinct one is compiled for each target as at its first launch there (compiled.py). From
@@ -121,7 +122,36 @@ def page(rows: list[tuple[Launch, dict[str, Usage]]], times: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def missing(recorded: list[Launch]) -> list[str]:
+    """The kernels that the committed page lacks, one sentence each."""
+    committed = OUT.read_text(encoding="utf-8")
+    return [f"{describe(k)} is not in {OUT.name}: make kernels-report" for k in recorded if head(k) not in committed]
+
+
+def check() -> int:
+    """Check the committed page's list of kernels, and one kernel of each name, dtype and use for sm_90."""
+    recorded = kernels()
+    sample = {(k.name, describe(k).split()[1], k.options.get("STREAM")): k for k in recorded if MODELLED in k.targets}
+    usages = compile_all(sample.values(), [MODELLED])
+    wrong = [
+        fault
+        for k, found in zip(sample.values(), usages, strict=True)
+        for fault in faults(MODELLED, k, found[MODELLED])
+    ]
+    return report(f"{len(recorded)} kernels, {len(sample)} compiled", missing(recorded) + wrong)
+
+
+def report(done: str, wrong: list[str]) -> int:
+    """Print what was done and what is wrong; the exit code."""
+    for sentence in dict.fromkeys(wrong):
+        print(sentence, file=sys.stderr)
+    print(f"{done}, {len(wrong)} faults")
+    return 1 if wrong else 0
+
+
 def main(targets: list[str]) -> int:
+    if targets == ["--check"]:
+        return check()
     recorded = sorted(kernels(), key=describe)
     compiled = compile_all(recorded, targets or list(TARGETS))
     usages = list(
@@ -139,18 +169,12 @@ def main(targets: list[str]) -> int:
         except ValueError as error:  # loops that the model does not know
             wrong.append(f"no times are predicted: {error}")
     if targets:
-        committed = OUT.read_text(encoding="utf-8")
-        wrong += [
-            f"{describe(k)} is not in {OUT.name}: make kernels-report" for k in recorded if head(k) not in committed
-        ]
-    for sentence in dict.fromkeys(wrong):
-        print(sentence, file=sys.stderr)
-    if not targets:
+        wrong += missing(recorded)
+    else:
         OUT.parent.mkdir(exist_ok=True)
         OUT.write_text(page(rows, times), encoding="utf-8")
         print(f"wrote {OUT}")
-    print(f"{len(recorded)} kernels compiled, {len(wrong)} faults")
-    return 1 if wrong else 0
+    return report(f"{len(recorded)} kernels compiled", wrong)
 
 
 if __name__ == "__main__":
