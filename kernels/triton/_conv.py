@@ -207,10 +207,11 @@ def mirrored_length(length: int, pad: tuple[int, int], pad_mode: str) -> int:
     return max(length, max(pad) + 1) if pad_mode == "reflect" else length
 
 
-def blocks(rows: int, C: int, O: int, K: int, x: Tensor, flat: bool, stream: bool) -> dict[str, Any]:
+def blocks(rows: int, C: int, O: int, K: int, x: Tensor, flat: bool, plain: bool) -> dict[str, Any]:
     """Block sizes, splits, warps and pipeline stages for a convolution with `rows` = B * T_out output rows.
 
-    flat: its windows are contiguous and padded with zeros. Other cases and histories take registers for addresses.
+    flat: its windows are contiguous and padded with zeros. plain: besides, it has neither history nor residual. Each of
+    these takes registers that the largest tile does not have, as does a split sum.
     """
     fp32 = x.dtype == torch.float32
     # elements per step of the reduction: 128 bytes
@@ -224,7 +225,7 @@ def blocks(rows: int, C: int, O: int, K: int, x: Tensor, flat: bool, stream: boo
         tile = {"BLOCK_T": 128 if tall else 64, "BLOCK_O": block_o, "num_warps": 4, "num_stages": 3}
     elif rows <= SOME_ROWS:
         tile = {"BLOCK_T": 64, "BLOCK_O": 64, "num_warps": 4, "num_stages": 3 if fp32 else 4}
-    elif fp32 or stream or not flat or not _launch.has_warp_groups(x):
+    elif fp32 or not plain or triton.cdiv(rows, 256) * O <= 128 * PROCESSORS or not _launch.has_warp_groups(x):
         tile = {"BLOCK_T": 128, "BLOCK_O": 64 if fp32 else 128, "num_warps": 8, "num_stages": 3}
     else:
         tile = {"BLOCK_T": 256, "BLOCK_O": 128, "num_warps": 8, "num_stages": 3}

@@ -128,7 +128,7 @@ def launch_group(
     stream = history is not None and pad[0] > 0
     h_t = history.stride(1) if stream else channels
     flat = (dilation == 1 or kernel == 1) and pad_mode == "constant" and x.stride(2) == h_t == channels
-    tile = blocks(batch * total, channels, out, kernel, x, flat, stream)
+    tile = blocks(batch * total, channels, out, kernel, x, flat, flat and not stream and residual is None)
     seg, per_tile, groups_of_rows, tiles = segments(batch, total, tile["BLOCK_T"])
     parts, splits = groups_of_rows * tiles * triton.cdiv(out, tile["BLOCK_O"]), tile["SPLITS"]
     r, sums = y if residual is None else residual, x
