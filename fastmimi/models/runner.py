@@ -7,6 +7,7 @@ be padded with on its own. A pass is a composition of the codec's four transform
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -72,7 +73,8 @@ class Pass:
             graphs = codec.graphs[self.direction]
             found = None if inside is not None else graphs.run(codec.ops, part, state, self.key)
             if found is None:
-                found = self._with_state(part, state, inside)
+                with _counters_of(state):
+                    found = self.step(part, codec.forward_context(len(part), state, inside))
             if result is None:  # one tile is all
                 return _joined(found)
             channel, here = 0, result[..., start * self.result_unit : (start + tile) * self.result_unit]
@@ -115,12 +117,9 @@ class Pass:
             examples = [empty.clone().normal_(std=0.1, generator=draw) for _ in range(3)]
         codec.graphs[self.direction].record(codec, codec.ops, self._with_state, examples, state, threads, self.key)
 
-    def _with_state(self, x: Tensor, state: DirectionState, lengths: Tensor | None = None) -> list[Tensor]:
-        context = self.codec.forward_context(len(x), state, lengths)
-        if x.is_cpu or torch.compiler.is_compiling():
-            return self.step(x, context)
-        with owned(state.arrivals):
-            return self.step(x, context)
+    def _with_state(self, x: Tensor, state: DirectionState) -> list[Tensor]:
+        with _counters_of(state):
+            return self.step(x, self.codec.forward_context(len(x), state))
 
     def _frames(self, x: Tensor) -> int:
         return -(-x.shape[-1] // self.unit)
@@ -138,6 +137,13 @@ class Pass:
         # state is written in place, which autograd cannot differentiate through
         trains = x.requires_grad or any(p.requires_grad for p in codec.parameters())
         return not (torch.is_grad_enabled() and trains)
+
+
+def _counters_of(state: DirectionState) -> AbstractContextManager[None]:
+    """Within it, kernels on a GPU use the arrival counters of the state."""
+    if state.offset.is_cpu or torch.compiler.is_compiling():
+        return nullcontext()
+    return owned(state.arrivals)
 
 
 def _joined(parts: list[Tensor], dim: int = 1) -> Tensor:
