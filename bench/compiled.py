@@ -53,7 +53,7 @@ class Job(NamedTuple):
     kernel: str
     args: tuple[Any, ...]  # tensors as their dtypes
     options: dict[str, Any]
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] = tuple(TARGETS)
 
 
 class AbsentGPU:

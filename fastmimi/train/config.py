@@ -204,6 +204,9 @@ class TrainConfig:
             loaded = OmegaConf.load(StringIO(_read_yaml_text(file)))
             if not isinstance(loaded, DictConfig):
                 raise InputError(f"a configuration must be fields and their values, got {shown(loaded)}")
+            for change in changes:
+                if isinstance(change, str) and not change.partition("=")[0].strip("[]. "):
+                    raise InputError(f"a change must be a field and its value, such as steps=1000, got {shown(change)}")
             merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist([*changes]))
             return cls.of(OmegaConf.to_container(merged))
 
