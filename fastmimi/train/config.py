@@ -7,6 +7,7 @@ Where the Mimi paper (arXiv 2410.00037, sections 3.3 and 4.2) gives no value, th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -31,6 +32,7 @@ MAY_CHANGE_ON_RESUME = {"out", "steps", "save_every", "log_every", "listen_every
 MANY, TINY, FRACTION = 1e9, 1e-12, (0, 1)
 MAX_CONFIG_BYTES = 65_536
 PARSE_ERRORS = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError, OSError)
+FIELD = re.compile(r"[A-Za-z_]\w*(\.\w+|\[\w+\])*")  # its path, such as optimizer.betas[0]
 N_FFT_LIMITS = (16, 65_536)
 LIMITS = {  # field: (smallest, largest) allowed value
     "steps": (1, MANY),
@@ -205,7 +207,7 @@ class TrainConfig:
             if not isinstance(loaded, DictConfig):
                 raise InputError(f"a configuration must be fields and their values, got {shown(loaded)}")
             for change in changes:
-                if isinstance(change, str) and not change.partition("=")[0].strip("[]. "):
+                if isinstance(change, str) and not FIELD.fullmatch(change.partition("=")[0].strip()):
                     raise InputError(f"a change must be a field and its value, such as steps=1000, got {shown(change)}")
             merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist([*changes]))
             return cls.of(OmegaConf.to_container(merged))

@@ -104,7 +104,9 @@ def test_invalid_values_are_refused(values):
         TrainConfig.of(values)
 
 
-@pytest.mark.parametrize("changes", [[None], [3], ["a.b=3"], ["=3"], ["["], ["[]=3"], ["steps=["], ["data=3"]])
+@pytest.mark.parametrize(
+    "changes", [[None], [3], ["a.b=3"], ["=3"], ["["], ["[0"], ["[]=3"], ["a[=3"], ["steps=["], ["data=3"]]
+)
 def test_invalid_changes_are_refused(tmp_path, changes):
     path = tmp_path / "config.yaml"
     path.write_text("data: {folder: x}")
