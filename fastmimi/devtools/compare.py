@@ -75,9 +75,7 @@ def record(model: nn.Module, call: Callable[[], Tensor | Iterable[Tensor]]) -> R
 
         return hook
 
-    names = {
-        _result_name(flat_name(name), module): module for name, module in model.named_modules()
-    }  # the inner of two
+    names = {_result_name(flat_name(name), part): part for name, part in model.named_modules()}  # the inner of two
     handles = [module.register_forward_hook(keep(name)) for name, module in names.items() if name]
     try:
         found[RESULT] = list(_tensors_of(call()))

@@ -125,11 +125,11 @@ def _conv(
 
 
 def _upsampling(name: str, channels: tuple[int, int], stride: int, rate: int, groups: int = 1) -> Workload:
-    (c, o), pre = channels, "none" if groups > 1 else "elu"
+    c, o = channels
     return Workload(
         "causal_conv_transpose1d", name, SECONDS * rate,
         lambda n: [(1, c, n), (c, o // groups, 2 * stride), *([] if groups > 1 else [(o,)])],
-        {"stride": stride, "groups": groups, "trim": (0, stride), "pre": pre}, 2 * c // groups, rate,
+        {"stride": stride, "groups": groups, "trim": (0, stride)}, 2 * c // groups, rate,
     )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def _resblock(channels: int, rate: int) -> Workload:
     c, h = channels, channels // 2
     return Workload(
         "resblock", f"{c} channels at {rate} Hz", SECONDS * rate,
-        lambda n: [(1, c, n), (h, c, 3), (h,), (c, h, 1), (c,)], {"pad": (2, 0)}, 3 * c, rate,
+        lambda n: [(1, c, n), (h, c, 3), (h,), (c, h, 1), (c,)], {"pad": (2, 0), "post": "elu"}, 3 * c, rate,
     )  # fmt: skip
 
 
@@ -169,8 +169,8 @@ def _rvq(op: str, name: str, frames: int, levels: int, dim: int) -> Workload:
 
 WORKLOADS: list[Workload] = [  # for 10 s of audio, unless the name says otherwise
     _conv("first, 1 to 64, k7", (1, 64), 7, 24_000),
-    _conv("down, 64 to 128, k8 s4", (64, 128), 8, 24_000, stride=4, pre="elu"),
-    _conv("last, 64 to 1, k3", (64, 1), 3, 24_000, pre="elu"),
+    _conv("down, 64 to 128, k8 s4", (64, 128), 8, 24_000, stride=4),
+    _conv("last, 64 to 1, k3", (64, 1), 3, 24_000),
     _conv("wide, 896 to 896, k3, SiLU", (896, 896), 3, 2_400, post="silu"),
     _conv("wide, dilated by 4", (896, 896), 3, 2_400, dilation=4, post="silu"),
     _upsampling("128 to 64, stride 4", (128, 64), 4, 6_000),

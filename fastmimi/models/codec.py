@@ -196,8 +196,8 @@ class Codec(Packable):
         """Pack weights and build kernels for streams of this state's batch size now, so that no frame waits for it.
 
         Chunks of `frames` frames (1 to 4) are also recorded, on a CPU as native calls (runtime/cpu_graphs.py), on a GPU
-        as CUDA graphs of this state alone (runtime/cuda_graphs.py, `graph_report`), which makes every frame
-        faster; without this call nothing is recorded. A recording is for one batch size, number of frames, number of
+        as CUDA graphs of this state alone (runtime/cuda_graphs.py, `graph_report`), which makes every frame faster;
+        without this call nothing is recorded. A recording is for one batch size, number of frames, number of
         codebooks (or `latents`, for `encode_to_latent` and `decode_latent`) and `torch.set_num_threads`, and is dropped
         when weights change. `threads` is how many threads will step such streams at the same time. The state stays as
         it is.

@@ -144,9 +144,8 @@ def rvq_encode_fwd_kernel(
             m_i = m_n[:, None] & (i < splits)[None, :]
             distances = tl.load(p_distances + at, mask=m_i, other=FAR)
             code = first_lowest(distances, tl.load(p_found + at, mask=m_i, other=0))
-            tl.store(
-                p_codes + (step - 1) * N + n, code.to(tl.int64), mask=m_n & (n * 0 + split == 0)
-            )  # Triton 3.9: no scalar beside m_n
+            m_first = m_n & (n * 0 + split == 0)  # Triton 3.9's interpreter refuses `m_n &` a scalar
+            tl.store(p_codes + (step - 1) * N + n, code.to(tl.int64), mask=m_first)
             p_entries = p_books + ((step - 1) * S + code[:, None]) * D + d[None, :]
             for d0 in range(0, D, BLOCK_D):
                 m_d = (d0 + d < D)[None, :]
