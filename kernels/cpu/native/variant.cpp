@@ -134,8 +134,9 @@ ENTRY(depthwise, DepthwiseCall) {
   with_dtype(call.input.dtype, [&](auto element) {
 #pragma omp parallel for num_threads(call.threads)
     for (long i = 0; i < call.input.batch * call.rows; i++)
-      depthwise_rows(call.input, call.weight, call.bias, (decltype(element)*)call.y + i * call.stride * call.input.channels,
-                     call.stride, call.taps, i / call.rows, i % call.rows, call.pre);
+      depthwise_rows(call.input, call.weight, call.bias,
+                     (decltype(element)*)call.y + i * call.stride * call.input.channels, call.stride, call.taps,
+                     i / call.rows, i % call.rows, call.pre);
   });
 }
 
