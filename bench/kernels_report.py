@@ -66,6 +66,7 @@ def describe(launch: Launch) -> str:
     options = launch.options
     dtype = next(str(a.dtype)[6:] for a in launch.args if isinstance(a, torch.Tensor) and a.dtype.is_floating_point)
     words = [launch.kernel.__name__, dtype, *(["stream"] if options.get("STREAM") else [])]
+    words += ["of a pool"] if options.get("ROWS") else []
     for name, value in options.items():
         if name in ("PRE", "POST", "MODE") and value not in ("none", "constant"):
             words.append(f"{name.lower()} {value}")

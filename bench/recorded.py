@@ -247,7 +247,7 @@ WITH_WARP_GROUPS, WITHOUT = ("sm_90", "sm_100"), ("sm_80", "gfx942")
 
 
 def kernels() -> list[Launch]:
-    """The launches of different variants of Mimi and of JODIO: offline, in streams, and those of all cases."""
+    """The launches of different variants of Mimi and of JODIO: offline, in streams, in pools, and of all cases."""
     found: dict[tuple[Any, ...], Launch] = {}
     for targets in (WITH_WARP_GROUPS, WITHOUT):
         with mock.patch.object(_launch, "has_warp_groups", lambda x, answer=targets is WITH_WARP_GROUPS: answer):
@@ -273,6 +273,10 @@ def _kernels() -> list[Launch]:
                     _run(model, Case(direction, 1, "whole"), 50, 96_000)
                     for batch, frames in ((1, 1), (32, 1), (2, 25)):
                         _run(model, Case(direction, batch, "stream"), frames, 1920 * frames)
+                    pool = model.new_direction(direction, 64)
+                    for batch in (1, 32):
+                        state = pool.select(torch.empty(batch, dtype=torch.int64, device=META))
+                        _run(model, Case(direction, batch, "stream"), 1, 1920, state)
         with recording(launched):
             _other_shapes(dtype)
     model = mimi()

@@ -17,7 +17,7 @@ from ..runtime import lengths
 
 def conv_length(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilation: int, groups: int, pad: tuple[int, int],
-    history: Tensor | None,
+    history: Tensor | None, rows: Tensor | None,
 ) -> int:  # fmt: skip
     """Check a convolution of x [B, C, T] with weight [C_out, C / groups, K], and return T_out."""
     _check_channels(x, weight.shape[1] * groups, len(weight), bias)
@@ -26,19 +26,19 @@ def conv_length(
         span = (weight.shape[2] - 1) * dilation + 1
         raise ValueError(f"x and its padding must span the kernel's {span} samples, got {x.shape[2]} + {sum(pad)}")
     if history is not None:
-        check_state("history", history, (len(x), pad[0], x.shape[1]))
+        check_state("history", history, (len(x), pad[0], x.shape[1]), rows)
     return length
 
 
 def conv_transpose_length(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, trim: tuple[int, int],
-    history: Tensor | None,
+    history: Tensor | None, rows: Tensor | None,
 ) -> int:  # fmt: skip
     """Check a transposed convolution of x [B, C, T] with weight [C, C_out / groups, K], and return T_out."""
     outputs, kernel = weight.shape[1] * groups, weight.shape[2]
     _check_channels(x, len(weight), outputs, bias)
     if history is not None:
-        check_state("history", history, (len(x), taps_of(kernel, stride) - 1, x.shape[1]))
+        check_state("history", history, (len(x), taps_of(kernel, stride) - 1, x.shape[1]), rows)
         return x.shape[2] * stride
     length = lengths.upsampled(x.shape[2], kernel, stride, trim)
     if length < 0 or trim[0] < 0:
@@ -49,10 +49,10 @@ def conv_transpose_length(
 
 def check_resblock(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, dilation: int, pad: tuple[int, int],
-    history: Tensor | None,
+    history: Tensor | None, rows: Tensor | None,
 ) -> None:  # fmt: skip
     """Check a residual unit of x [B, C, T] with weights [H, C, K] and [C, H, 1], which keeps the length."""
-    length = conv_length(x, weight1, bias1, 1, dilation, 1, pad, history)
+    length = conv_length(x, weight1, bias1, 1, dilation, 1, pad, history, rows)
     if weight2.shape != (x.shape[1], len(weight1), 1):
         raise ValueError(f"weight2 must be [{x.shape[1]}, {len(weight1)}, 1], got {tuple(weight2.shape)}")
     _check_channels(x, len(weight2), len(weight2), bias2)
@@ -67,14 +67,23 @@ def _check_channels(x: Tensor, channels: int, outputs: int, bias: Tensor | None)
         raise ValueError(f"bias must be ({outputs},), got {tuple(bias.shape)}")
 
 
-def check_state(name: str, state: Tensor, shape: tuple[int, ...]) -> None:
-    """Check that a tensor of streaming state is contiguous and has the given shape."""
+def check_state(name: str, state: Tensor, shape: tuple[int, ...], rows: Tensor | None) -> None:
+    """Check that a tensor of streaming state is contiguous and has the given shape [B, ...].
+
+    A pool's has any number of rows, of which `rows` [B] names those of this batch; values on a GPU are not read.
+    """
+    if rows is not None:
+        if rows.dtype != torch.int64 or rows.shape != shape[:1] or not rows.is_contiguous():
+            raise ValueError(f"rows must be int64, contiguous and {shape[:1]}, got {rows.dtype} {tuple(rows.shape)}")
+        if rows.is_cpu and not all(0 <= row < len(state) for row in rows.tolist()):
+            raise IndexError(f"rows must lie in [0, {len(state)}), got {rows.tolist()}")
+        shape = (len(state), *shape[1:])
     if state.shape != shape or not state.is_contiguous():
         raise ValueError(f"{name} must be contiguous and {shape}, got {tuple(state.shape)}")
 
 
 def check_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, cache_k: Tensor | None, cache_v: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, window: int, cache_k: Tensor | None, cache_v: Tensor | None, rows: Tensor | None
 ) -> None:
     """Check q [B, H, T, D], k and v [B, H_kv, T, D], and rings [B, H_kv, window, D]."""
     (batch, heads, length, dim), kv_heads = q.shape, k.shape[1]
@@ -82,7 +91,7 @@ def check_attention(
         raise ValueError(f"the shapes of q, k and v do not match: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     for name, cache in (("cache_k", cache_k), ("cache_v", cache_v)):
         if cache is not None:
-            check_state(name, cache, (batch, kv_heads, window, dim))
+            check_state(name, cache, (batch, kv_heads, window, dim), rows)
 
 
 def check_search(x: Tensor, codebooks: Tensor) -> None:

@@ -5,7 +5,12 @@
 `pre` and `post` are activations; r is the residual. When a whole signal is processed at once (offline), `pad` is the
 number of samples padded on the left and on the right. When streaming, the left padding is `history` [B, pad_left, C],
 the last samples of the previous calls, which is updated in place for the active batch rows. On the right, a stream is
-padded at its end only. Follows transformers' `MimiConv1d` and moshi's `StreamingConv1d`.
+padded at its end only.
+
+The state of streams may be that of a pool, of S streams: then `rows` names the row of `history`, `first` and `active`
+that each batch row continues, and B in their shapes is S. A row may be named more than once if it is not active.
+
+Follows transformers' `MimiConv1d` and moshi's `StreamingConv1d`.
 """
 
 from collections.abc import Iterator
@@ -35,12 +40,13 @@ def causal_conv1d(
     history: Tensor | None = None,  # [B, pad[0], C], mutated
     first: Tensor | None = None,  # [B] bool: rows at the start of their stream
     active: Tensor | None = None,  # [B] bool: rows whose history advances
+    rows: Tensor | None = None,  # [B] int64: rows of a pool's state
 ) -> Tensor:  # [B, C_out, T_out]
     """`pad_mode` is 'constant' (zeros), 'replicate' or, offline only, 'reflect'. `pre` and `post` name ACTIVATIONS."""
     if history is None:
         x = pad1d(x, pad, pad_mode)
     else:
-        x = pad1d(with_history(x, history, first, active, pad_mode), (0, pad[1]), pad_mode)
+        x = pad1d(with_history(x, history, first, active, rows, pad_mode), (0, pad[1]), pad_mode)
     with ieee_convolutions(x):
         y = F.conv1d(ACTIVATIONS[pre](x), weight, bias, stride=stride, dilation=dilation, groups=groups)
     return ACTIVATIONS[post](y if residual is None else y + residual)
@@ -69,19 +75,24 @@ def ieee_convolutions(x: Tensor) -> Iterator[None]:
         setattr(flags, name, before)
 
 
-def with_history(x: Tensor, history: Tensor, first: Tensor | None, active: Tensor | None, pad_mode: str) -> Tensor:
+def with_history(
+    x: Tensor, history: Tensor, first: Tensor | None, active: Tensor | None, rows: Tensor | None, pad_mode: str
+) -> Tensor:
     """Prepend the history [B, P, C] to x [B, C, T] -> [B, C, P + T], and update it in place for the active rows.
 
     With 'replicate', the first sample stands in for the history of a row at the start of its stream.
     """
     assert first is not None and active is not None, "a history needs `first` and `active`"
+    pool = history
+    if rows is not None:
+        history, first, active = history[rows], first[rows], active[rows]
     past = history.mT
     length = past.shape[-1]
     if pad_mode == "replicate" and length:
         past = torch.where(first[:, None, None], x[..., :1], past)
     x = torch.cat([past, x], dim=-1)
     if length:
-        history.copy_(torch.where(active[:, None, None], x[..., -length:].mT, history))
+        pool[... if rows is None else rows] = torch.where(active[:, None, None], x[..., -length:].mT, history)
     return x
 
 

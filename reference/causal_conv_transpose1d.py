@@ -30,10 +30,11 @@ def causal_conv_transpose1d(
     history: Tensor | None = None,  # [B, ceil(K / stride) - 1, C], mutated
     first: Tensor | None = None,  # [B] bool: rows at the start of their stream, whose history is zero
     active: Tensor | None = None,  # [B] bool
+    rows: Tensor | None = None,  # [B] int64: rows of a pool's state, as in `causal_conv1d`
 ) -> Tensor:  # [B, C_out, T * stride] with trim = (0, K - stride)
     left, right = trim
     if history is not None:
-        x = with_history(x, history, first, active, "constant")
+        x = with_history(x, history, first, active, rows, "constant")
         left, right = stride * history.shape[1], weight.shape[2] - stride
     x = ACTIVATIONS[pre](x)
     with ieee_convolutions(x):

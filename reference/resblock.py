@@ -27,10 +27,11 @@ def resblock(
     history: Tensor | None = None,  # [B, pad[0], C], mutated
     first: Tensor | None = None,  # [B] bool
     active: Tensor | None = None,  # [B] bool
+    rows: Tensor | None = None,  # [B] int64: rows of a pool's state, as in `causal_conv1d`
 ) -> Tensor:  # [B, C, T]
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
     hidden = causal_conv1d(
         x, weight1, bias1, dilation=dilation, pad=pad, pad_mode=pad_mode, pre="elu",
-        history=history, first=first, active=active,
+        history=history, first=first, active=active, rows=rows,
     )  # fmt: skip
     return causal_conv1d(hidden, weight2, bias2, pre="elu", post=post, residual=skip)

@@ -56,7 +56,7 @@ def transformer_layer(
     dropout: float = 0.0,
     residual_dropout: float = 0.0,
     attention: Callable[..., Tensor] = window_attention,
-    **state: Tensor | None,  # offset, cache_k, cache_v, active: see `window_attention`
+    **state: Tensor | None,  # offset, cache_k, cache_v, active, rows: see `window_attention`
 ) -> Tensor:  # [B, T, C]
     """`norm` is 'layer' or 'rms'. `dropout` applies to the attention weights, `residual_dropout` to both branches."""
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation

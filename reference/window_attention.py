@@ -5,7 +5,8 @@
 Work and memory are linear in T: queries are processed in blocks, each with only the keys that its queries can see.
 
 When streaming, `cache_k` and `cache_v` are ring buffers of `window` slots: position p is in slot p % window, and keys
-are stored after rotation. The positions of this call are written in place for the active batch rows. Both RoPE layouts
+are stored after rotation. The positions of this call are written in place for the active batch rows. The state may be
+that of a pool, as in `causal_conv1d`. Both RoPE layouts
 are supported, half-rotated (transformers) and interleaved (Kyutai). Angles and rotations are computed in fp32 whatever
 the dtype of q and k, as in moshi.
 """
@@ -32,8 +33,11 @@ def window_attention(
     cache_k: Tensor | None = None,  # [B, H_kv, window, D], mutated
     cache_v: Tensor | None = None,
     active: Tensor | None = None,  # [B] bool
+    rows: Tensor | None = None,  # [B] int64: rows of a pool's state
 ) -> Tensor:  # [B, H, T, D]
     _, heads, length, dim = q.shape
+    if rows is not None and offset is not None:
+        offset = offset[rows]
     index = torch.arange(length, device=q.device)
     positions = index[None] if offset is None else offset[:, None] + index  # [1 or B, T]
     q, k = (rotate(x, positions, inv_freq, rope_scale, interleaved) for x in (q, k))
@@ -43,11 +47,14 @@ def window_attention(
         assert cache_v is not None and offset is not None and active is not None, (
             "a cache needs `cache_v`, `offset` and `active`"
         )
+        pools = cache_k, cache_v
+        if rows is not None:
+            cache_k, cache_v, active = cache_k[rows], cache_v[rows], active[rows]
         old_positions = offset[:, None] + torch.arange(-past, 0, device=q.device)  # [B, past]
         slots = (old_positions % window)[:, None, :, None].expand(-1, k.shape[1], -1, dim)
         old_k, old_v = cache_k.gather(2, slots), cache_v.gather(2, slots)
-        _write_ring(cache_k, k, positions, active)
-        _write_ring(cache_v, v, positions, active)
+        for pool, cache, x in zip(pools, (cache_k, cache_v), (k, v), strict=True):
+            pool[... if rows is None else rows] = _with_new(cache, x, positions, active)
         k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
 
     k, v = (repeat(x, "b h t d -> b (h n) t d", n=heads // x.shape[1]) for x in (k, v))
@@ -80,9 +87,9 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, scale: float, interle
     return rearrange([a * cos - b * sin, b * cos + a * sin], f"pair b h t d -> {layout}").to(x.dtype)
 
 
-def _write_ring(cache: Tensor, x: Tensor, positions: Tensor, active: Tensor) -> None:
-    """Write x [B, H, T, D] into the ring buffer [B, H, W, D] at slots position % W, for the active rows only."""
+def _with_new(cache: Tensor, x: Tensor, positions: Tensor, active: Tensor) -> Tensor:
+    """The ring buffer [B, H, W, D] with x [B, H, T, D] at slots position % W, for the active rows only."""
     window = cache.shape[2]
     x, positions = x[:, :, -window:], positions[:, -window:]
     slots = (positions % window)[:, None, :, None].expand_as(x)
-    cache.scatter_(2, slots, torch.where(active[:, None, None, None], x, cache.gather(2, slots)))
+    return cache.scatter(2, slots, torch.where(active[:, None, None, None], x, cache.gather(2, slots)))

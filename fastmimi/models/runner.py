@@ -107,7 +107,7 @@ class Pass:
 
     def warm_up(self, channels: int, frames: int, state: DirectionState, threads: int) -> None:
         """Pack weights, and record the pass for chunks [B, channels, frames * unit] of the streams of `state`."""
-        codec, device, shape = self.codec, state.offset.device, (len(state.offset), channels, frames * self.unit)
+        codec, device, shape = self.codec, state.offset.device, (state.batch_size, channels, frames * self.unit)
         draw = torch.Generator(device).manual_seed(0)
         if self.key == "codes":
             entries = codec.config.codebook_size

@@ -59,7 +59,8 @@ def history_of(context: ForwardContext, name: str) -> History:
     if context.state is None:
         return {}
     assert context.first is not None, "a context with a state says which rows are at its start"
-    return {"history": context.state.buffers[name], "first": context.first, "active": context.state.active}
+    state = context.state
+    return {"history": state.buffers[name], "first": context.first, "active": state.active, "rows": state.rows}
 
 
 def upsample(

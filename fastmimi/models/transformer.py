@@ -66,7 +66,8 @@ class Rings(StreamingModule):
         if (state := context.state) is None:
             return {}
         cache_k, cache_v = (state.buffers[f"{self.name}.{kind}"] for kind in "kv")
-        return {"offset": state.offset, "cache_k": cache_k, "cache_v": cache_v, "active": state.active}
+        rings: RingCaches = {"cache_k": cache_k, "cache_v": cache_v}
+        return {"offset": state.offset, **rings, "active": state.active, "rows": state.rows}
 
 
 class Attention(Rings, nn.Module):

@@ -40,7 +40,7 @@ class _Scratch(DirectionState):
 
     def __init__(self, state: DirectionState):
         copy = state.clone()
-        super().__init__(copy.buffers, copy.offset, copy.active)
+        super().__init__(copy.buffers, copy.offset, copy.active, copy.rows, copy.pool)
         self.start = state.first.clone()
         self.positions = 0
 
@@ -53,7 +53,8 @@ class _Scratch(DirectionState):
 
 
 def _tensors(state: DirectionState) -> list[Tensor]:
-    return [*state.tensors(), state.first]
+    named = [] if state.rows is None else [state.rows]
+    return [*state.tensors(), state.first, *named]
 
 
 class CpuGraphs:
@@ -123,8 +124,9 @@ class CpuGraphs:
 
 
 def _key(ops: Ops, x: Tensor, state: DirectionState, kind: int | str) -> Key:
-    buffers = [(tensor.shape, tensor.dtype, tensor.is_contiguous()) for tensor in state.buffers.values()]
-    return (kind, ops, x.shape, x.dtype, *buffers, torch.get_num_threads())
+    pooled = state.rows is not None  # then a program serves pools of any size
+    buffers = [(tensor.shape[pooled:], tensor.dtype, tensor.is_contiguous()) for tensor in state.buffers.values()]
+    return (kind, ops, x.shape, x.dtype, pooled, *buffers, torch.get_num_threads())
 
 
 def _record(

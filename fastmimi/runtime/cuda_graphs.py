@@ -73,15 +73,23 @@ class CudaGraph:
 
 
 class _Step:
-    """A captured step: its input, its results, and where the state was that it reads and writes."""
+    """A captured step: its input, its results, and where the state was that it reads and writes.
+
+    Of a pool it runs any rows, as many as were captured: their numbers are an input too.
+    """
 
     def __init__(self, graph: Graph, step: Step, x: Tensor, state: DirectionState):
         self.graph, self.input, self.addresses = graph, x.clone(), _addresses(state)
+        self.rows = None if state.rows is None else state.rows.clone()
+        if state.pool is not None and self.rows is not None:
+            state = state.pool.select(self.rows)
         self.results = graph.capture(lambda: step(self.input, state))
         self.report: GraphReport | None = None
 
-    def run(self, x: Tensor) -> list[Tensor]:
+    def run(self, x: Tensor, rows: Tensor | None) -> list[Tensor]:
         self.input.copy_(x)
+        if self.rows is not None and rows is not None:
+            self.rows.copy_(rows)
         self.graph.replay()
         return [result.clone() for result in self.results]  # the next replay overwrites them
 
@@ -114,7 +122,7 @@ class CudaGraphs:
         """
         if not self._steps or torch.compiler.is_compiling():
             return None
-        step = self._steps.get(state, {}).get(_key(ops, x, kind))
+        step = self._steps.get(_owner(state), {}).get(_key(ops, x, state, kind))
         if step is None or step.addresses != _addresses(state):
             return None
         if packing.is_capturing(x.device):  # by the user: a capture cannot contain a replay
@@ -122,7 +130,7 @@ class CudaGraphs:
         if not self._watch.is_current():
             self.forget()
             return None
-        return None if self._watch.has_hooks() else step.run(x)
+        return None if self._watch.has_hooks() else step.run(x, state.rows)
 
     def record(
         self, model: Model, ops: Ops, step: Step, examples: list[Tensor], state: DirectionState, threads: int,
@@ -135,7 +143,8 @@ class CudaGraphs:
         if not (self._watch.tensors and self._watch.is_current()):
             self.forget()
             self._watch = Watch(model, self.direction)
-        steps, key, start = self._steps.setdefault(state, {}), _key(ops, examples[0], kind), time.perf_counter()
+        steps, key = self._steps.setdefault(_owner(state), {}), _key(ops, examples[0], state, kind)
+        start = time.perf_counter()
         if key in steps and steps[key].addresses == _addresses(state):
             return
         packing.count_preparation()
@@ -145,9 +154,9 @@ class CudaGraphs:
             pool = next(iter(steps.values())).graph if steps else None
             captured = _Step(self.graph(state.offset.device, _pool_of(pool)), step, examples[0], state)
             state.copy_(before)  # for graphs that run what they capture
-            pairs = [(captured.run(x), step(x, theirs)) for x in examples]
+            pairs = [(captured.run(x, state.rows), step(x, theirs)) for x in examples]
             equal = all(torch.equal(*pair) for mine, truth in pairs for pair in zip(mine, truth, strict=True))
-            equal = equal and all(map(torch.equal, state.tensors(), theirs.tensors()))
+            equal = equal and all(map(torch.equal, state.clone().tensors(), theirs.tensors()))
             state.copy_(before)
         if not equal:
             _log.warning("a CUDA graph differs from the model's own step and is not used: %s, %s", self.direction, kind)
@@ -164,10 +173,15 @@ def _pool_of(graph: Graph | None) -> Any:
     return graph.graph.pool() if isinstance(graph, CudaGraph) else None
 
 
-def _key(ops: Ops, x: Tensor, kind: int | str) -> Key:
+def _owner(state: DirectionState) -> DirectionState:
+    """The state that graphs are kept by: selected rows are made anew for each step."""
+    return state if state.pool is None else state.pool
+
+
+def _key(ops: Ops, x: Tensor, state: DirectionState, kind: int | str) -> Key:
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return (kind, ops, x.shape, x.dtype, autocast)
+    return (kind, ops, x.shape, x.dtype, state.rows is None, autocast)
 
 
 def _addresses(state: DirectionState) -> list[int]:

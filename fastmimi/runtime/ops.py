@@ -79,7 +79,7 @@ class Op:
     @property
     def state_names(self) -> list[str]:
         """The names of `state`, in order."""
-        return [tensor.split()[-1] for tensor in self.state.split(", ") if tensor]
+        return [tensor.split()[-1].partition("=")[0] for tensor in self.state.split(", ") if tensor]
 
 
 def _conv(
@@ -156,8 +156,8 @@ def _decode_flops(y: Tensor, codes: Tensor, *_: object, **__: object) -> float:
     return float(y.numel() * codes.shape[0])
 
 
-_RINGS = "Tensor offset, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor active"
-_HISTORY = "Tensor(a!) history, Tensor first, Tensor active"
+_RINGS = "Tensor offset, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor active, Tensor? rows=None"
+_HISTORY = "Tensor(a!) history, Tensor first, Tensor active, Tensor? rows=None"
 OPS: dict[str, Op] = {
     "causal_conv1d": Op(
         "[activation ->] causal, dilated, strided convolution + bias [+ residual] [-> activation]",

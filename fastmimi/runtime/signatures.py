@@ -20,6 +20,7 @@ class Padding(TypedDict, total=False):
     history: Tensor
     first: Tensor
     active: Tensor
+    rows: Tensor | None
 
 
 class History(TypedDict, total=False):
@@ -28,6 +29,7 @@ class History(TypedDict, total=False):
     history: Tensor
     first: Tensor
     active: Tensor
+    rows: Tensor | None
 
 
 class RingCaches(TypedDict, total=False):
@@ -37,6 +39,7 @@ class RingCaches(TypedDict, total=False):
     cache_k: Tensor
     cache_v: Tensor
     active: Tensor
+    rows: Tensor | None
 
 
 class CausalConv1d(Protocol):
@@ -45,6 +48,7 @@ class CausalConv1d(Protocol):
         groups: int = 1, pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", pre: str = "none",
         post: str = "none", residual: Tensor | None = None, scales: Tensor | None = None,
         history: Tensor | None = None, first: Tensor | None = None, active: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 
@@ -53,6 +57,7 @@ class CausalConvTranspose1d(Protocol):
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, groups: int = 1,
         trim: tuple[int, int] = (0, 0), pre: str = "none", scales: Tensor | None = None,
         history: Tensor | None = None, first: Tensor | None = None, active: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 
@@ -62,6 +67,7 @@ class Resblock(Protocol):
         pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", post: str = "none",
         shortcut_weight: Tensor | None = None, shortcut_bias: Tensor | None = None, scales: Tensor | None = None,
         history: Tensor | None = None, first: Tensor | None = None, active: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 
@@ -70,6 +76,7 @@ class WindowAttention(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, *, window: int, rope_scale: float = 1.0,
         interleaved: bool = False, dropout: float = 0.0, offset: Tensor | None = None,
         cache_k: Tensor | None = None, cache_v: Tensor | None = None, active: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 
@@ -82,6 +89,7 @@ class TransformerLayer(Protocol):
         eps: float, norm: str = "layer", activation: str | Callable[[Tensor], Tensor] = "gelu",
         rope_scale: float = 1.0, dropout: float = 0.0, residual_dropout: float = 0.0, offset: Tensor | None = None,
         cache_k: Tensor | None = None, cache_v: Tensor | None = None, active: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 

@@ -45,14 +45,19 @@ class DirectionState:
 
     `buffers` maps a layer's name to a tensor whose first dimension is the batch; `offset` [B] int64 counts transformer
     positions seen; `active` [B] bool says which rows the current step advances. `arrivals` are counters for kernels.
+    Where `rows` [B] int64 are given, these are the tensors of a `pool` of more streams, and those are the batch's rows
+    of them (`select`).
     """
 
     buffers: dict[str, Tensor]
     offset: Tensor
     active: Tensor
+    rows: Tensor | None = None
+    pool: DirectionState | None = None
 
     def __post_init__(self) -> None:
-        self.arrivals = arrivals.new(len(self.offset), self.offset.device)
+        shared = self.pool
+        self.arrivals = arrivals.new(len(self.offset), self.offset.device) if shared is None else shared.arrivals
 
     @classmethod
     def of(
@@ -70,28 +75,45 @@ class DirectionState:
             active=torch.ones(batch, dtype=torch.bool, device=device),
         )
 
+    @property
+    def batch_size(self) -> int:
+        return len(self.offset if self.rows is None else self.rows)
+
+    def select(self, rows: Tensor) -> DirectionState:
+        """The state of the streams `rows` [B] int64, in this state's memory: a step costs what they cost alone.
+
+        A row may be named more than once if it is not active.
+        """
+        return DirectionState(self.buffers, self.offset, self.active, rows, self)
+
     def clone(self) -> DirectionState:
-        """An independent copy."""
-        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        return DirectionState(buffers, self.offset.clone(), self.active.clone())
+        """An independent copy; of selected rows, without the others."""
+        mine = slice(None) if self.rows is None else self.rows
+        buffers = {name: buffer[mine].clone() for name, buffer in self.buffers.items()}
+        copy = DirectionState(buffers, self.offset[mine].clone(), self.active[mine].clone())
+        return copy if self.rows is None else copy.select(torch.arange(len(copy.offset), device=copy.offset.device))
 
     def tensors(self) -> list[Tensor]:
-        """All tensors of the state, in order."""
+        """All tensors of the state, in order; of selected rows, those of the pool."""
         return [*self.buffers.values(), self.offset, self.active]
 
     def copy_(self, other: DirectionState) -> None:
-        """Take over the values of another state of the same shapes."""
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine.copy_(theirs)
+        """Take over the values of a `clone`."""
+        mine = slice(None) if self.rows is None else self.rows
+        for tensor, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            tensor[mine] = theirs
 
     @property
     def first(self) -> Tensor:
-        """[B] bool: streams that have received nothing yet."""
+        """[B] bool, or of all streams of a pool: those that have received nothing yet."""
         return self.offset == 0
 
     def advance(self, positions: int) -> None:
         """Add `positions` to the offset of the active rows, once all layers have run."""
-        self.offset.add_(self.active, alpha=positions)
+        if self.rows is None:
+            self.offset.add_(self.active, alpha=positions)
+        else:
+            self.offset.index_add_(0, self.rows, self.active[self.rows].long(), alpha=positions)
 
     def reset(self, rows: Tensor) -> None:
         """Reset these rows, int64, to the start of a stream."""

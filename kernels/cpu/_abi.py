@@ -25,7 +25,7 @@ class Input(ctypes.Structure):
         ("x", pointer), ("dtype", integer), ("batch", long), ("length", long), ("channels", long),
         ("batch_step", long), ("step", long), ("left", long), ("right", long), ("pad_mode", integer),
         ("history", pointer), ("history_batch_step", long), ("history_step", long), ("first", pointer),
-        ("active", pointer),
+        ("active", pointer), ("rows", pointer),
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ class Attention(ctypes.Structure):
         ("q_batch", long), ("q_head", long), ("q_step", long), ("k_batch", long), ("k_head", long), ("k_step", long),
         ("v_batch", long), ("v_head", long), ("v_step", long),
         ("inv_freq", pointer), ("rope_scale", real), ("interleaved", ctypes.c_bool), ("window", long),
-        ("offset", pointer), ("cache_k", pointer), ("cache_v", pointer), ("active", pointer),
+        ("offset", pointer), ("cache_k", pointer), ("cache_v", pointer), ("active", pointer), ("rows", pointer),
     )  # fmt: skip
 
 

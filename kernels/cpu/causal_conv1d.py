@@ -22,18 +22,18 @@ def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, dilation: int = 1, groups: int = 1,
     pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", pre: str = "none", post: str = "none",
     residual: Tensor | None = None, scales: Tensor | None = None, history: Tensor | None = None,
-    first: Tensor | None = None, active: Tensor | None = None,
+    first: Tensor | None = None, active: Tensor | None = None, rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference; the result is channels-last."""
     check_dtypes(x, weight, residual, history)
-    length = conv_length(x, weight, bias, stride, dilation, groups, pad, history)
+    length = conv_length(x, weight, bias, stride, dilation, groups, pad, history, rows)
     out, per_group, _ = weight.shape
     x = layout.channels_last(x)
     y = layout.empty_channels_last(x, out, length)
     if not y.numel():
         return y
     residual = None if residual is None else layout.channels_last(residual.expand(y.shape))
-    state = (history, first, active)
+    state = (history, first, active, rows)
     for group in range(groups):
         inputs, outputs = (slice(group * n, (group + 1) * n) for n in (per_group, out // groups))
         packed = panels(weight, bias, scales, "by taps", by_taps, group=group, groups=groups)
@@ -57,7 +57,7 @@ def by_taps(weight: Tensor) -> Tensor:
 
 def input_of(
     x: Tensor, pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", history: Tensor | None = None,
-    first: Tensor | None = None, active: Tensor | None = None, channel: int = 0,
+    first: Tensor | None = None, active: Tensor | None = None, rows: Tensor | None = None, channel: int = 0,
 ) -> Input:  # fmt: skip
     """The native `Input` for channels-last x [B, C, T] with its padding or history.
 
@@ -69,7 +69,7 @@ def input_of(
         steps = (history.stride(0), history.stride(1))
     return Input(
         x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[2], x.shape[1], x.stride(0), x.stride(2), *pad,
-        PAD_MODES[pad_mode], begin, *steps, address(first), address(active),
+        PAD_MODES[pad_mode], begin, *steps, address(first), address(active), address(rows),
     )  # fmt: skip
 
 

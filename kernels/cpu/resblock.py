@@ -23,10 +23,11 @@ def resblock(
     pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", post: str = "none",
     shortcut_weight: Tensor | None = None, shortcut_bias: Tensor | None = None, scales: Tensor | None = None,
     history: Tensor | None = None, first: Tensor | None = None, active: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference; the result is channels-last."""
     check_dtypes(x, weight1, weight2, history)
-    check_resblock(x, weight1, bias1, weight2, bias2, dilation, pad, history)
+    check_resblock(x, weight1, bias1, weight2, bias2, dilation, pad, history, rows)
     x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
     y = layout.empty_channels_last(x, x.shape[1], x.shape[2])
@@ -37,7 +38,7 @@ def resblock(
     if hidden.kind != outputs.kind:  # one of them has been edited since it was quantized
         hidden, outputs = (panels(w, b, None, "by taps", by_taps) for w, b in ((weight1, bias1), (weight2, bias2)))
     native().keep(x, hidden, outputs, skip, y)
-    source = input_of(x, pad, pad_mode, history, first, active)
+    source = input_of(x, pad, pad_mode, history, first, active, rows)
     target = output_of(y, outputs, skip)
     target.post = ACTIVATIONS[post]
     native().resblock(

@@ -26,6 +26,7 @@ def transformer_layer(
     v_bias: Tensor | None = None, o_bias: Tensor | None = None, scales: Tensor | None = None, *, window: int,
     eps: float, norm: str = "layer", activation: str = "gelu", rope_scale: float = 1.0, offset: Tensor | None = None,
     cache_k: Tensor | None = None, cache_v: Tensor | None = None, active: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference."""
     check_dtypes(x, q, k, v, o, fc1, fc2, cache_k, cache_v)
@@ -44,14 +45,14 @@ def transformer_layer(
     dim = 2 * len(inv_freq)
     if cache_k is not None and cache_v is not None:
         for name, cache in (("cache_k", cache_k), ("cache_v", cache_v)):
-            check_state(name, cache, (batch, k.shape[0] // dim, window, dim))
+            check_state(name, cache, (batch, k.shape[0] // dim, window, dim), rows)
     layer = Layer.from_buffer_copy(packed.structure)
     layer.x, layer.y, layer.rows = x.data_ptr(), y.data_ptr(), batch * length
     layer.epsilon, layer.rms, layer.activation = eps, norm == "rms", ACTIVATIONS[activation]
     layer.attention = Attention(
         batch=batch, length=length, heads=q.shape[0] // dim, kv_heads=k.shape[0] // dim, dim=dim, window=window,
         dtype=DTYPES[x.dtype], inv_freq=inv_freq.data_ptr(), rope_scale=rope_scale, offset=address(offset),
-        cache_k=address(cache_k), cache_v=address(cache_v), active=address(active),
+        cache_k=address(cache_k), cache_v=address(cache_v), active=address(active), rows=address(rows),
     )  # fmt: skip
     native().layer(layer, packed.kind, torch.get_num_threads())
     return y

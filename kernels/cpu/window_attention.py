@@ -19,11 +19,11 @@ from ._pack import address, check_dtypes
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, *, window: int, rope_scale: float = 1.0,
     interleaved: bool = False, offset: Tensor | None = None, cache_k: Tensor | None = None,
-    cache_v: Tensor | None = None, active: Tensor | None = None,
+    cache_v: Tensor | None = None, active: Tensor | None = None, rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference; the result is [B, T, H, D] in memory."""
     check_dtypes(q, k, v, cache_k, cache_v)
-    check_attention(q, k, v, window, cache_k, cache_v)
+    check_attention(q, k, v, window, cache_k, cache_v, rows)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, length, dim = q.shape
     y = q.new_empty(batch, length, heads, dim)
@@ -32,7 +32,7 @@ def window_attention(
         call = Attention(
             *(t.data_ptr() for t in (q, k, v, y)), DTYPES[q.dtype], batch, heads, k.shape[1], length, dim,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], inv_freq.data_ptr(), rope_scale, interleaved, window,
-            *map(address, (offset, cache_k, cache_v, active)),
+            *map(address, (offset, cache_k, cache_v, active, rows)),
         )  # fmt: skip
         native().attention(call, torch.get_num_threads())
     return y.transpose(1, 2)

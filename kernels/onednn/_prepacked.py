@@ -152,6 +152,7 @@ def padded(
     history: Tensor | None = None,  # [B, pad[0], C], mutated
     first: Tensor | None = None,  # [B] bool
     active: Tensor | None = None,  # [B] bool
+    rows: Tensor | None = None,  # [B] int64: rows of a pool's state
 ) -> Tensor:  # [B, C, pad[0] + T + pad[1]], activated, channels-last
     """The input of a convolution: x with its left padding or history and its right padding, then the activation `pre`.
 
@@ -164,9 +165,13 @@ def padded(
     y[..., left : left + length] = x
     if history is not None and left:
         assert first is not None and active is not None, "a history needs `first` and `active`"
+        pool = history
+        if rows is not None:
+            history, first, active = history[rows], first[rows], active[rows]
         begins = first[:, None, None] & (pad_mode == "replicate")
         y[..., :left] = torch.where(begins, x[..., :1], history.mT)
-        history.copy_(torch.where(active[:, None, None], y[..., length : length + left].mT, history))
+        new = torch.where(active[:, None, None], y[..., length : length + left].mT, history)
+        pool[... if rows is None else rows] = new
         left = 0
     known = y[..., left : y.shape[2] - right]
     if left:

@@ -19,14 +19,14 @@ from ._prepacked import conv, padded
 def causal_conv_transpose1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, groups: int = 1,
     trim: tuple[int, int] = (0, 0), pre: str = "none", scales: Tensor | None = None, history: Tensor | None = None,
-    first: Tensor | None = None, active: Tensor | None = None,
+    first: Tensor | None = None, active: Tensor | None = None, rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference; the result is channels-last."""
-    total = conv_transpose_length(x, weight, bias, stride, groups, trim, history)
+    total = conv_transpose_length(x, weight, bias, stride, groups, trim, history, rows)
     taps = taps_of(weight.shape[2], stride)
     begin = 0 if history is not None else trim[0]
-    rows = -(-(total + begin) // stride)
-    x = padded(x, (taps - 1, max(0, rows - x.shape[2])), "constant", pre, history, first, active)
+    steps = -(-(total + begin) // stride)
+    x = padded(x, (taps - 1, max(0, steps - x.shape[2])), "constant", pre, history, first, active, rows)
     y = _upsampled(x, weight, bias, stride, groups)[..., begin : begin + total]
     return y if begin == 0 and total % stride == 0 else layout.channels_last(y.contiguous())
 

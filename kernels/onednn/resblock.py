@@ -15,13 +15,14 @@ def resblock(
     pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", post: str = "none",
     shortcut_weight: Tensor | None = None, shortcut_bias: Tensor | None = None, scales: Tensor | None = None,
     history: Tensor | None = None, first: Tensor | None = None, active: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference; the result is channels-last."""
-    check_resblock(x, weight1, bias1, weight2, bias2, dilation, pad, history)
+    check_resblock(x, weight1, bias1, weight2, bias2, dilation, pad, history, rows)
     x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
     hidden = causal_conv1d(
         x, weight1, bias1, dilation=dilation, pad=pad, pad_mode=pad_mode, pre="elu",
-        history=history, first=first, active=active,
+        history=history, first=first, active=active, rows=rows,
     )  # fmt: skip
     return causal_conv1d(IN_PLACE["elu"](hidden), weight2, bias2, residual=skip, post=post)

@@ -24,6 +24,7 @@ def transformer_layer(
     v_bias: Tensor | None = None, o_bias: Tensor | None = None, scales: Tensor | None = None, *, window: int,
     eps: float, norm: str = "layer", activation: str = "gelu", rope_scale: float = 1.0, offset: Tensor | None = None,
     cache_k: Tensor | None = None, cache_v: Tensor | None = None, active: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference."""
     check_norm(norm, norm1_bias, norm2_bias)
@@ -38,7 +39,7 @@ def transformer_layer(
     q_heads, k_heads, v_heads = heads.split([len(weight) // dim for weight in (q, k, v)], dim=1)
     y = window_attention(
         q_heads, k_heads, v_heads, inv_freq, window=window, rope_scale=rope_scale,
-        offset=offset, cache_k=cache_k, cache_v=cache_v, active=active,
+        offset=offset, cache_k=cache_k, cache_v=cache_v, active=active, rows=rows,
     )  # fmt: skip
     x = linear(y.transpose(1, 2).flatten(-2), packed.out, packed.out_bias, residual=x.contiguous())
     hidden = normalized(x, norm2_weight, norm2_bias, eps, norm)

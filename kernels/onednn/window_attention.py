@@ -19,12 +19,13 @@ BLOCK = 256  # queries per block
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, *, window: int, rope_scale: float = 1.0,
     interleaved: bool = False, offset: Tensor | None = None, cache_k: Tensor | None = None,
-    cache_v: Tensor | None = None, active: Tensor | None = None,
+    cache_v: Tensor | None = None, active: Tensor | None = None, rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference; the result is [B, T, H, D] in memory."""
-    check_attention(q, k, v, window, cache_k, cache_v)
+    check_attention(q, k, v, window, cache_k, cache_v, rows)
     batch, heads, length, dim = q.shape
-    before = torch.zeros(1, dtype=torch.int64) if offset is None else offset  # [1 or B]
+    mine = slice(None) if rows is None else rows  # of the state
+    before = torch.zeros(1, dtype=torch.int64) if offset is None else offset[mine]  # [1 or B]
     positions = before[:, None] + torch.arange(length)  # [1 or B, T]
     angles = (positions[..., None].float() * inv_freq)[:, None]  # [1 or B, 1, T, D / 2]
     cos_sin = angles.cos() * rope_scale, angles.sin() * rope_scale
@@ -37,7 +38,7 @@ def window_attention(
         if cache_k is not None and cache_v is not None and start < window:
             last = before[:, None] - 1
             slots = last - (last - torch.arange(window)) % window  # [B, window]: the position that each slot holds
-            keys, values = torch.cat([cache_k, keys], dim=2), torch.cat([cache_v, values], dim=2)
+            keys, values = torch.cat([cache_k[mine], keys], dim=2), torch.cat([cache_v[mine], values], dim=2)
             key_positions = torch.cat([slots, key_positions], dim=1)
         key_positions = key_positions[:, None, None]  # [1 or B, 1, 1, keys]
         query_positions = positions[:, None, start:stop, None]  # [1 or B, 1, queries, 1]
@@ -47,10 +48,11 @@ def window_attention(
         y[:, :, start:stop] = F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, visible)
     if cache_k is not None and cache_v is not None:
         assert active is not None, "a cache needs `active`"
-        rows = active.nonzero()
-        slots = positions[active, -window:] % window
-        cache_k[rows, :, slots] = k[active, :, -window:].transpose(1, 2)
-        cache_v[rows, :, slots] = v[active, :, -window:].transpose(1, 2)
+        moves = active[mine]
+        advanced = torch.arange(len(active))[mine][moves][:, None]
+        slots = positions[moves, -window:] % window
+        cache_k[advanced, :, slots] = k[moves, :, -window:].transpose(1, 2)
+        cache_v[advanced, :, slots] = v[moves, :, -window:].transpose(1, 2)
     return y
 
 

@@ -85,6 +85,17 @@ def rows_of(tile, B, length, seg, per_tile, halo, SHARED: tl.constexpr, BLOCK_T:
 
 
 @triton.jit
+def state_rows(p_state_rows, b, m_row, ROWS: tl.constexpr, SHARED: tl.constexpr):
+    """The rows of the state that batch rows b of a tile (`rows_of`) continue: those that are named, if ROWS."""
+    if ROWS:
+        if SHARED:
+            b = tl.load(p_state_rows + b, mask=m_row, other=0)
+        else:
+            b = tl.load(p_state_rows + b)
+    return b
+
+
+@triton.jit
 def time_in_signal(time, T, mirror, fresh, MODE: tl.constexpr):
     """The time in x or, if negative, in the history that stands for `time`; those that are too large are padding."""
     if MODE == "replicate":
@@ -108,7 +119,7 @@ def load_either(first, p_first, p_second, mask, SELECT: tl.constexpr):
 
 @triton.jit
 def convolve(
-    p_x, p_history, p_w, b, t, m_row, fresh, o, r_start, r_stop,
+    p_x, p_history, p_w, b, state, t, m_row, fresh, o, r_start, r_stop,
     T, C, O, K, stride, dilation, pad, mirror, sx_b, sx_t, sh_b, sh_t,
     PRE: tl.constexpr, MODE: tl.constexpr, STREAM: tl.constexpr, SELECT: tl.constexpr, FLAT: tl.constexpr,
     EVEN: tl.constexpr,
@@ -116,15 +127,16 @@ def convolve(
 ):  # fmt: skip
     """The sum over window elements [r_start, r_stop), [BLOCK_T, BLOCK_O] fp32, for rows (b, t) and output channels o.
 
-    `fresh` [BLOCK_T] marks the rows whose batch row is at the start of its stream, or all of them offline. `mirror` is
-    the length of the signal that 'reflect' mirrors (`mirrored_length`).
+    `state` are the rows of the history that they continue. `fresh` [BLOCK_T] marks the rows whose batch row is at the
+    start of its stream, or all of them offline. `mirror` is the length of the signal that 'reflect' mirrors
+    (`mirrored_length`).
     FLAT: windows are contiguous and padded with zeros. EVEN: BLOCK_R divides C, so each block lies within one tap.
     """
     dtype: tl.constexpr = p_x.dtype.element_ty
     window = K * C
     start = t * stride - pad  # [BLOCK_T]
     begin = start.to(tl.int64) * C if FLAT else start * 0
-    p_rows, p_past = p_x + b * sx_b + begin, p_history + b * sh_b + pad * sh_t + begin  # [BLOCK_T]
+    p_rows, p_past = p_x + b * sx_b + begin, p_history + state * sh_b + pad * sh_t + begin  # [BLOCK_T]
     if FLAT:
         # the elements of a window that are in x: [low, high)
         low = tl.minimum(tl.maximum(-begin, 0), window).to(tl.int32)
@@ -164,8 +176,9 @@ def convolve(
 
 @triton.jit
 def advance_history(
-    p_x, p_history, p_first, p_active, p_arrivals, group, per_group, B, per_tile,
-    T, C, pad, sx_b, sx_t, sh_b, sh_t, MODE: tl.constexpr, SELECT: tl.constexpr, BLOCK: tl.constexpr,
+    p_x, p_history, p_first, p_active, p_state_rows, p_arrivals, group, per_group, B, per_tile,
+    T, C, pad, sx_b, sx_t, sh_b, sh_t,
+    MODE: tl.constexpr, SELECT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The last program of a group to arrive replaces its rows' history by the last `pad` times of (history, x)."""
     tl.debug_barrier()  # all threads of this program have read the history
@@ -173,8 +186,9 @@ def advance_history(
         tl.store(p_arrivals + group, 0)
         for j in range(per_tile):
             b = (group * per_tile + j).to(tl.int64)
-            if tl.load(p_active + b, mask=b < B, other=0):
-                first = tl.load(p_first + b)
+            state = state_rows(p_state_rows, b, b < B, ROWS, True)
+            if tl.load(p_active + state, mask=b < B, other=0):
+                first = tl.load(p_first + state)
                 for e0 in range(0, pad * C, BLOCK):
                     e = e0 + tl.arange(0, BLOCK)
                     i, c = e // C, e % C
@@ -183,7 +197,7 @@ def advance_history(
                     if MODE == "replicate":
                         time = tl.where((time < 0) & first, 0, time)
                     p_new = p_x + b * sx_b + time.to(tl.int64) * sx_t + c
-                    p_old = p_history + b * sh_b + c
+                    p_old = p_history + state * sh_b + c
                     b_h = load_either(time < 0, p_old + (pad + time) * sh_t, p_new, m, SELECT)
                     tl.debug_barrier()  # everything is read before any of it is overwritten
                     tl.store(p_old + i * sh_t, b_h, mask=m)

@@ -52,6 +52,7 @@ from ._conv import (
     mirrored_length,
     rows_of,
     segments,
+    state_rows,
     time_in_signal,
 )
 from .causal_conv1d import causal_conv1d
@@ -69,9 +70,9 @@ def moved_down(x, rows, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def resblock_fwd_kernel(
-    p_x, p_w1, p_b1, p_w2, p_b2, p_skip, p_history, p_first, p_active, p_arrivals, p_y,
+    p_x, p_w1, p_b1, p_w2, p_b2, p_skip, p_history, p_first, p_active, p_state_rows, p_arrivals, p_y,
     B, T, C, H, dilation, pad, mirror, seg, per_tile, sx_b, sx_t, ss_b, ss_t, sy_b, sy_t, sh_b,
-    POST: tl.constexpr, MODE: tl.constexpr, STREAM: tl.constexpr, SELECT: tl.constexpr,
+    POST: tl.constexpr, MODE: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, SELECT: tl.constexpr,
     SHARED: tl.constexpr, ONCE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -80,13 +81,14 @@ def resblock_fwd_kernel(
     FINE: tl.constexpr = dtype == tl.float32
     tile = tl.program_id(0)
     b, t, m_row, group = rows_of(tile, B, T, seg, per_tile, pad, SHARED, BLOCK_T)
+    state = state_rows(p_state_rows, b, m_row, ROWS, SHARED)
     fresh = m_row
     if STREAM and MODE == "replicate":
-        fresh = tl.load(p_first + b + tl.zeros_like(t), mask=m_row, other=0) != 0
+        fresh = tl.load(p_first + state + tl.zeros_like(t), mask=m_row, other=0) != 0
     time = time_in_signal(t, T, mirror, fresh, MODE)
     p_rows = p_x + b * sx_b + time.to(tl.int64) * sx_t
     m_x = m_row & (time < T)
-    p_past = p_history + b * sh_b + (pad + time) * C
+    p_past = p_history + state * sh_b + (pad + time) * C
     is_past = time < 0
     if not STREAM:
         m_x = m_x & (is_past == 0)
@@ -134,8 +136,8 @@ def resblock_fwd_kernel(
         tl.store(p_results[:, None] + o[None, :], activate(b_y, POST, FINE).to(dtype), mask=m_y)
     if STREAM:
         advance_history(
-            p_x, p_history, p_first, p_active, p_arrivals, group, tl.cdiv(T, seg), B, per_tile,
-            T, C, pad, sx_b, sx_t, sh_b, C, MODE, SELECT, 1024,
+            p_x, p_history, p_first, p_active, p_state_rows, p_arrivals, group, tl.cdiv(T, seg), B, per_tile,
+            T, C, pad, sx_b, sx_t, sh_b, C, MODE, SELECT, ROWS, 1024,
         )  # fmt: skip
 
 
@@ -144,9 +146,10 @@ def resblock(
     pad: tuple[int, int] = (0, 0), pad_mode: str = "constant", post: str = "none",
     shortcut_weight: Tensor | None = None, shortcut_bias: Tensor | None = None, scales: Tensor | None = None,
     history: Tensor | None = None, first: Tensor | None = None, active: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference; the result is channels-last."""
-    check_resblock(x, weight1, bias1, weight2, bias2, dilation, pad, history)
+    check_resblock(x, weight1, bias1, weight2, bias2, dilation, pad, history, rows)
     (batch, channels, length), (hidden, _, kernel) = x.shape, weight1.shape
     x = layout.channels_last(x)
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
@@ -155,7 +158,7 @@ def resblock(
     if kernel != TAPS or tuple(pad) != (halo, 0) or halo > tile["BLOCK_T"] // 2 or hidden > WIDEST[x.dtype]:
         hidden_channels = causal_conv1d(
             x, weight1, bias1, dilation=dilation, pad=pad, pad_mode=pad_mode, pre="elu", post="elu",
-            history=history, first=first, active=active,
+            history=history, first=first, active=active, rows=rows,
         )  # fmt: skip
         return causal_conv1d(hidden_channels, weight2, bias2, residual=skip, post=post)
     y = layout.empty_channels_last(x, channels, length)
@@ -165,13 +168,14 @@ def resblock(
     stream = history is not None
     h: Any = history if stream else x
     f, a = (first, active) if stream else (x, x)
+    by_name = stream and rows is not None
     _launch.launch(
         "resblock", resblock_fwd_kernel, (groups * tiles,),
-        x, by_taps(weight1), bias1, weight2.contiguous(), bias2, skip, h, f, a,
+        x, by_taps(weight1), bias1, weight2.contiguous(), bias2, skip, h, f, a, rows if by_name else x,
         arrivals(x, groups) if stream else x, y,
         batch, length, channels, hidden, dilation, halo, mirrored_length(length, pad, pad_mode), seg, per_tile,
         x.stride(0), x.stride(2), skip.stride(0), skip.stride(2), y.stride(0), y.stride(2), h.stride(0),
-        POST=post, MODE=pad_mode, STREAM=stream, SELECT=True, SHARED=per_tile > 1,
+        POST=post, MODE=pad_mode, STREAM=stream, ROWS=by_name, SELECT=True, SHARED=per_tile > 1,
         ONCE=skip is x and tile["BLOCK_C"] >= channels,
         PRECISION=_launch.precision(x), **tile,
     )  # fmt: skip

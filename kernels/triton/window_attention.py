@@ -99,10 +99,10 @@ def attend(q, k, v, visible, row_max, row_sum, acc, scale, PRECISION: tl.constex
 
 @triton.jit(do_not_specialize=["T"])
 def window_attention_fwd_kernel(
-    p_q, p_k, p_v, p_freq, p_y, p_offset, p_ring_k, p_ring_v, p_active,
+    p_q, p_k, p_v, p_freq, p_y, p_offset, p_ring_k, p_ring_v, p_active, p_state_rows,
     H, H_kv, T, D, window, scale, rope_scale,
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sy_b, sy_h, sy_t,
-    INTERLEAVED: tl.constexpr, STREAM: tl.constexpr, FEW: tl.constexpr, PADDED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, BLOCK_Q)
@@ -125,9 +125,10 @@ def window_attention_fwd_kernel(
         m_c = c % HALF < D // 2
         c = tl.where(c < HALF, c, c - HALF + D // 2)
     b_freq = tl.load(p_freq + tl.arange(0, HALF), mask=m_half, other=0.0)
+    state = tl.load(p_state_rows + b) if ROWS else b
     offset = 0
     if STREAM:
-        offset = tl.load(p_offset + b)
+        offset = tl.load(p_offset + state)
 
     o_rows = h.to(tl.int64) * sq_h + i.to(tl.int64) * sq_t
     cos, sin = cos_sin(offset + i, b_freq)
@@ -141,7 +142,7 @@ def window_attention_fwd_kernel(
     p_keys = p_k + b * sk_b + h_kv * sk_h
     p_values = p_v + b * sv_b + h_kv * sv_h
     if STREAM:  # keys of earlier calls: j < 0, counted from the first of this call
-        o_ring = (b * H_kv + h_kv) * window * D
+        o_ring = (state * H_kv + h_kv) * window * D
         next_slot = (offset % window).to(tl.int32)
         held = tl.where(start < window - 1, tl.minimum(offset, window), 0).to(tl.int32)
         for s0 in range(0, held, BLOCK_K):
@@ -179,7 +180,7 @@ def window_attention_fwd_kernel(
 
     if STREAM and FEW:
         tl.debug_barrier()  # all threads have read the ring
-        if tl.load(p_active + b):
+        if tl.load(p_active + state):
             m_new = (j < T) & (j >= T - window)
             p_slots = o_ring + ((next_slot + j) % window)[:, None] * D
             m_k, m_v = m_new[:, None] & m_half[None, :], m_new[:, None] & m_d[None, :]
@@ -190,8 +191,8 @@ def window_attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def window_attention_rotate_kernel(
-    p_k, p_freq, p_offset, p_rotated, H_kv, T, D, rope_scale, sk_b, sk_h, sk_t,
-    INTERLEAVED: tl.constexpr, STREAM: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr,
+    p_k, p_freq, p_offset, p_state_rows, p_rotated, H_kv, T, D, rope_scale, sk_b, sk_h, sk_t,
+    INTERLEAVED: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Rotate keys into [B, T, H_kv, D], all heads of BLOCK_K positions by the same angles."""
     blocks = tl.cdiv(T, BLOCK_K)
@@ -199,7 +200,7 @@ def window_attention_rotate_kernel(
     o_a, o_b, m_half = halves(D, HALF, INTERLEAVED)
     offset = 0
     if STREAM:
-        offset = tl.load(p_offset + b)
+        offset = tl.load(p_offset + (tl.load(p_state_rows + b) if ROWS else b))
     cos, sin = cos_sin(offset + j, tl.load(p_freq + tl.arange(0, HALF), mask=m_half, other=0.0))
     cos, sin = cos * rope_scale, sin * rope_scale
     p_keys = p_k + b * sk_b + j.to(tl.int64) * sk_t
@@ -213,18 +214,19 @@ def window_attention_rotate_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def window_attention_ring_kernel(
-    p_k, p_v, p_offset, p_ring_k, p_ring_v, p_active, H_kv, T, D, window, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_k, p_v, p_offset, p_ring_k, p_ring_v, p_active, p_state_rows, H_kv, T, D, window,
+    sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the last `window` of the new positions, keys rotated, into the rings of the active rows."""
     blocks = tl.cdiv(tl.minimum(T, window), BLOCK_K)
     b, h = (tl.program_id(0) // blocks // H_kv).to(tl.int64), tl.program_id(0) // blocks % H_kv
-    if tl.load(p_active + b):
+    state = tl.load(p_state_rows + b) if ROWS else b
+    if tl.load(p_active + state):
         j = tl.maximum(T - window, 0) + tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         j64, d = j.to(tl.int64)[:, None], tl.arange(0, BLOCK_D)[None, :]
         m = (j < T)[:, None] & (d < D)
-        next_slot = (tl.load(p_offset + b) % window).to(tl.int32)
-        o_slots = (b * H_kv + h) * window * D + ((next_slot + j) % window)[:, None] * D + d
+        next_slot = (tl.load(p_offset + state) % window).to(tl.int32)
+        o_slots = (state * H_kv + h) * window * D + ((next_slot + j) % window)[:, None] * D + d
         tl.store(p_ring_k + o_slots, tl.load(p_k + b * sk_b + h * sk_h + j64 * sk_t + d, mask=m), mask=m)
         tl.store(p_ring_v + o_slots, tl.load(p_v + b * sv_b + h * sv_h + j64 * sv_t + d, mask=m), mask=m)
 
@@ -232,17 +234,19 @@ def window_attention_ring_kernel(
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, *, window: int, rope_scale: float = 1.0,
     interleaved: bool = False, offset: Tensor | None = None, cache_k: Tensor | None = None,
-    cache_v: Tensor | None = None, active: Tensor | None = None,
+    cache_v: Tensor | None = None, active: Tensor | None = None, rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference; the result is [B, T, H, D] in memory."""
-    check_attention(q, k, v, window, cache_k, cache_v)
+    check_attention(q, k, v, window, cache_k, cache_v, rows)
     (batch, heads, length, dim), kv_heads = q.shape, k.shape[1]
     y = q.new_empty(batch, length, heads, dim).transpose(1, 2)
     if not y.numel():
         return y
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     stream = cache_k is not None
-    rings = (cache_k, cache_v, active) if stream else (q, q, q)
+    by_name = stream and rows is not None
+    named: Any = rows if by_name else q
+    rings = (cache_k, cache_v, active, named) if stream else (q, q, q, q)
     at: Any = offset if stream else q
     half, block_d = max(8, triton.next_power_of_2(dim // 2)), max(16, triton.next_power_of_2(dim))
     few = length * (heads // kv_heads) <= 16
@@ -250,8 +254,8 @@ def window_attention(
         new, k = k, k.new_empty(batch, length, kv_heads, dim).transpose(1, 2)
         _launch.launch(
             "window_attention", window_attention_rotate_kernel, (triton.cdiv(length, ROTATED) * batch,),
-            new, inv_freq, at, k, kv_heads, length, dim, rope_scale, *new.stride()[:3],
-            INTERLEAVED=interleaved, STREAM=stream, BLOCK_K=ROTATED, HALF=half, num_warps=4,
+            new, inv_freq, at, named, k, kv_heads, length, dim, rope_scale, *new.stride()[:3],
+            INTERLEAVED=interleaved, STREAM=stream, ROWS=by_name, BLOCK_K=ROTATED, HALF=half, num_warps=4,
         )  # fmt: skip
     tile = _blocks(few, dim, q)
     programs = batch * kv_heads if few else triton.cdiv(length, tile["BLOCK_Q"]) * batch * heads
@@ -259,7 +263,7 @@ def window_attention(
         "window_attention", window_attention_fwd_kernel, (programs,), q, k, v, inv_freq, y, at, *rings,
         heads, kv_heads, length, dim, window, dim**-0.5, rope_scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:3],
-        INTERLEAVED=interleaved, STREAM=stream, FEW=few, PADDED=not interleaved and 2 * half != dim,
+        INTERLEAVED=interleaved, STREAM=stream, ROWS=by_name, FEW=few, PADDED=not interleaved and 2 * half != dim,
         BLOCK_D=block_d, HALF=half, PRECISION=_launch.precision(q), **tile,
     )  # fmt: skip
     if stream and not few:
@@ -267,7 +271,7 @@ def window_attention(
             "window_attention", window_attention_ring_kernel,
             (triton.cdiv(min(length, window), COPIED) * batch * kv_heads,), k, v, offset, *rings,
             kv_heads, length, dim, window, *k.stride()[:3], *v.stride()[:3],
-            BLOCK_K=COPIED, BLOCK_D=block_d, num_warps=4,
+            ROWS=by_name, BLOCK_K=COPIED, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return y
 

@@ -24,7 +24,11 @@ MIRRORED(struct, Attention, {
   const int64_t* offset;    // [B], or null offline
   void *cache_k, *cache_v;  // [B, H_kv, window, D]
   const bool* active;       // [B]
+  const int64_t* rows;      // [B], the rows of the four above, or null: those of the batch
 });
+
+// The row of the state that batch row b continues
+INLINE long state_row(const Attention& a, long b) { return a.rows ? a.rows[b] : b; }
 
 thread_local Arena attention_scratch;
 
@@ -172,7 +176,7 @@ void attend_queries(float* y, const float* q, float* scores, long score_step, co
 template <class T, class Key>
 void attend(const Attention& a, long b, long kv_head, const float* angles) {
   long dim = a.dim, padded_dim = round_up(dim, W), group = a.heads / a.kv_heads;
-  long offset = a.offset ? a.offset[b] : 0;
+  long state = state_row(a, b), offset = a.offset ? a.offset[state] : 0;
   long past = a.offset ? min(offset, a.window - 1) : 0;
   bool in_place = padded_dim == dim && sizeof(T) == sizeof(Key);
   long copied = in_place ? 0 : past, rows = copied + a.length, score_step = round_up(past + a.length, W);
@@ -188,7 +192,7 @@ void attend(const Attention& a, long b, long kv_head, const float* angles) {
   int span_count = 0;
   T *ring_k = nullptr, *ring_v = nullptr;
   if (a.offset) {
-    long base = (b * a.kv_heads + kv_head) * a.window * dim;
+    long base = (state * a.kv_heads + kv_head) * a.window * dim;
     ring_k = (T*)a.cache_k + base, ring_v = (T*)a.cache_v + base;
     long oldest = (offset - past) % a.window, head = min(past, a.window - oldest);
     if (in_place) {
@@ -237,7 +241,7 @@ void attend(const Attention& a, long b, long kv_head, const float* angles) {
       for (int i = 0; i < queries; i++, t++)
         convert((T*)a.y + ((b * a.length + t) * a.heads + h) * dim, y + i * padded_dim, dim);
     }
-  if (a.offset && a.active[b])
+  if (a.offset && a.active[state])
     for (long t = max(0, a.length - a.window); t < a.length; t++) {
       long slot = (offset + t) % a.window;
       convert(ring_k + slot * dim, new_keys + t * padded_dim, dim);
@@ -247,7 +251,7 @@ void attend(const Attention& a, long b, long kv_head, const float* angles) {
 
 // Cosines and sines [2, D / 2] of the RoPE angles at index t of the flattened [B, T] or, offline, of [T]
 void fill_angles(float* angles, const Attention& a, long t) {
-  long position = t % a.length + (a.offset ? a.offset[t / a.length] : 0);
+  long position = t % a.length + (a.offset ? a.offset[state_row(a, t / a.length)] : 0);
   angles += t * a.dim;
   for (long i = 0; i < a.dim / 2; i++) {
     float angle = (float)position * a.inv_freq[i];

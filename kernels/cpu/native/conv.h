@@ -26,6 +26,7 @@ MIRRORED(struct, Input, {
   void* history;  // [B, left, C], channels contiguous, or null
   long history_batch_step, history_step;
   const bool *first, *active;  // [B]
+  const int64_t* rows;         // [B], the rows of history, first and active, or null: those of the batch
 });
 
 // Converts one row, applies the activation and fills up channels [channels, padded) with zeros
@@ -37,10 +38,13 @@ INLINE void activate_row(T* to, const From* from, long channels, long padded, in
   for (; c < padded; c++) to[c] = T{};
 }
 
+// The row of the state that batch row b continues
+INLINE long state_row(const Input& in, long b) { return in.rows ? in.rows[b] : b; }
+
 // The history of batch row b at time i < 0
 template <class T>
 INLINE T* past(const Input& in, long b, long i) {
-  return (T*)in.history + b * in.history_batch_step + (i + in.left) * in.history_step;
+  return (T*)in.history + state_row(in, b) * in.history_batch_step + (i + in.left) * in.history_step;
 }
 
 // Writes the activated input at time i of batch row b, -left <= i < length + right: from x, the history or the padding.
@@ -48,7 +52,7 @@ INLINE T* past(const Input& in, long b, long i) {
 template <class T, class From>
 void fill_row(T* to, const Input& in, long b, long i, int activation, long count, long padded) {
   const From* x = (const From*)in.x + b * in.batch_step;
-  if (i < 0 && in.history && !(in.pad_mode == REPLICATE && in.first[b]))
+  if (i < 0 && in.history && !(in.pad_mode == REPLICATE && in.first[state_row(in, b)]))
     return activate_row(to, past<From>(in, b, i), in.channels, padded, activation);
   if (i < 0 || i >= in.length) {
     if (in.pad_mode == REPLICATE) i = i < 0 ? 0 : in.length - 1;
@@ -91,9 +95,9 @@ void fill_rows(T* to, long pitch, long padded, const Input& in, long b, long fir
 template <class T>
 void advance_history(const Input& in) {
   for (long b = 0; b < in.batch; b++) {
-    if (!in.active[b]) continue;
+    if (!in.active[state_row(in, b)]) continue;
     const T* x = (const T*)in.x + b * in.batch_step;
-    bool replicate = in.pad_mode == REPLICATE && in.first[b];
+    bool replicate = in.pad_mode == REPLICATE && in.first[state_row(in, b)];
     for (long i = -in.left; i < 0; i++) {
       long t = i + in.length;  // the time in this call that is time i of the next one
       const T* from = t >= 0 ? x + t * in.step : replicate ? x : past<T>(in, b, t);
