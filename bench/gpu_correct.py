@@ -46,7 +46,7 @@ def steps(report: Report, dry: bool) -> Iterator[Step]:
     for dtype in dtypes[:2]:
         for one in passes:
             yield Step(f"launches, {_name(dtype)}, {one.name}", partial(launches, report, one, dtype, device))
-    for check in (codes, batches, many_streams, chunks, masked):
+    for check in (codes, batches, many_streams, pool, chunks, masked):
         yield Step(f"whole model, {check.__name__}", partial(check, device, dry))
     for dtype in dtypes:
         yield Step(f"NaN, {_name(dtype)}", partial(not_a_number, dtype, device, dry))
@@ -305,6 +305,30 @@ def many_streams(device: str, dry: bool) -> Iterator[Row]:
     for row in sorted({0, batch // 2, batch - 1}):
         yield from _same(model, f"stream {row} of {batch}", audio[row : row + 1], whole[row : row + 1],
                          codes[row : row + 1], heard[row : row + 1])  # fmt: skip
+
+
+def pool(device: str, dry: bool) -> Iterator[Row]:
+    """Streams of a pool, which take turns, equal streams alone; with a graph of two of them too."""
+    model, streams, ticks = load(device, torch.float32), 4, 4 if dry else 200
+    audio, codes = Pass("", streams, ticks, True).inputs(model)
+    size, every = model.frame_size, model.num_codebooks
+    runs = (("encode", model._audio_to_codes(every), audio, size), ("decode", model._codes_to_audio(), codes, 1))
+    results = []
+    for direction, run, x, unit in runs:
+        state = model.new_direction(direction, streams)
+        run.warm_up(x.shape[1], 1, state.select(torch.tensor([0, 1], device=device)), threads=1)
+        parts: list[list[Tensor]] = [[] for _ in range(streams)]
+        for tick in range(ticks):
+            rows = [row for row in range(streams) if (tick + row) % (row + 2)][: 2 + tick % 2]
+            chunk = torch.stack([x[row, :, len(parts[row]) * unit : (len(parts[row]) + 1) * unit] for row in rows])
+            found = run.in_tiles(chunk, state.select(torch.tensor(rows, device=device)))
+            for row, y in zip(rows, found.clone(), strict=True):
+                parts[row].append(y)
+        results.append([torch.cat(part, dim=-1) for part in parts])
+    for row, (found, sound) in enumerate(zip(*results, strict=True)):
+        frames = found.shape[-1]
+        yield from _same(model, f"stream {row} of a pool, {frames} frames", audio[row : row + 1, :, : frames * size],
+                         found[None], codes[row : row + 1, :, :frames], sound[None])  # fmt: skip
 
 
 def chunks(device: str, dry: bool) -> Iterator[Row]:

@@ -8,14 +8,15 @@ transformer has seen. Audio that does not fill a frame yet waits in `pending`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, named
-from . import arrivals, masks
+from . import masks
+from .arrivals import new as new_counters
 
 CPU = torch.device("cpu")
 LISTED = 20  # mismatches that an error lists before it only counts them
@@ -54,10 +55,13 @@ class DirectionState:
     active: Tensor
     rows: Tensor | None = None
     pool: DirectionState | None = None
+    arrivals: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        shared = self.pool
-        self.arrivals = arrivals.new(len(self.offset), self.offset.device) if shared is None else shared.arrivals
+        if self.pool is None:
+            self.arrivals = new_counters(len(self.offset), self.offset.device)
+        else:
+            self.arrivals = self.pool.arrivals
 
     @classmethod
     def of(
