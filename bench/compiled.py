@@ -32,6 +32,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SAVED = 64  # bytes per thread that a kernel may save on the stack outside of its loops, which takes a few clocks
 MODELLED = "sm_90"  # the target whose loops are read, for cost_model.py
 
 
@@ -39,7 +40,7 @@ class Usage(NamedTuple):
     """Resources of a compiled kernel."""
 
     registers: int  # per thread
-    spilled: int  # bytes per thread
+    spilled: int  # bytes per thread, of which a few may be saved once, outside of loops (`_spilled`)
     shared: int  # bytes per block
     tensor_cores: str  # the tensor-core instruction, or ""
     program: sass.Loop | None = None  # its instructions, for MODELLED
@@ -110,8 +111,15 @@ def _compile(kernel: Any, job: Job, name: str) -> Usage:
         resources, code = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())
     found = re.search(r"\b(HGMMA|UTCHMMA|HMMA)\b", code)
-    program = sass.program(code) if name == MODELLED else None
-    return Usage(registers, stack, shared, found[1] if found else "", program)
+    program = sass.program(code) if name == MODELLED or stack else None
+    spilled = _spilled(stack, program)
+    return Usage(registers, spilled, shared, found[1] if found else "", program if name == MODELLED else None)
+
+
+def _spilled(stack: int, program: sass.Loop | None) -> int:
+    """Bytes per thread on the stack; 0 if they are few and no loop touches them."""
+    in_loops = program is not None and any(loop.counts["local"] for loop in program.all_inner())
+    return stack if in_loops or stack > SAVED else 0
 
 
 def _cuobjdump(flag: str, path: str) -> str:

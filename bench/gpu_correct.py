@@ -312,7 +312,7 @@ def pool(device: str, dry: bool) -> Iterator[Row]:
     model, streams, ticks = load(device, torch.float32), 4, 4 if dry else 200
     audio, codes = Pass("", streams, ticks, True).inputs(model)
     size, every = model.frame_size, model.num_codebooks
-    runs = (("encode", model._audio_to_codes(every), audio, size), ("decode", model._codes_to_audio(), codes, 1))
+    runs = (("encode", model.encode_pass(every), audio, size), ("decode", model.decode_pass(), codes, 1))
     results = []
     for direction, run, x, unit in runs:
         state = model.new_direction(direction, streams)

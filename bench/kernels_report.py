@@ -21,7 +21,7 @@ import cost_model
 import predicted
 import torch
 import triton
-from compiled import MODELLED, TARGETS, Usage, compile_all
+from compiled import MODELLED, SAVED, TARGETS, Usage, compile_all
 from recorded import Launch, kernels
 from rich.progress import track
 
@@ -91,7 +91,7 @@ def table(rows: list[tuple[Launch, dict[str, Usage]]], targets: list[str]) -> li
         "## Compiled code",
         "",
         "Each cell: registers per thread / KiB of shared memory per block / tensor-core instruction. The report fails",
-        "where a kernel spills registers. Products of tiles under 64 rows run on `HMMA` by choice, since a warp group",
+        f"where a kernel spills registers in a loop, or more than {SAVED} bytes a thread outside of loops. Products of tiles under 64 rows run on `HMMA` by choice, since a warp group",
         "needs 64. A cell is empty where the GPU is given another tile. fp16 compiles as bf16 does. fp32 multiplies as",
         "three TF32 products on NVIDIA, in IEEE fp32 on AMD.",
         "",

@@ -226,10 +226,10 @@ def of_case(model: Codec, case: Case) -> Recording:
 def _run(model: Codec, case: Case, frames: int, samples: int, state: DirectionState | None = None) -> None:
     if case.direction == "encode":
         x = torch.empty(case.batch, model.config.audio_channels, samples, dtype=model.dtype, device=META)
-        run: Pass = model._audio_to_codes(model.num_codebooks)
+        run: Pass = model.encode_pass(model.num_codebooks)
     else:
         x = torch.empty(case.batch, model.num_codebooks, frames, dtype=torch.int64, device=META)
-        run = model._codes_to_audio()
+        run = model.decode_pass()
     if case.way == "stream":
         run.in_tiles(x, state or model.new_direction(case.direction, case.batch))
     elif case.way == "tiles":
@@ -243,14 +243,17 @@ def _run(model: Codec, case: Case, frames: int, samples: int, state: DirectionSt
             run.whole(x)
 
 
-WITH_WARP_GROUPS, WITHOUT = ("sm_90", "sm_100"), ("sm_80", "gfx942")
+WITH_WARP_GROUPS, AMD = ("sm_90", "sm_100"), ("gfx942",)
 
 
 def kernels() -> list[Launch]:
     """The launches of different variants of Mimi and of JODIO: offline, in streams, in pools, and of all cases."""
     found: dict[tuple[Any, ...], Launch] = {}
-    for targets in (WITH_WARP_GROUPS, WITHOUT):
-        with mock.patch.object(_launch, "has_warp_groups", lambda x, answer=targets is WITH_WARP_GROUPS: answer):
+    for targets in (WITH_WARP_GROUPS, ("sm_80",), AMD):
+        with (
+            mock.patch.object(_launch, "has_warp_groups", return_value=targets is WITH_WARP_GROUPS),
+            mock.patch.object(_launch, "is_amd", return_value=targets is AMD),
+        ):
             for launch in _kernels():
                 before = found.get(launch.variant, launch)
                 found[launch.variant] = before._replace(targets=(*before.targets, *targets))

@@ -85,7 +85,7 @@ def counts(name: str) -> dict[str, int]:
 
     issue, alu, xu, fp64: instructions. flops: on tensor cores, in units of a bf16 FLOP: TF32 counts twice. hmma: those
     of them that are not of a warp group. read, written, shared: bytes. load, async: loads from global memory into
-    registers and past them. atomic, barrier: instructions.
+    registers and past them. atomic, barrier, local (to or from the stack): instructions.
     """
     op = name.partition(".")[0]
     if op == "NOP":
@@ -112,6 +112,8 @@ def counts(name: str) -> dict[str, int]:
         found |= {"atomic": 1, "read": 32}
     elif op == "BAR":
         found["barrier"] = 1
+    elif op in ("LDL", "STL"):
+        found["local"] = 1
     return found
 
 

@@ -77,6 +77,10 @@ def has_warp_groups(x: Tensor) -> bool:
     return not x.is_cuda or (torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0))
 
 
+def is_amd(x: Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is not None
+
+
 def for_amd(options: dict[str, Any]) -> dict[str, Any]:
     """Launch options for AMD GPUs, which have no TF32 and only 64 KiB of shared memory per block."""
     changes = {"PRECISION": "ieee", "SELECT": False, "num_stages": min(2, options.get("num_stages", 2))}

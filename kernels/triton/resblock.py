@@ -59,6 +59,7 @@ from .causal_conv1d import causal_conv1d
 
 TAPS = 3  # of the kernel below
 WIDEST = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}  # hidden channels that fit in registers
+WIDEST_AMD = 64
 
 
 @triton.jit
@@ -155,7 +156,8 @@ def resblock(
     skip = x if shortcut_weight is None else causal_conv1d(x, shortcut_weight, shortcut_bias)
     tile = _blocks(batch * length, channels, hidden, x)
     halo = (TAPS - 1) * dilation
-    if kernel != TAPS or tuple(pad) != (halo, 0) or halo > tile["BLOCK_T"] // 2 or hidden > WIDEST[x.dtype]:
+    widest = WIDEST_AMD if _launch.is_amd(x) else WIDEST[x.dtype]
+    if kernel != TAPS or tuple(pad) != (halo, 0) or halo > tile["BLOCK_T"] // 2 or hidden > widest:
         hidden_channels = causal_conv1d(
             x, weight1, bias1, dilation=dilation, pad=pad, pad_mode=pad_mode, pre="elu", post="elu",
             history=history, first=first, active=active, rows=rows,

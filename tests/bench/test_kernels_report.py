@@ -131,6 +131,16 @@ def test_loops_in_loops_and_their_conditional_blocks():
     assert inner.counts["flops"] == 2 * 64 * 128 * 16 // 4
 
 
+def test_bytes_that_are_saved_outside_of_loops_are_no_spill():
+    compiled = pytest.importorskip("compiled", reason="there is no Triton for this platform")
+    lines = ["MOV R0, R1", "LDG.E R4, [R2.64]", "@P0 BRA 0x10", "EXIT"]
+    outside = sass.program(listing("STL [R1], R0", *lines))
+    inside = sass.program(listing(lines[0], "STL [R1], R0", *lines[1:]))
+    assert compiled._spilled(24, outside) == 0
+    assert compiled._spilled(24, inside) == 24
+    assert compiled._spilled(100, outside) == 100
+
+
 @pytest.fixture
 def launch():
     """A launch of the RVQ decoder on 264 rows, as recorded, and a program with one load in its loop."""
