@@ -136,7 +136,7 @@ class DropIn(Packable):
             audio = core.latents_to_audio(latents, context, lambda x, context: run_transformer(transformer, x, result))
         else:
             mask = None if frames is None else frames.mask.to(latents.device)
-            audio = core._decode(core._latents_to_audio(), latents, padding_mask=mask)
+            audio = core._decode(core.decode_latent_pass(), latents, padding_mask=mask)
         if frames is not None and padding_mask is not None:  # move each row's audio to where its mask is set
             samples = Ragged.of(padding_mask.to(audio.device))
             audio = frames.times(core.frame_size).align(audio)

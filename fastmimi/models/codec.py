@@ -80,33 +80,35 @@ class Codec(Packable):
         first = None if state is None else state.first
         return ForwardContext(self.ops, state, lengths, self.tiling.positions_per_subtile(batch, self.device), first)
 
-    # The passes that are made of them
+    # The passes that are made of them, for `encode` and the like and for pools of streams (fastmimi/serve)
 
-    def _audio_to_latents(self) -> Pass:
+    def encode_latent_pass(self) -> Pass:
+        """Audio [B, C, N] -> latents [B, hidden, T]."""
         return Pass(
             self, "encode", lambda audio, context: [self.audio_to_latents(audio, context)], "latents",
             self.frame_size, 1, self.config.hidden_size, self.dtype,
         )  # fmt: skip
 
-    def _audio_to_codes(self, count: int) -> Pass:
-        def step(audio: Tensor, context: ForwardContext) -> list[Tensor]:
-            return self.latents_to_codes(self.audio_to_latents(audio, context), count, context)
+    def encode_pass(self, count: int) -> Pass:
+        """Audio [B, C, N] -> codes [B, count, T]."""
+        return Pass(
+            self, "encode", lambda x, context: self.latents_to_codes(self.audio_to_latents(x, context), count, context),
+            count, self.frame_size, 1, count, torch.int64,
+        )  # fmt: skip
 
-        return Pass(self, "encode", step, count, self.frame_size, 1, count, torch.int64)
+    def decode_pass(self) -> Pass:
+        """Codes [B, K, T] -> audio [B, C, T * frame_size]."""
+        return Pass(
+            self, "decode", lambda x, context: [self.latents_to_audio(self.codes_to_latents(x, context), context)],
+            "codes", 1, self.frame_size, self.config.audio_channels, self.dtype,
+        )  # fmt: skip
 
-    def _codes_to_audio(self) -> Pass:
-        def step(codes: Tensor, context: ForwardContext) -> list[Tensor]:
-            return [self.latents_to_audio(self.codes_to_latents(codes, context), context)]
-
-        return Pass(self, "decode", step, "codes", 1, self.frame_size, self.config.audio_channels, self.dtype)
-
-    def _latents_to_audio(self) -> Pass:
+    def decode_latent_pass(self) -> Pass:
+        """Latents [B, hidden, T] -> audio [B, C, T * frame_size]."""
         return Pass(
             self, "decode", lambda latents, context: [self.latents_to_audio(latents, context)], "latents",
             1, self.frame_size, self.config.audio_channels, self.dtype,
         )  # fmt: skip
-
-    # What the codec is
 
     @property
     def sample_rate(self) -> int:
@@ -205,10 +207,10 @@ class Codec(Packable):
         self._check_state(checks.is_state(state), state.batch_size, None)
         if frames not in range(1, MOST_FRAMES + 1) or threads < 1:
             raise InputError(f"frames must be from 1 to {MOST_FRAMES} and threads positive, got {frames} and {threads}")
-        encoding, decoding, channels = self._audio_to_latents(), self._latents_to_audio(), self.config.hidden_size
+        encoding, decoding, channels = self.encode_latent_pass(), self.decode_latent_pass(), self.config.hidden_size
         if not latents:
             channels = self._count(num_codebooks)
-            encoding, decoding = self._audio_to_codes(channels), self._codes_to_audio()
+            encoding, decoding = self.encode_pass(channels), self.decode_pass()
         if self.encoder is not None:
             encoding.warm_up(self.config.audio_channels, frames, state.encode, threads)
         if self.decoder is not None:
@@ -238,7 +240,7 @@ class Codec(Packable):
         not waited for: there, such samples count as 0, offline all codes of their row are -1, and of a stream
         `state.check()` tells.
         """
-        to_codes = self._audio_to_codes(self._count(num_codebooks))
+        to_codes = self.encode_pass(self._count(num_codebooks))
         codes, valid = self._encode(to_codes, audio, state, padding_mask, last_frame)
         return codes if valid is None else torch.where(valid[:, None], codes, -1)
 
@@ -250,7 +252,7 @@ class Codec(Packable):
         """
         checks.has_part(self.encoder, "encoder", "flush")
         self._check_state(checks.is_state(state), state.batch_size, None)
-        to_codes = self._audio_to_codes(self._count(num_codebooks))
+        to_codes = self.encode_pass(self._count(num_codebooks))
         codes, valid = self._encode_streams(to_codes, *state.pop_partial(), state)
         return torch.where(valid[:, None], codes, -1)
 
@@ -262,7 +264,7 @@ class Codec(Packable):
 
         Differentiable offline. Where a row has no frame (`encode`: a code of -1), its latents are 0.
         """
-        latents, valid = self._encode(self._audio_to_latents(), audio, state, padding_mask, last_frame)
+        latents, valid = self._encode(self.encode_latent_pass(), audio, state, padding_mask, last_frame)
         return latents if valid is None else torch.where(valid[:, None], latents, 0)
 
     @torch.no_grad()
@@ -346,7 +348,7 @@ class Codec(Packable):
         elif padding_mask is not None:
             ignored = ~masks.as_tensor(padding_mask, "padding_mask").to(codes.device, torch.bool)
         codes, bad = checks.code_range(codes, self.config, ignored)
-        audio = self._decode(self._codes_to_audio(), codes.to(self.device), state, padding_mask)
+        audio = self._decode(self.decode_pass(), codes.to(self.device), state, padding_mask)
         if state is not None:
             state.note_invalid(bad)
         elif bad is not None:
@@ -356,16 +358,15 @@ class Codec(Packable):
     def dequantize(self, codes: Tensor) -> Tensor:
         """Codes [B, K, T] -> latents [B, hidden_size, T]."""
         codes, bad = checks.code_range(checks.codes(codes, self.config), self.config)
-        codes = codes.to(self.device)
         if codes.shape[-1] == 0:
-            return codes.new_empty(codes.shape[0], self.config.hidden_size, 0, dtype=self.dtype)
-        latents = self.codes_to_latents(codes, self.forward_context(len(codes)))
+            return codes.new_empty(len(codes), self.config.hidden_size, 0, dtype=self.dtype, device=self.device)
+        latents = self.codes_to_latents(codes.to(self.device), self.forward_context(len(codes)))
         return latents if bad is None else torch.where(bad.to(self.device)[:, None, None], torch.nan, latents)
 
     def decode_latent(self, latents: Tensor, *, state: StreamState | None = None) -> Tensor:
         """Latents [B, hidden_size, T] -> audio [B, channels, T * frame_size]; differentiable offline."""
         latents = checks.latents(latents, self.config).to(self.device, self.dtype)
-        return self._decode(self._latents_to_audio(), latents, state)
+        return self._decode(self.decode_latent_pass(), latents, state)
 
     def _decode(
         self, run: Pass, x: Tensor, state: StreamState | None = None, padding_mask: Tensor | None = None

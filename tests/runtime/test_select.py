@@ -40,7 +40,7 @@ def test_streams_of_a_pool_equal_the_whole(impl, pad_mode):
     with torch.device("cuda" if on_gpu else "cpu"):
         model = small_model(impl=impl, pad_mode=pad_mode, **FAST)
         audio = noise(POOL, 1, TICKS * model.frame_size)
-    encode, decode = model._audio_to_codes(6), model._codes_to_audio()
+    encode, decode = model.encode_pass(6), model.decode_pass()
     whole = model.encode(audio)
     fed, codes = run_in_ticks(encode, audio, model.frame_size, model.new_direction("encode", POOL))
     assert min(fed) > 0 and len(set(fed)) > 1, "streams drift apart"
@@ -58,7 +58,7 @@ def test_one_program_serves_pools_of_any_size():
     recorded, eager = small_model(**FAST), small_model(**FAST)
     audio, rows = noise(3, 1, recorded.frame_size), torch.tensor([5, 1, 2])
     state = recorded.new_direction("encode", POOL)
-    recorded._audio_to_codes(6).warm_up(1, 1, state.select(rows), threads=1)
+    recorded.encode_pass(6).warm_up(1, 1, state.select(rows), threads=1)
     assert not state.offset.any() and not any(buffer.any() for buffer in state.buffers.values())
     graphs = recorded.graphs["encode"]
     assert sum(map(len, graphs._idle.values())) == 1
@@ -68,7 +68,7 @@ def test_one_program_serves_pools_of_any_size():
             named = torch.tensor([step, 5, 4])
             found = graphs.run(recorded.ops, audio, mine.select(named), 6)
             assert found is not None, "the program runs"
-            assert torch.equal(torch.cat(found, dim=1), eager._audio_to_codes(6).in_tiles(audio, theirs.select(named)))
+            assert torch.equal(torch.cat(found, dim=1), eager.encode_pass(6).in_tiles(audio, theirs.select(named)))
         assert all(map(torch.equal, mine.tensors(), theirs.tensors()))
         assert graphs.run(recorded.ops, audio[:2], mine.select(named[:2]), 6) is None, "two streams are another step"
 
@@ -79,14 +79,14 @@ def test_a_graph_runs_any_rows_of_its_pool(impl):
     captured, eager = small_model(impl=impl, **FAST), small_model(impl=impl, **FAST)
     captured.graphs = {name: CudaGraphs(name, RecordedGraph) for name in ("encode", "decode")}
     mine, theirs = (model.new_direction("encode", POOL) for model in (captured, eager))
-    captured._audio_to_codes(6).warm_up(1, 1, mine.select(torch.tensor([0, 1])), threads=1)
+    captured.encode_pass(6).warm_up(1, 1, mine.select(torch.tensor([0, 1])), threads=1)
     assert not mine.offset.any() and not any(buffer.any() for buffer in mine.buffers.values())
     assert len(captured.graph_report()) == 1
     replays = RecordedGraph.replays
     for step, rows in enumerate(torch.tensor([[0, 1], [5, 2], [2, 5], [0, 3]])):
         audio = noise(2, 1, captured.frame_size, seed=step)
         codes = [
-            model._audio_to_codes(6).in_tiles(audio, state.select(rows))
+            model.encode_pass(6).in_tiles(audio, state.select(rows))
             for model, state in ((captured, mine), (eager, theirs))
         ]
         assert torch.equal(*codes)
@@ -100,7 +100,7 @@ def test_rows_that_are_not_active_stay_and_may_repeat():
     state.active[4] = False
     codes = torch.zeros(3, 6, 1, dtype=torch.int64)
     with torch.no_grad():
-        model._codes_to_audio().in_tiles(codes, state.select(torch.tensor([2, 4, 4])))
+        model.decode_pass().in_tiles(codes, state.select(torch.tensor([2, 4, 4])))
     assert state.offset.tolist() == [0, 0, 2, 0, 0, 0]
     assert all((buffer[[0, 1, 3, 4, 5]] == 0).all() for buffer in state.buffers.values())
 
