@@ -126,10 +126,7 @@ class StreamPool:
 
     def _admit(self, stream: Stream, direction: str, samples: int) -> None:
         """Raise unless the stream may be given so many more samples, or frames of codes of as many."""
-        if stream.error is not None:
-            raise StreamFailed(f"the stream failed: {stream.error}") from stream.error
-        if stream._ended or stream._finished:
-            raise StreamClosed("the stream has ended" if stream._ended else "the stream is finished: no more input")
+        self._check_open(stream)
         if direction not in stream.directions:
             raise InputError(f"this stream does not {direction}: it was opened to {' and '.join(stream.directions)}")
         for queued, most, where in (
@@ -138,6 +135,20 @@ class StreamPool:
             if (seconds := (queued + samples) / self.codec.sample_rate) > most:
                 raise StreamFull(f"{seconds:.1f} s would wait in the {where}, at most {most:g} s may")
         self._queued += samples
+
+    def _check_open(self, stream: Stream) -> None:
+        if stream.error is not None:
+            raise StreamFailed(f"the stream failed: {stream.error}") from stream.error
+        if stream._ended or stream._finished:
+            raise StreamClosed("the stream has ended" if stream._ended else "the stream is finished: no more input")
+
+    def _drop(self, stream: Stream) -> None:
+        """Forget the input that waits and the results that were not read."""
+        self._queued -= stream.queued
+        stream._audio, stream._codes = AudioQueue(), deque()
+        stream._coded.clear()
+        stream._heard.clear()
+        stream._unread = 0
 
     def _end_if_done(self, stream: Stream) -> None:
         if stream._finished and not any(map(stream.waiting, DIRECTIONS)) and not stream._stepping:
@@ -221,6 +232,10 @@ class StreamPool:
                 stream._stepping = False
                 if stream._ended:  # closed in the meantime
                     self._end(stream)
+                    continue
+                if stream._restarts:
+                    stream._restarts = False
+                    self.slots.reset([stream.slot])
                     continue
                 if batch.direction == "encode":
                     stream._coded.append(result[: stream.num_codebooks].clone())

@@ -43,7 +43,7 @@ class Stream:
         self._coded: deque[Tensor] = deque()  # results: [K, T]
         self._heard: deque[Tensor] = deque()  # [C, N]
         self._unread = 0  # frames
-        self._finished = self._ended = self._stepping = False
+        self._finished = self._ended = self._stepping = self._restarts = False
 
     @property
     def num_codebooks(self) -> int:
@@ -80,20 +80,34 @@ class Stream:
             self._codes.extend(frames)
         self.pool._wake()
 
+    def flush(self) -> None:
+        """Fill an incomplete frame with zeros, so that it is encoded; the stream goes on."""
+        with self.pool._lock:
+            self.pool._queued += self._audio.complete(self.pool.codec.frame_size)
+        self.pool._wake()
+
     def finish(self) -> None:
-        """End the input: an incomplete frame is filled with zeros. The slot is free again when all is done."""
+        """End the input, flushed. The slot is free again when all is done."""
         with self.pool._lock:
             if not self._finished and not self._ended:
                 self._finished = True
-                self.pool._queued += self._audio.complete(self.pool.codec.frame_size)
+                self.flush()
                 self.pool._end_if_done(self)
-        self.pool._wake()
+
+    def reset(self) -> None:
+        """Start anew in the same slot: what waits and what was not read is dropped. Raises StreamClosed."""
+        with self.pool._lock:
+            self.pool._check_open(self)
+            self.pool._drop(self)
+            if self._stepping:
+                self._restarts = True  # after the step, whose result is dropped
+            else:
+                self.pool.slots.reset([self.slot])
 
     def close(self) -> None:
         """End the stream now: what waits is dropped, results are gone, the slot is free again."""
         with self.pool._lock:
-            self._coded.clear()
-            self._heard.clear()
+            self.pool._drop(self)
             self.pool._end(self)
 
     def read_codes(self) -> Tensor:
@@ -125,6 +139,11 @@ class Stream:
     def done(self) -> bool:
         """Whether the stream has ended and every result was read."""
         return self._ended and not self._coded and not self._heard
+
+    @property
+    def idle(self) -> bool:
+        """Whether all whole frames of input have become results."""
+        return not self._stepping and not any(map(self.waiting, self.directions))
 
     @property
     def ended(self) -> bool:

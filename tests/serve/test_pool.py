@@ -375,3 +375,40 @@ def test_stats(model, pool):
     after = pool.stats()
     assert (after.encoded_frames, after.decoded_frames, after.waiting_frames) == (5, 5, 0)
     assert after.tick_p99_ms >= after.tick_p50_ms > 0 and after.real_time_factor > 0
+
+
+def test_a_flushed_stream_goes_on(model, pool):
+    stream, audio = pool.open("encode"), noise(1, 1, 48 * 4)
+    stream.push_audio(audio[0, :, :60])
+    assert not stream.idle
+    stream.flush()
+    run_until_idle(pool)
+    assert stream.idle
+    stream.push_audio(audio[0, :, 60 : 60 + 48])
+    run_until_idle(pool)
+    padded = torch.cat([audio[..., :60], torch.zeros(1, 1, 36), audio[..., 60:108]], dim=-1)
+    assert torch.equal(torch.cat(drained(stream, "codes"), dim=-1), model.encode(padded)[0])
+
+
+def test_a_reset_stream_starts_anew_in_its_slot(model, pool, monkeypatch):
+    stream, audio = pool.open("encode"), noise(1, 1, 48 * 3)
+    stream.push_audio(noise(48 * 3 + 7, seed=9))
+    pool.step()
+    stream.reset()
+    assert stream.read_codes().shape[-1] == 0 and pool._queued == 0
+    stream.push_audio(noise(48 * 3 + 7, seed=9))
+    step = pool.slots.step_encode
+
+    def resetting(x, slots, **options):
+        stream.reset()
+        return step(x, slots, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.slots, "step_encode", resetting)
+        pool.step()
+    stream.push_audio(audio[0])
+    run_until_idle(pool)
+    assert torch.equal(torch.cat(drained(stream, "codes"), dim=-1), model.encode(audio)[0])
+    stream.close()
+    with pytest.raises(StreamClosed):
+        stream.reset()
