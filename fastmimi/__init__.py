@@ -27,11 +27,16 @@ if TYPE_CHECKING:
     from .runtime.dispatch import explain
     from .runtime.packing import packing_report
     from .runtime.state import StreamState
+    from .serve.client import AsyncClient, Client
+    from .serve.pool import StreamPool
+    from .serve.slots import SlotPool
 
 _MODULES = {
     "CodecConfig": "models.config",  # MimiCodecConfig by its former name
     "JodioConfig": "models.config",
     "JodioModel": "models.jodio",
+    "AsyncClient": "serve.client",
+    "Client": "serve.client",
     "InputError": "errors",
     "Mimi": "models.mimi",
     "MimiCodecConfig": "models.config",
@@ -39,6 +44,8 @@ _MODULES = {
     "MimiDecoderModel": "compat.transformers",
     "MimiEncoderModel": "compat.transformers",
     "MimiModel": "compat.transformers",
+    "SlotPool": "serve.slots",
+    "StreamPool": "serve.pool",
     "StreamState": "runtime.state",
     "explain": "runtime.dispatch",
     "load": "checkpoints.weights",
@@ -49,9 +56,9 @@ _MODULES = {
     "save_pretrained": "checkpoints.weights",
 }
 __all__ = [
-    "InputError", "JodioConfig", "JodioModel", "Mimi", "MimiCodecConfig", "MimiConfig", "MimiDecoderModel",
-    "MimiEncoderModel", "MimiModel", "StreamState", "explain", "load", "packing_report", "replace_mimi", "restore_mimi",
-    "save_kyutai", "save_pretrained",
+    "AsyncClient", "Client", "InputError", "JodioConfig", "JodioModel", "Mimi", "MimiCodecConfig", "MimiConfig",
+    "MimiDecoderModel", "MimiEncoderModel", "MimiModel", "SlotPool", "StreamPool", "StreamState", "explain",
+    "load", "packing_report", "replace_mimi", "restore_mimi", "save_kyutai", "save_pretrained",
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""The command line: `fastmimi encode | decode | roundtrip | info | explain | train | evaluate`.
+"""The command line: `fastmimi encode | decode | roundtrip | info | explain | train | evaluate | serve`.
 
-`commands` defines the commands and their options, `work` and `training` what they do, `report` what they print, and
-`errors` how errors are shown.
+`commands` defines the commands and their options, `work`, `training` and `serving` what they do, `report` what they
+print, and `errors` how errors are shown.
 """
 
 from .commands import app, main

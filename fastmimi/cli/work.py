@@ -103,12 +103,16 @@ def check_fit(tokens: Tokens, codec: Codec, source: Path, model: str, *, force: 
 # Actions
 
 
-def load(model: str, device: str, dtype: str, impl: str, codebooks: int | None = None) -> Codec:
+def load(
+    model: str, device: str, dtype: str, impl: str, codebooks: int | None = None, weights_as: str | None = None
+) -> Codec:
     """Load the codec; arguments are checked before weights are downloaded."""
     where, kind = checks.device(device), dtype_of(dtype)
     dispatch.explain(where.type, kind, impl)  # raises InputError if the implementation cannot run
     with report.busy(f"loading {model}"):
-        return weights.load(model, device=where, dtype=kind, impl=impl, num_codebooks=codebooks)
+        return weights.load(
+            model, device=where, dtype=kind, impl=impl, num_codebooks=codebooks, weights=weights_as
+        )  # fmt: skip
 
 
 def costs(device: str) -> tuple[dict[str, list[Stage]], dict[str, float], str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ class ClientStream:
         self._send(self._session.codes_message(codes))
 
     def flush(self) -> None:
-        """Complete the last frame; `read` ends with `flushed` when all is there, and a new stream begins."""
+        """Complete the last frame with zeros; when all of its results are there, `read` says `flushed`."""
         self._send(protocol.Flush())
 
     def reset(self, num_codebooks: int | None = None) -> None:
@@ -198,7 +198,8 @@ class Client:
         with _refusals():
             socket = connect(_ws(self.url), additional_headers=self._headers, compression=None, max_size=None)
         with socket:
-            socket.send(protocol.pack(init))
+            with suppress(ConnectionClosed):  # what the server said before is read next
+                socket.send(protocol.pack(init))
             yield ClientStream(socket, _Session(init, _ready(socket.recv())))
 
     def encode(self, path: str | Path, num_codebooks: int | None = None) -> bytes:
@@ -274,7 +275,8 @@ class AsyncClient:
                 _ws(self.url), additional_headers=self._headers, compression=None, max_size=None
             )
         async with socket:
-            await socket.send(protocol.pack(init))
+            with suppress(ConnectionClosed):  # what the server said before is read next
+                await socket.send(protocol.pack(init))
             yield AsyncStream(socket, _Session(init, _ready(await socket.recv())))
 
 

@@ -221,8 +221,7 @@ class Connection:
                     await self._send_audio(self._outgoing.encoded(audio))
                 if idle and self._flushing:
                     await self._send_audio(self._outgoing.rest())
-                    stream.reset()
-                    self._flushing, self._sent_frames = False, 0
+                    self._flushing = False
                     await self._send(protocol.Flushed())
                     self._flushed.set()
             except (StreamClosed, StreamFailed) as error:

@@ -49,7 +49,7 @@ class Audio(Message, tag=True):
 class Codes(Message, tag=True):
     """Frames of codes. num_codebooks: codes per frame, which clients may vary.
 
-    first_frame: the number of the first frame since the start or the last Reset or Flush; clients may leave it out.
+    first_frame: the number of the first frame since the start or the last Reset; clients may leave it out.
     """
 
     codes: bytes
@@ -58,7 +58,10 @@ class Codes(Message, tag=True):
 
 
 class Flush(Message, tag=True):
-    """From the client: complete the last frame with zeros. The server answers with what is left, and Flushed."""
+    """From the client: complete the last frame with zeros. The server answers with what is left, and Flushed.
+
+    The stream goes on after it, so that the last codes may still be decoded; Reset starts a new one.
+    """
 
 
 class Reset(Message, tag=True):
@@ -87,7 +90,7 @@ class Ready(Message, tag=True):
 
 
 class Flushed(Message, tag=True):
-    """Everything before the client's Flush has been sent; what follows starts a new stream."""
+    """Everything before the client's Flush has been sent."""
 
 
 class Error(Message, tag=True):
