@@ -10,6 +10,10 @@ import asyncio
 import ipaddress
 import logging
 import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -94,6 +98,24 @@ class Server(uvicorn.Server):
             f"{stats.encoded_frames:,}, {stats.decoded_frames:,} frames",
         )  # fmt: skip
         return table
+
+
+@contextmanager
+def in_thread(pool: StreamPool, settings: Settings | None = None, *, port: int = 0) -> Iterator[Server]:
+    """A server on 127.0.0.1 in a thread of this process, while the context lasts; yielded once it listens."""
+    with listen("127.0.0.1", port) as listener:
+        server = Server(Service(pool, settings or Settings()), listener)
+        thread = threading.Thread(target=server.run, name="fastmimi server", daemon=True)
+        thread.start()
+        try:
+            while not server.started:
+                if not thread.is_alive():
+                    raise RuntimeError("the server did not start")
+                time.sleep(0.005)
+            yield server
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -19,9 +19,9 @@ DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 # Paths in backticks begin with one of these; `models/codec.py` is short for `fastmimi/models/codec.py`
-TOPS = "fastmimi|kernels|reference|tests|bench|docs|runtime|models|checkpoints|compat|devtools|train|cli|native"
+TOPS = "fastmimi|kernels|reference|tests|bench|docs|runtime|models|checkpoints|compat|devtools|serve|train|cli|native"
 SHORT_FOR = {"native": ROOT / "kernels" / "cpu"} | dict.fromkeys(
-    ("runtime", "models", "checkpoints", "compat", "devtools", "train", "cli"), ROOT / "fastmimi"
+    ("runtime", "models", "checkpoints", "compat", "devtools", "serve", "train", "cli"), ROOT / "fastmimi"
 )
 
 

@@ -24,6 +24,7 @@ from fastmimi.models.config import MimiCodecConfig
 ROOT = Path(__file__).resolve().parents[2]
 README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+NOT_RUN = ("train", "evaluate", "serve")  # by test_commands: the first two by test_the_training_example, a server never
 KYUTAI = "tokenizer-e351c8d8-checkpoint125.safetensors"
 
 
@@ -67,7 +68,7 @@ def test_commands(page, folder):
     """Commands of fastmimi are run on a short clip; for others, the names in them are checked."""
     soundfile.write("speech.flac", noise(8_000).numpy(), 16_000)
     for program, *arguments in commands(page):
-        if program == "fastmimi" and arguments[0] not in ("train", "evaluate"):  # run by test_the_training_example
+        if program == "fastmimi" and arguments[0] not in NOT_RUN:
             run_fastmimi(arguments)
         else:
             check_names(Path(program).name, arguments)

@@ -6,49 +6,14 @@ import logging
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastmimi.devtools.recorded_graph import RecordedGraph
 from fastmimi.devtools.testing import noise, small_model
 from fastmimi.runtime import packing
 from fastmimi.runtime.cuda_graphs import CudaGraphs
 
 BATCH = 3
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self):
-        self.calls = []
-        super().__init__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, result))
-        return result
-
-
-class RecordedGraph:
-    """Like a CUDA graph, it replays on the memory of the capture. Unlike one, it also runs what it captures."""
-
-    nbytes = 12345
-    replays = 0
-
-    def __init__(self, device, pool):
-        pass
-
-    def capture(self, function):
-        with Recorder() as recorder:
-            results = function()
-        self.calls = recorder.calls
-        return results
-
-    def replay(self):
-        RecordedGraph.replays += 1
-        for function, args, kwargs, result in self.calls:
-            again = function(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
 
 
 @pytest.fixture(params=["reference", "onednn"])

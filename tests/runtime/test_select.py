@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from fastmimi.devtools.recorded_graph import RecordedGraph
 from fastmimi.devtools.testing import noise, relative_error, small_model
 from fastmimi.kernels.cpu import _native
 from fastmimi.runtime.cuda_graphs import CudaGraphs
-from tests.runtime.test_cuda_graphs import RecordedGraph
 
 POOL, TICKS, FAST = 6, 14, {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
 

@@ -1,5 +1,9 @@
 """Messages: there and back, and what is none."""
 
+import re
+from pathlib import Path
+from typing import get_args
+
 import msgspec
 import pytest
 import torch
@@ -69,3 +73,20 @@ def test_codes():
 def test_bytes_that_do_not_fit(call, sentence):
     with pytest.raises(InputError, match=sentence):
         call()
+
+
+def test_the_documentation_lists_every_message_and_field():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
+    tables = dict(
+        zip(("client", "server"), re.split(r"^## From the (?:client|server)$", page, flags=re.M)[1:], strict=True)
+    )
+    for side, union in (("client", protocol.FromClient), ("server", protocol.FromServer)):
+        documented, name = {}, ""
+        for message, fields in re.findall(r"^\| (?:`(\w+)` )?\| ((?:`\w+`(?:, )?)*) ?\|", tables[side], re.M):
+            name = message or name
+            documented.setdefault(name, []).extend(re.findall(r"`(\w+)`", fields))
+        actual = {kind.__name__: list(kind.__struct_fields__) for kind in get_args(union)}
+        documented = {name: fields for name, fields in documented.items() if name[0].isupper()}
+        assert documented == actual
+    codes = re.findall(r"^\| `(\w+)` \| \d+ \|", page, re.M)
+    assert codes == list(get_args(protocol.ErrorCode))

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fastmimi import InputError
+from fastmimi.devtools.recorded_graph import RecordedGraph
 from fastmimi.devtools.testing import noise, small_model
 from fastmimi.runtime.cuda_graphs import CudaGraphs
 from fastmimi.serve.slots import PoolFull, SlotPool, batch_sizes
-from tests.runtime.test_cuda_graphs import RecordedGraph
 
 FAST = {"upsampling_ratios": [4, 3, 2]}  # frames of 48 samples
 
