@@ -108,6 +108,7 @@ def test_a_callback_that_fails_disturbs_nobody(model, pool, caplog):
     streams[0].on_results, streams[1].on_results = fail, called.append
     for stream, x in zip(streams, audio, strict=True):
         stream.push_audio(x)
+    pool.step()
     assert called and "on_results of the stream in slot" in caplog.text
     for stream, x in zip(streams, audio, strict=True):
         assert torch.equal(all_codes(stream), model.encode(x[None])[0])
