@@ -77,8 +77,8 @@ def test_stream_file_from_a_microphone(run, tmp_path, monkeypatch):
     assert soundfile.info(tmp_path / "decoded.wav").frames == 5 * 1920
 
 
-def test_batch_server_loop(run):
-    printed = run("batch_server_loop.py", "--slots", "2", "--clients", "4", "--late", "0.2")
+def test_stream_pool(run):
+    printed = run("stream_pool.py", "--capacity", "2", "--clients", "4")
     assert "4 of 4 clients got the codes of their clip encoded alone" in printed
     assert printed.count("joins in slot") == printed.count("leaves slot") == 4
 
