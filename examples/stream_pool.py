@@ -28,8 +28,8 @@ class Client:
 
     name: int
     audio: torch.Tensor
-    sent: int = 0
     stream: Stream | None = None
+    sent: int = 0
     codes: list[torch.Tensor] = field(default_factory=list)
 
     def talk(self, length: int) -> None:
@@ -73,7 +73,6 @@ def main() -> None:
     whole = [mimi.encode(client.audio[None, None])[0] for client in clients]
     equal = sum(torch.equal(torch.cat(client.codes, dim=-1), whole[client.name]) for client in clients)
     print(f"{equal} of {len(clients)} clients got the codes of their clip encoded alone")
-    print(f"{args.capacity} slots: median {pool.stats().tick_p50_ms:.1f} ms a tick")
 
 
 if __name__ == "__main__":
