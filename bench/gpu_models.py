@@ -28,6 +28,8 @@ CODEBOOKS = 8
 OFFLINE = [Pass("64 x 10 s", 64, 125, False), Pass("8 x 10 s", 8, 125, False), Pass("1 x 10 s", 1, 125, False)]
 STREAMS = [Pass(f"streams of {batch}", batch, 1, True) for batch in (1, 64, 1024, 4096)]
 DRY_OFFLINE, DRY_STREAMS = [Pass("2 x 4 frames", 2, 4, False)], [Pass("streams of 2", 2, 1, True)]
+POOLS = [(64, 64), (64, 4), (512, 512), (4096, 4096)]  # capacity, streams with a frame in each tick
+DRY_POOLS = [(3, 2)]
 COMPILING_S = 90.0  # at most
 PROFILED = 12  # kernels listed
 
@@ -60,6 +62,9 @@ def steps(timer: Timer, dry: bool) -> Iterator[Step]:
         for one in cases:
             name = f"{one.name}, {_name(dtype)}, {'warmed up' if warm else 'not warmed up'}"
             yield Step(name, partial(stream_rows, timer, one, dtype, device, warm))
+    for capacity, active in DRY_POOLS if dry else POOLS:
+        name = f"pool of {capacity}, {active} active"
+        yield Step(name, partial(pool_rows, timer, name, capacity, active, device))
     yield Step(f"short tiles, {offline[0].name}", partial(short_tiles, timer, offline[0], device))
     yield Step(f"transformers, {offline[0].name}", partial(transformers_rows, timer, offline[0], device, False))
     for one in streams[:3]:
@@ -138,6 +143,24 @@ def stream_rows(timer: Timer, one: Pass, dtype: torch.dtype, device: str, warm: 
             row |= {} if refused is None else {"warm_up_failed": refused}
             yield row | {"state_bytes_per_stream": held // one.batch}
             yield row_of_kernels(timer, way, one, dtype, call) | {"warm_up": warm}
+
+
+def pool_rows(timer: Timer, name: str, capacity: int, active: int, device: str) -> Iterator[Row]:
+    """Ticks of a pool, each way, through `SlotPool`; its graphs, and streams that a tick of 80 ms could hold."""
+    model = load(device, BF16)
+    with torch.inference_mode():
+        before = len(model.graph_report())
+        pool = fastmimi.SlotPool(model, capacity)
+        pool.warm_up()
+        graphs = model.graph_report()[before:]
+        slots = torch.arange(active, device=device)
+        audio, codes = Pass("", active, 1, True).inputs(model)
+        calls = {"encode": lambda: pool.step_encode(audio, slots), "decode": lambda: pool.step_decode(codes, slots)}
+        for way, call in calls.items():
+            row = {"way": way, "case": name, "dtype": "bfloat16", "who": "fastmimi", "warm_up": True}
+            row |= with_rate(timer.frames(call), Pass("", active, 1, True), model)
+            row |= {"graphs": len(graphs), "graph_bytes": sum(graph.nbytes for graph in graphs)}
+            yield row | {"state_bytes_per_stream": pool.bytes_per_slot}
 
 
 def warm_up(model: Codec, state: Any) -> str | None:

@@ -9,7 +9,7 @@ import hmac
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +20,9 @@ import anyio
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
@@ -49,7 +50,8 @@ SECURITY = {
 class Settings:
     """What the server allows. hosts: names that the Host header may have. origins: of pages, besides its own.
 
-    streams_per_client: connections and requests of one address at a time. files_at_once: of REST, of all clients.
+    streams_per_client: connections and requests of one address at a time. upload_bytes, upload_s: of a file, and for
+    it to arrive. file_s: seconds of audio that it may hold. files_at_once: that are worked on, of all clients.
     """
 
     model: str = "demo"
@@ -58,6 +60,8 @@ class Settings:
     origins: tuple[str, ...] = ()
     streams_per_client: int = 64
     upload_bytes: int = 256 << 20
+    upload_s: float = 300.0
+    file_s: float = 7200.0
     files_at_once: int = 2
     connection: ConnectionLimits = field(default_factory=ConnectionLimits)
 
@@ -69,6 +73,7 @@ class Service:
         self.pool, self.settings, self.draining = pool, settings, False
         self.clients: Counter[str] = Counter()
         self._files = anyio.CapacityLimiter(settings.files_at_once)
+        self._static = StaticFiles(directory=PAGE, html=True)
 
     def app(self) -> Starlette:
         return Starlette(
@@ -151,7 +156,8 @@ class Service:
             count = request.query_params.get("num_codebooks")
             if count is not None and not count.isdecimal():
                 raise InputError(f"num_codebooks must be a number, got {count[:80]!r}")
-            tokens = files.encode(self.pool, upload, self.settings.model, None if count is None else int(count))
+            number = None if count is None else int(count)
+            tokens = files.encode(self.pool, upload, self.settings.model, number, self.settings.file_s)
             if request.query_params.get("format") == "json":
                 fields = {name: value for name, value in vars(tokens).items() if name != "packed"}
                 return JSONResponse({**fields, "codes": tokens.codes.tolist()})
@@ -163,8 +169,8 @@ class Service:
         """A token file in the body -> a WAV file."""
 
         def work(upload: Path, out: Path) -> Response:
-            files.decode(self.pool, upload, out)
-            return Response(out.read_bytes(), media_type="audio/wav")
+            files.decode(self.pool, upload, out, self.settings.file_s)
+            return FileResponse(out, media_type="audio/wav")
 
         return await self._file(request, work)
 
@@ -175,23 +181,33 @@ class Service:
         async with self._counted(request) as too_many:
             if too_many is not None:
                 return JSONResponse({"error": too_many}, 503)
-            with tempfile.TemporaryDirectory(prefix="fastmimi-") as folder:
-                upload, out = Path(folder, "upload"), Path(folder, "out.wav")
-                size, most = 0, self.settings.upload_bytes
-                with upload.open("wb") as file:
-                    async for chunk in request.stream():
-                        size += len(chunk)
-                        if size > most:
-                            return JSONResponse({"error": f"a file may have {most} bytes at most"}, 413)
-                        file.write(chunk)
-                try:
-                    return await anyio.to_thread.run_sync(work, upload, out, limiter=self._files)
-                except InputError as error:
-                    return JSONResponse({"error": str(error).replace(str(upload), "the file")}, 400)
-                except PoolFull as error:
-                    return JSONResponse({"error": str(error)}, 503)
-                except StreamFailed as error:
-                    return JSONResponse({"error": str(error)}, 500)
+            folder = tempfile.TemporaryDirectory(prefix="fastmimi-")
+            try:
+                response = await self._worked(request, work, Path(folder.name))
+            except BaseException:
+                folder.cleanup()
+                raise
+            response.background = BackgroundTask(folder.cleanup)  # once it has been sent
+            return response
+
+    async def _worked(self, request: Request, work: Callable[[Path, Path], Response], folder: Path) -> Response:
+        upload, settings, size = folder / "upload", self.settings, 0
+        with anyio.move_on_after(settings.upload_s) as scope, upload.open("wb") as file:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > settings.upload_bytes:
+                    return JSONResponse({"error": f"a file may have {settings.upload_bytes} bytes at most"}, 413)
+                file.write(chunk)
+        if scope.cancelled_caught:
+            return JSONResponse({"error": f"a file must arrive within {settings.upload_s:g} s"}, 408)
+        try:
+            return await anyio.to_thread.run_sync(work, upload, folder / "out.wav", limiter=self._files)
+        except InputError as error:
+            return JSONResponse({"error": str(error).replace(str(upload), "the file")}, 400)
+        except PoolFull as error:
+            return JSONResponse({"error": str(error)}, 503)
+        except StreamFailed as error:
+            return JSONResponse({"error": str(error)}, 500)
 
     async def health(self, request: Request) -> Response:
         stats = self.pool.stats()
@@ -220,10 +236,6 @@ class Service:
             await self._static(scope, receive, secured)
         else:
             await WebSocket(scope, receive, send).close(1008, "streams are at /v1/stream")
-
-    @property
-    def _static(self) -> Callable[[Any, Any, Any], Awaitable[None]]:
-        return StaticFiles(directory=PAGE, html=True)
 
 
 class _Collector:

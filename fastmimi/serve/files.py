@@ -22,10 +22,11 @@ from .stream import Stream, StreamFull
 WAIT_S = 1.0  # for results, before the stream is looked at again
 
 
-def encode(pool: StreamPool, path: Path, model: str, num_codebooks: int | None) -> Tokens:
-    """The codes of an audio file. Raises InputError for a file that is none, PoolFull, StreamFailed."""
+def encode(pool: StreamPool, path: Path, model: str, num_codebooks: int | None, most_s: float) -> Tokens:
+    """The codes of an audio file. Raises InputError for a file that is none or too long, PoolFull, StreamFailed."""
     codec = pool.codec
     file, length, parts = probe(path), 0, list[Tensor]()
+    _check_duration(file.duration, most_s)
     with _opened(pool, "encode", num_codebooks) as (stream, results):
         for block in read_blocks(file, codec.sample_rate, codec.config.audio_channels):
             length += len(block)
@@ -46,9 +47,10 @@ def encode(pool: StreamPool, path: Path, model: str, num_codebooks: int | None) 
     )  # fmt: skip
 
 
-def decode(pool: StreamPool, path: Path, out: Path) -> None:
-    """A token file to a WAV file. Raises InputError for a file that is none, or of another model."""
+def decode(pool: StreamPool, path: Path, out: Path, most_s: float) -> None:
+    """A token file to a WAV file. Raises as `encode` does, InputError also for codes of another model."""
     codec, tokens = pool.codec, Tokens.load(path)
+    _check_duration(tokens.duration, most_s)
     if tokens.fingerprint != (own := fingerprint(codec)):
         raise InputError(
             f"these codes were made with {tokens.model} (fingerprint {tokens.fingerprint}), and the server has other "
@@ -74,6 +76,11 @@ def decode(pool: StreamPool, path: Path, out: Path) -> None:
             results.wait(WAIT_S)
             results.clear()
             write()
+
+
+def _check_duration(seconds: float, most_s: float) -> None:
+    if seconds > most_s:
+        raise InputError(f"a file may hold {most_s:g} s of audio at most, got {seconds:.1f} s")
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from .pool import StreamPool
 _log = logging.getLogger(__name__)
 POLL_S = 0.1  # while draining
 REFRESH_S = 0.5  # of the terminal
+SPARE_CONNECTIONS = 128  # beyond those of streams
 
 
 class Server(uvicorn.Server):
@@ -41,6 +42,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 service.app(), log_level="warning", lifespan="on", server_header=False, timeout_graceful_shutdown=2,
                 ws="websockets-sansio", ws_max_size=limit, ws_per_message_deflate=False,
+                limit_concurrency=2 * service.pool.slots.capacity + SPARE_CONNECTIONS,
             )
         )  # fmt: skip
         self.service, self.listener, self.drain_s, self.dashboard = service, listener, drain_s, dashboard

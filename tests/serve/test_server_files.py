@@ -1,6 +1,8 @@
 """What the server answers over HTTP: files, the page, health and metrics."""
 
 import json
+import socket
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -76,6 +78,30 @@ def test_uploads_have_a_limit(model, recording, get):
         status, _, body = get(server, "/v1/encode", recording.read_bytes())
         assert (status, json.loads(body)["error"]) == (413, "a file may have 1000 bytes at most")
         assert server.service.pool.stats().free == 1
+
+
+def test_files_have_a_longest_duration(model, client, recording):
+    tokens = client.encode(recording)
+    with running(StreamPool(model, 1, warm_up=False), replace(SETTINGS, file_s=0.5)) as server:
+        for call in (lambda: Client(server.address).encode(recording), lambda: Client(server.address).decode(tokens)):
+            with pytest.raises(ServerError, match=r"a file may hold 0\.5 s of audio at most, got 0\.5 s"):
+                call()
+
+
+def test_a_file_that_does_not_arrive_in_time(model):
+    with running(StreamPool(model, 1, warm_up=False), replace(SETTINGS, upload_s=0.2)) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(f"POST /v1/encode HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n\r\nhalf".encode())
+            assert b" 408 " in slow.recv(1000)
+
+
+def test_temporary_files_are_removed(client, recording, tmp_path, monkeypatch, until):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    client.decode(client.encode(recording))
+    with pytest.raises(ServerError):
+        client.decode(b"nonsense")
+    until(lambda: not list(tmp_path.iterdir()))
 
 
 def test_the_page(server, get):
