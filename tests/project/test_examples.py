@@ -84,6 +84,12 @@ def test_stream_pool(run):
 
 
 @pytest.mark.slow
+def test_ray_serve(run):
+    pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
+    assert "3 of 3 streams got the codes" in run("ray_serve.py", "--replicas", "2", "--streams", "3")
+
+
+@pytest.mark.slow
 def test_fine_tune(run, speech, tmp_path):
     printed = run("fine_tune.py", speech.name, "--steps", "2", "--batch", "1")
     assert "step 2: mel distance" in printed and "codes unchanged: True" in printed
