@@ -62,7 +62,7 @@ Pictures = Annotated[
     Path | None, typer.Option(help="Draw spectrograms and the usage of the codebooks into this folder.")
 ]
 Host = Annotated[str, typer.Option(help="The address to listen on; other machines can reach any but 127.0.0.1.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")]
+Port = Annotated[int, typer.Option(help="The port; 0 takes a free one.")]
 Streams = Annotated[int, typer.Option(help="Streams that may be open at once.")]
 FramesPerTick = Annotated[int, typer.Option(help="Frames of one stream that a tick may take, where it is behind.")]
 WeightsAs = Annotated[str | None, typer.Option(help="int8: large layers on an int8 grid, for faster streams on a CPU.")]
@@ -73,7 +73,7 @@ PerClient = Annotated[int, typer.Option(help="Streams and requests of one addres
 Upload = Annotated[int, typer.Option(help="MiB that an uploaded file may have.")]
 Idle = Annotated[float, typer.Option(help="Seconds without a message after which a stream is closed.")]
 Drain = Annotated[float, typer.Option(help="Seconds that running streams get to end after SIGTERM.")]
-Dashboard = Annotated[bool, typer.Option(help="Show streams and times in the terminal, if it is one.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no table of streams and times in the terminal.")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version and exit.")]
 
 app = typer.Typer(
@@ -243,13 +243,13 @@ def serve(
     model: Model = HUB, host: Host = "127.0.0.1", port: Port = 8000, streams: Streams = 64,
     frames_per_tick: FramesPerTick = 4, codebooks: Codebooks = None, device: Device = "cpu", dtype: Dtype = "float32",
     weights: WeightsAs = None, impl: Impl = "auto", threads: Threads = None, token_file: TokenFile = None,
-    allow_origin: Origins = None, streams_per_client: PerClient = 64, upload_mb: Upload = 256, idle_s: Idle = 60.0,
-    drain_s: Drain = 10.0, dashboard: Dashboard = True,
+    allow_origin: Origins = None, per_client: PerClient = 64, upload_mb: Upload = 256, idle_s: Idle = 60.0,
+    drain_s: Drain = 10.0, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Serve many live streams over WebSocket, files over REST, and a page (needs pip install 'fastmimi[serve]')."""
     from .serving import serve
 
     serve(
         model, host, port, streams, frames_per_tick, codebooks, device, dtype, weights, impl, threads, token_file,
-        allow_origin or [], streams_per_client, upload_mb, idle_s, drain_s, dashboard,
+        allow_origin or [], per_client, upload_mb, idle_s, drain_s, quiet,
     )  # fmt: skip

@@ -19,13 +19,13 @@ REQUIRED_PACKAGES = ("msgspec", "prometheus_client", "starlette", "uvicorn", "we
 def serve(
     model: str, host: str, port: int, streams: int, frames_per_tick: int, codebooks: int | None, device: str,
     dtype: str, weights: str | None, impl: str, threads: int | None, token_file: Path | None, origins: list[str],
-    streams_per_client: int, upload_mb: int, idle_s: float, drain_s: float, dashboard: bool,
+    per_client: int, upload_mb: int, idle_s: float, drain_s: float, quiet: bool,
 ) -> None:  # fmt: skip
     missing = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
     if missing:
         raise InputError(f"the server needs {', '.join(missing)}: pip install 'fastmimi[serve]'")
     for name, value in {
-        "streams": streams, "frames-per-tick": frames_per_tick, "streams-per-client": streams_per_client,
+        "streams": streams, "frames-per-tick": frames_per_tick, "per-client": per_client,
         "upload-mb": upload_mb, "idle-s": idle_s, "threads": 1 if threads is None else threads,
     }.items():  # fmt: skip
         if value <= 0:
@@ -37,21 +37,20 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings(
-        model=model, origins=tuple(origins), streams_per_client=streams_per_client, upload_bytes=upload_mb << 20,
+        model=model, origins=tuple(origins), streams_per_client=per_client, upload_bytes=upload_mb << 20,
         connection=ConnectionLimits(idle_s=idle_s),
     )  # fmt: skip
-    server.checked(settings, host, token_file)  # before the model is loaded
-    if threads is not None:
-        torch.set_num_threads(threads)
-    codec = work.load(model, device, dtype, impl, weights_as=weights)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("recording steps", total=None)
-        pool = StreamPool(
-            codec, streams, num_codebooks=codebooks, frames_per_tick=frames_per_tick,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
-    report.note(f"{streams} streams take {streams * pool.slots.bytes_per_slot / 2**20:,.0f} MiB")
-    server.run(
-        pool, settings, host=host, port=port, token_file=token_file, drain_s=drain_s,
-        dashboard=dashboard and Console(stderr=True).is_terminal,
-    )  # fmt: skip
+    settings = server.checked(settings, host, token_file)
+    with server.listen(host, port) as listener:  # before the model is loaded
+        if threads is not None:
+            torch.set_num_threads(threads)
+        codec = work.load(model, device, dtype, impl, weights_as=weights)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("recording steps", total=None)
+            pool = StreamPool(
+                codec, streams, num_codebooks=codebooks, frames_per_tick=frames_per_tick,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )  # fmt: skip
+        report.note(f"{streams} streams take {streams * pool.slots.bytes_per_slot / 2**20:,.0f} MiB")
+        dashboard = not quiet and Console(stderr=True).is_terminal
+        server.run(pool, settings, listener, drain_s=drain_s, dashboard=dashboard)

@@ -154,12 +154,9 @@ def is_loopback(host: str) -> bool:
 
 
 def run(
-    pool: StreamPool, settings: Settings, *, host: str = "127.0.0.1", port: int = 8000,
-    token_file: Path | None = None, drain_s: float = 10.0, dashboard: bool = False,
-) -> None:  # fmt: skip
-    """Serve until a signal; raises InputError for an address that cannot be had or would be open to all."""
-    settings = checked(settings, host, token_file)
-    with listen(host, port) as listener:
-        server = Server(Service(pool, settings), listener, drain_s, dashboard)
-        Console(stderr=True).print(f"fastmimi serves {settings.model} on {server.address}", highlight=False)
-        server.run()
+    pool: StreamPool, settings: Settings, listener: socket.socket, *, drain_s: float = 10.0, dashboard: bool = False
+) -> None:
+    """Serve on a socket (`listen`) until a signal."""
+    server = Server(Service(pool, settings), listener, drain_s, dashboard)
+    Console(stderr=True).print(f"fastmimi serves {settings.model} on {server.address}", highlight=False)
+    server.run()
