@@ -247,6 +247,23 @@ class AsyncStream:
     async def reset(self, num_codebooks: int | None = None) -> None:
         await self._socket.send(protocol.pack(protocol.Reset(num_codebooks)))
 
+    async def send(self, packed: bytes) -> None:
+        """A message of `protocol.pack`, for clients that pack theirs in advance."""
+        try:
+            await self._socket.send(packed)
+        except ConnectionClosed as error:
+            raise ServerError("closed", f"the server has closed the connection: {error}") from None
+
+    async def receive(self) -> protocol.FromServer:
+        """The next message as it is, for clients that need no tensors; raises ServerError."""
+        try:
+            message = _message(await self._socket.recv())
+        except ConnectionClosed as error:
+            raise ServerError("closed", f"the server has closed the connection: {error}") from None
+        if isinstance(message, protocol.Error):
+            raise ServerError(message.code, message.message)
+        return message
+
     async def __aiter__(self) -> AsyncIterator[Results]:
         """Results as they arrive, one message each, until the connection ends; raises ServerError."""
         try:

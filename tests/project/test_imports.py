@@ -41,7 +41,7 @@ DISPATCH, ROOT = "runtime.dispatch", ""  # ROOT: fastmimi/__init__
 UPWARDS = {  # the exceptions, inside functions only
     ("models.jodio", "checkpoints.weights"),  # JodioModel.from_pretrained and save_pretrained
 }
-MAY_IMPORT_VERSION = {"train.loop"}  # fastmimi.__version__, for a run's record
+MAY_IMPORT_VERSION = {"train.loop", "serve.load"}  # fastmimi.__version__, for the record of a run
 PEERS = ("transformers", "moshi", "rustymimi")
 MAY_IMPORT_PEERS = {"compat", "train"}
 COMPUTED = "<computed>"
