@@ -37,12 +37,14 @@ from .stream import StreamFailed
 
 _log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
+SAMPLE = Path(__file__).parents[1] / "assets" / "198-209-0000.ogg"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SECURITY = {
     "Content-Security-Policy": "default-src 'self'; connect-src 'self' ws: wss:; media-src 'self' blob:; "
     "worker-src 'self' blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # so that a new version's modules are not mixed with those of an old one
 }
 
 
@@ -83,6 +85,7 @@ class Service:
                 Route("/v1/decode", self.decode, methods=["POST"]),
                 Route("/health", self.health),
                 Route("/metrics", self.metrics),
+                Route("/sample.ogg", self.sample),
                 Mount("/", self._page),
             ],
             lifespan=self._lifespan,
@@ -222,6 +225,10 @@ class Service:
         registry = CollectorRegistry()
         registry.register(_Collector(self.pool))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def sample(self, request: Request) -> Response:
+        """A clip of speech, which the page plays."""
+        return FileResponse(SAMPLE, media_type="audio/ogg")
 
     async def _page(self, scope: Any, receive: Any, send: Any) -> None:
         """The static files of the page, with headers that keep other content out."""

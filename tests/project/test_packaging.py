@@ -135,8 +135,10 @@ def test_the_wheel_contains_assets_types_and_licence(wheel: Path) -> None:
     files = wheel_files(wheel)
     data = [path for path in (ROOT / "fastmimi" / "assets").rglob("*") if path.is_file()]
     data += (ROOT / "fastmimi" / "train").glob("*.yaml")
+    data += (ROOT / "fastmimi" / "serve" / "page").iterdir()
     names = {path.relative_to(ROOT).as_posix() for path in data}
-    assert {"fastmimi/assets/demo/model.safetensors", "fastmimi/train/demo.yaml"} <= names
+    assert {f"fastmimi/{name}" for name in ("assets/demo/model.safetensors", "train/demo.yaml")} <= names
+    assert {f"fastmimi/serve/page/{name}" for name in ("index.html", "main.js")} <= names
     assert any(name.endswith(".ogg") for name in names)
     assert names | {"fastmimi/py.typed"} <= files
     assert any(name.endswith("licenses/LICENSE") for name in files)
