@@ -10,7 +10,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from ..errors import InputError
 from . import files, protocol
@@ -147,8 +147,9 @@ class Service:
             await socket.accept()
             if too_many is not None:
                 code: ErrorCode = "draining" if self.draining else "busy"
-                await socket.send_bytes(protocol.pack(protocol.Error(code, too_many)))
-                await socket.close(CLOSE_CODES[code], too_many)
+                with suppress(WebSocketDisconnect):
+                    await socket.send_bytes(protocol.pack(protocol.Error(code, too_many)))
+                    await socket.close(CLOSE_CODES[code], too_many)
                 return
             await Connection(socket, self.pool, self.settings.model, self.settings.connection).run()
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import anyio
@@ -21,7 +22,7 @@ from ..errors import InputError
 from . import protocol
 from .formats import Incoming, Outgoing, checked_rate
 from .pool import StreamPool
-from .protocol import ErrorCode, Init, Message
+from .protocol import ErrorCode, Init, Message, Ready
 from .slots import PoolFull
 from .stream import Stream, StreamClosed, StreamFailed, StreamFull
 
@@ -38,7 +39,8 @@ class ConnectionLimits:
     """What one client may do.
 
     message_bytes: of one message. messages_per_s: more wait. bad_messages: after as many the connection is closed.
-    idle_s: without a message. send_s: for a message to be taken.
+    idle_s: without a message. send_s: for a message to be taken. stalled_s: after as long without the receipt of what
+    was sent, TCP resets the connection (Linux); until then what was sent before the end keeps its memory.
     """
 
     message_bytes: int = 1 << 20
@@ -46,6 +48,7 @@ class ConnectionLimits:
     bad_messages: int = 16
     idle_s: float = 60.0
     send_s: float = 10.0
+    stalled_s: float = 60.0
 
 
 class _Stop(Exception):
@@ -70,7 +73,8 @@ class Connection:
         stream: Stream | None = None
         try:
             init = await self._first()
-            stream = await self._open(init)
+            stream = self._open(init)
+            await self._send(self._ready(stream))
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._write, stream)
                 tasks.start_soon(self._read, stream)
@@ -83,9 +87,9 @@ class Connection:
     async def _end(self, error: BaseException) -> None:
         """Tell the client why the connection ends, if it is there."""
         if isinstance(error, _Stop):
-            with anyio.move_on_after(1.0, shield=True):
+            with anyio.move_on_after(1.0, shield=True), suppress(_Stop, WebSocketDisconnect):  # also a slow client
                 await self._send(protocol.Error(error.code, str(error)))
-                await self.socket.close(CLOSE_CODES[error.code], str(error)[:120])
+                await self.socket.close(CLOSE_CODES[error.code], close_reason(str(error)))
         elif isinstance(error, WebSocketDisconnect):
             pass
         else:
@@ -104,10 +108,10 @@ class Connection:
             raise _Stop("bad_message", f"this server speaks version {protocol.VERSION}, got {message.version}")
         return message
 
-    async def _open(self, init: Init) -> Stream:
+    def _open(self, init: Init) -> Stream:
         codec = self.pool.codec
         try:
-            rate = checked_rate(init.sample_rate, init.format, codec)
+            self._rate = rate = checked_rate(init.sample_rate, init.format, codec)
             self._incoming, self._outgoing = Incoming(init.format, rate, codec), Outgoing(init.format, rate, codec)
             stream = self.pool.open(tuple(dict.fromkeys(init.directions)), num_codebooks=init.num_codebooks)
         except InputError as error:
@@ -120,15 +124,16 @@ class Connection:
             loop.call_soon_threadsafe(self._wake)
 
         stream.on_results = wake
-        await self._send(
-            protocol.Ready(
-                version=protocol.VERSION, model=self.model, sample_rate=rate, codec_sample_rate=codec.sample_rate,
-                frame_rate=codec.frame_rate, frame_size=codec.frame_size, channels=codec.config.audio_channels,
-                num_codebooks=stream.num_codebooks, total_codebooks=self.pool.slots.num_codebooks,
-                codebook_size=codec.config.codebook_size, max_queued_s=self.pool.limits.stream_s,
-            )
-        )  # fmt: skip
         return stream
+
+    def _ready(self, stream: Stream) -> Ready:
+        codec = self.pool.codec
+        return Ready(
+            version=protocol.VERSION, model=self.model, sample_rate=self._rate, codec_sample_rate=codec.sample_rate,
+            frame_rate=codec.frame_rate, frame_size=codec.frame_size, channels=codec.config.audio_channels,
+            num_codebooks=stream.num_codebooks, total_codebooks=self.pool.slots.num_codebooks,
+            codebook_size=codec.config.codebook_size, max_queued_s=self.pool.limits.stream_s,
+        )  # fmt: skip
 
     def _wake(self) -> None:
         self._results.set()
@@ -160,7 +165,7 @@ class Connection:
     async def _pace(self) -> None:
         """Wait where a client sends more messages in a second than it may."""
         now = time.monotonic()
-        if now - self._second >= 1.0:
+        if not 0 <= now - self._second < 1.0:
             self._second, self._messages = now, 0
         self._messages += 1
         if self._messages > self.limits.messages_per_s:
@@ -172,8 +177,9 @@ class Connection:
                 await self._push(stream, self._incoming.samples(message.samples))
             case protocol.Codes():
                 codes = protocol.codes_of_bytes(message.codes, message.num_codebooks)
-                for some in codes.split(max(1, self.pool.frames_per_tick), dim=1):
-                    await self._when_there_is_space(stream.push_codes, some)
+                step = self.pool.frames_per_tick
+                for first in range(0, codes.shape[1], step):  # not split: a message may have half a million frames
+                    await self._when_there_is_space(stream.push_codes, codes[:, first : first + step])
             case protocol.Flush():
                 await self._push(stream, self._incoming.rest())
                 stream.flush()
@@ -185,6 +191,7 @@ class Connection:
                 if message.num_codebooks is not None:
                     stream.num_codebooks = message.num_codebooks
                 self._incoming.rest()
+                self._outgoing.rest()
                 stream.reset()
                 self._sent_frames = 0
             case Init():
@@ -211,7 +218,7 @@ class Connection:
         while True:
             await self._results.wait()
             self._results.clear()
-            idle = stream.idle  # asked before reading: then nothing comes after what is read
+            flushed = self._flushing and stream.idle  # asked before reading: then nothing comes after what is read
             try:
                 while (codes := stream.read_codes()).shape[-1]:
                     first, self._sent_frames = self._sent_frames, self._sent_frames + codes.shape[-1]
@@ -219,7 +226,7 @@ class Connection:
                 audio = stream.read_audio()
                 if audio.shape[-1]:
                     await self._send_audio(self._outgoing.encoded(audio))
-                if idle and self._flushing:
+                if flushed:
                     await self._send_audio(self._outgoing.rest())
                     self._flushing = False
                     await self._send(protocol.Flushed())
@@ -238,6 +245,11 @@ class Connection:
             await self.socket.send_bytes(protocol.pack(message))
         if scope.cancelled_caught:
             raise _Stop("too_slow", f"the client has taken nothing for {self.limits.send_s:g} s")
+
+
+def close_reason(text: str) -> str:
+    """The beginning of a sentence, as long as WebSocket allows: 123 bytes of UTF-8."""
+    return text.encode()[:123].decode(errors="ignore")
 
 
 def _only(error: BaseException) -> BaseException:

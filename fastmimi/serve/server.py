@@ -22,6 +22,7 @@ import uvicorn
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from ..errors import InputError
 from .app import LOOPBACK, Service, Settings
@@ -31,22 +32,42 @@ _log = logging.getLogger(__name__)
 POLL_S = 0.1  # while draining
 REFRESH_S = 0.5  # of the terminal
 SPARE_CONNECTIONS = 128  # beyond those of streams
+PING_S = 5.0
+
+
+class _Protocol(WebSocketsSansIOProtocol):
+    """uvicorn's, which notices within two pings that a client is gone, and then forgets the messages that wait.
+
+    While messages wait it reads nothing, so that the end of a connection shows only when it writes.
+    """
+
+    def schedule_ping(self) -> None:
+        self.ping_timer = self.loop.call_later(PING_S, self.send_keepalive_ping)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for event in [self.queue.get_nowait() for _ in range(self.queue.qsize())]:
+            if event["type"] != "websocket.receive":
+                self.queue.put_nowait(event)
+        super().connection_lost(exc)
 
 
 class Server(uvicorn.Server):
     """uvicorn's server, which drains before it stops. `address` is known once it listens."""
 
     def __init__(self, service: Service, listener: socket.socket, drain_s: float = 10.0, dashboard: bool = False):
-        limit = service.settings.connection.message_bytes
+        limits = service.settings.connection
         super().__init__(
             uvicorn.Config(
                 service.app(), log_level="warning", lifespan="on", server_header=False, timeout_graceful_shutdown=2,
-                ws="websockets-sansio", ws_max_size=limit, ws_per_message_deflate=False,
+                ws=_Protocol, ws_max_size=limits.message_bytes, ws_per_message_deflate=False, ws_ping_interval=PING_S,
+                ws_ping_timeout=None,  # a pong may stand behind much input that waits; TCP_USER_TIMEOUT instead
                 limit_concurrency=2 * service.pool.slots.capacity + SPARE_CONNECTIONS,
             )
         )  # fmt: skip
         self.service, self.listener, self.drain_s, self.dashboard = service, listener, drain_s, dashboard
         self._draining: asyncio.Task[None] | None = None
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1e3 * limits.stalled_s))
 
     @property
     def address(self) -> str:

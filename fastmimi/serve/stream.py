@@ -143,7 +143,8 @@ class Stream:
     @property
     def idle(self) -> bool:
         """Whether all whole frames of input have become results."""
-        return not self._stepping and not any(map(self.waiting, self.directions))
+        with self.pool._lock:  # a tick takes input and marks the stream in two steps
+            return not self._stepping and not any(map(self.waiting, self.directions))
 
     @property
     def ended(self) -> bool:
