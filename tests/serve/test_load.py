@@ -13,6 +13,7 @@ import fastmimi
 from fastmimi import InputError
 from fastmimi.serve import load as command
 from fastmimi.serve import load_client, protocol
+from fastmimi.serve import server as serving
 from fastmimi.serve.app import Settings
 from fastmimi.serve.load_client import Load, LoadClient, audio_plans, codes_plans, figures, made_clients, run_clients
 from fastmimi.serve.load_figures import Frames, Playback, most_clients, quantiles_ms
@@ -175,14 +176,14 @@ def test_a_server_that_is_not_there_is_one_sentence_and_exit_code_1(capsys, monk
 # Against a server
 
 
-def test_clients_that_are_refused_and_frames_that_never_come_are_failures(serve, model, monkeypatch):
+def test_clients_that_are_refused_and_frames_that_never_come_are_failures(model, monkeypatch):
     """Frames of the model are 2 ms; the pool's thread ends in the middle."""
     monkeypatch.setattr(load_client, "AFTER_S", 0.2)
     pool = StreamPool(model, 2, warm_up=False)
-    with serve(pool, Settings()) as server:
+    with serving.in_thread(pool, Settings()) as server:
         ready = protocol.Ready(**{**{name: getattr(READY, name) for name in READY.__struct_fields__}, "frame_size": 48})
-        load = of_load(server.url, directions=("encode",), seconds=0.4)
-        options = ["--url", server.url, "--clients", "3", "--seconds", "0.2", "--directions", "encode"]
+        load = of_load(server.address, directions=("encode",), seconds=0.4)
+        options = ["--url", server.address, "--clients", "3", "--seconds", "0.2", "--directions", "encode"]
         result = CliRunner().invoke(command.app, options)
         assert result.exit_code == 1 and "refused: 1 x pool_full: all 2 slots are in use" in result.output
         clients = made_clients(3, audio_plans(command.SPEECH, ready, load, 2), ready, load)
@@ -195,14 +196,14 @@ def test_clients_that_are_refused_and_frames_that_never_come_are_failures(serve,
 
 
 @pytest.mark.slow
-def test_clients_of_a_real_server_get_all_frames_back(serve, tmp_path):
+def test_clients_of_a_real_server_get_all_frames_back(tmp_path):
     codec, report = fastmimi.load("demo"), tmp_path / "load.json"
-    with serve(StreamPool(codec, 4), Settings()) as server:
-        options = ["--url", server.url, "--clients", "4", "--seconds", "3", "--json", str(report)]
+    with serving.in_thread(StreamPool(codec, 4), Settings()) as server:
+        options = ["--url", server.address, "--clients", "4", "--seconds", "3", "--json", str(report)]
         result = CliRunner().invoke(command.app, options)
         assert result.exit_code == 0, result.output
 
-        load = of_load(server.url, seconds=0.5)
+        load = of_load(server.address, seconds=0.5)
         ready = protocol.Ready(**{name: getattr(READY, name) for name in READY.__struct_fields__})
         (plan,) = audio_plans(command.SPEECH, ready, load, 1)
         client = LoadClient(plan, ready, load, 0.01, len(plan.messages) - 1, keep_codes=True)
