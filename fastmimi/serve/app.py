@@ -108,11 +108,11 @@ class Service:
         Origin so that no other site's page can use it with the visitor's access.
         """
         headers, settings = connection.headers, self.settings
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        host = _host(f"//{headers.get('host', '')}")
         if settings.hosts and host not in settings.hosts:
             return 403, f"this server is {' or '.join(settings.hosts)}, not {host[:80]!r}"
         origin = headers.get("origin")
-        if origin is not None and origin not in settings.origins and urlsplit(origin).netloc != headers.get("host"):
+        if origin is not None and origin not in settings.origins and origin.partition("://")[2] != headers.get("host"):
             return 403, f"pages of {origin[:80]!r} may not use this server (--allow-origin)"
         if settings.token is not None:
             given = headers.get("authorization", "").removeprefix("Bearer ") or connection.query_params.get("token", "")
@@ -244,6 +244,14 @@ class Service:
             await self._static(scope, receive, secured)
         else:
             await WebSocket(scope, receive, send).close(1008, "streams are at /v1/stream")
+
+
+def _host(url: str) -> str:
+    """The host of a URL; "" for one that has none or is malformed."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 class _Collector:

@@ -3,10 +3,12 @@
     push_audio ->  samples  -> tick -> codes  -> read_codes
     push_codes ->   codes   -> tick -> audio  -> read_audio
 
-A tick takes one frame of each stream that has any and, of streams that are behind, up to `frames_per_tick`: as many
-more in all as there are streams in the tick, so that catching up at most doubles what the others wait. Streams with the
-same number of frames form a batch. All methods may be called from any thread; ticks run one at a time, in the thread
-that calls `step` or in the pool's own (`start`).
+A tick takes one frame of each stream that has any, as one batch each way: so it is as short as it can be, and a stream
+that is behind catches up by ticks that follow one another, which hold up nobody. Only a stream that is alone in a batch
+takes up to `frames_per_tick` frames at once.
+
+All methods may be called from any thread. Ticks run one at a time, in the thread that calls `step` or in the pool's own
+(`start`).
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class _Batch:
 
     direction: str
     frames: int
-    streams: list[Stream] = field(default_factory=list)
+    streams: list[Stream]
     audio: list[Tensor] = field(default_factory=list)  # [C, frames * frame_size] each
     codes: list[list[Tensor]] = field(default_factory=list)  # frames [K] of each stream
 
@@ -81,7 +83,7 @@ class StreamPool:
         capacity: streams that may be open; each takes `slots.bytes_per_slot` of memory.
         directions: "encode", "decode" or both.
         num_codebooks: codebooks that are encoded; a stream may ask for fewer. By default those of the codec.
-        frames_per_tick: frames of one stream in one tick, at most.
+        frames_per_tick: frames of a stream in one tick, at most, where it is alone.
         limits: how much may wait.
         warm_up: record steps now, so that no stream waits for it; `progress` is called with (done, of how many).
     """
@@ -177,16 +179,9 @@ class StreamPool:
         with self._ticking:
             start, frames = time.perf_counter(), 0
             for direction in self.directions:
-                batches = deque(self._batches(direction))
-                try:
-                    while batches:
-                        frames += batches[0].frames * len(batches[0].streams)
-                        self._run(batches[0])
-                        batches.popleft()
-                except BaseException as error:  # such as a KeyboardInterrupt
-                    for batch in batches:
-                        self._fail(batch, error)
-                    raise
+                if (batch := self._batch(direction)) is not None:
+                    frames += batch.frames * len(batch.streams)
+                    self._run(batch)
             if frames:
                 elapsed = time.perf_counter() - start
                 self._ticks += 1
@@ -194,27 +189,23 @@ class StreamPool:
                 self._times.append(elapsed)
             return frames
 
-    def _batches(self, direction: str) -> list[_Batch]:
-        """Take the input of a tick out of the queues."""
+    def _batch(self, direction: str) -> _Batch | None:
+        """Take the input of a step out of the queues; None if there is none."""
         with self._lock:
             most_unread = self.limits.unread_s * self.codec.frame_rate
             ready = [s for s in self._streams.values() if s.waiting(direction) and s._unread < most_unread]
-            ready.sort(key=lambda stream: -stream.waiting(direction))
-            extra, batches = len(ready), dict[int, _Batch]()
+            if not ready:
+                return None
+            frames = min(ready[0].waiting(direction), self.frames_per_tick) if len(ready) == 1 else 1
+            batch = _Batch(direction, frames, ready)
             for stream in ready:
-                frames = 1
-                while 2 * frames <= min(stream.waiting(direction), self.frames_per_tick, frames + extra):
-                    extra -= frames
-                    frames *= 2
-                batch = batches.setdefault(frames, _Batch(direction, frames))
-                batch.streams.append(stream)
                 stream._stepping = True
                 self._queued -= frames * self.codec.frame_size
                 if direction == "encode":
                     batch.audio.append(stream._audio.take(frames * self.codec.frame_size))
                 else:
                     batch.codes.append([stream._codes.popleft() for _ in range(frames)])
-            return list(batches.values())
+            return batch
 
     def _run(self, batch: _Batch) -> None:
         """Step a batch and hand each stream its result."""
@@ -222,9 +213,11 @@ class StreamPool:
             slots = [stream.slot for stream in batch.streams]
             results = self._encoded(batch, slots) if batch.direction == "encode" else self._decoded(batch, slots)
             results = results.cpu()
-        except Exception as error:
-            _log.exception("a step failed: %d streams, %d frames", len(batch.streams), batch.frames)
+        except BaseException as error:
             self._fail(batch, error)
+            if not isinstance(error, Exception):  # such as KeyboardInterrupt
+                raise
+            _log.exception("a step failed: %d streams, %d frames", len(batch.streams), batch.frames)
             return
         with self._lock:
             self._frames[batch.direction] += batch.frames * len(batch.streams)

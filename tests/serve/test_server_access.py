@@ -46,6 +46,7 @@ def test_a_token(model, raw, get, until):
 @pytest.mark.parametrize("headers, sentence", [
     ({"Origin": "http://evil.example"}, "pages of 'http://evil.example' may not use this server"),
     ({"Origin": "null"}, "pages of 'null'"),
+    ({"Host": "[x"}, "this server is 127.0.0.1 or localhost or ::1, not ''"), ({"Origin": "http://[x"}, "pages of"),
     ({"Host": "evil.example"}, "this server is 127.0.0.1 or localhost or ::1, not 'evil.example'"),
 ])  # fmt: skip
 def test_pages_of_others_are_refused(server, headers, sentence, raw, get):
