@@ -64,7 +64,7 @@ Pictures = Annotated[
 Host = Annotated[str, typer.Option(help="The address to listen on; other machines can reach any but 127.0.0.1.")]
 Port = Annotated[int, typer.Option(help="The port; 0 takes a free one.")]
 Streams = Annotated[int, typer.Option(help="Streams that may be open at once.")]
-FramesPerTick = Annotated[int, typer.Option(help="Frames of one stream that a tick may take, where it is behind.")]
+FramesPerTick = Annotated[int, typer.Option(help="Frames that a tick may take of a stream that is alone.")]
 WeightsAs = Annotated[str | None, typer.Option(help="int8: large layers on an int8 grid, for faster streams on a CPU.")]
 Threads = Annotated[int | None, typer.Option(help="PyTorch's threads; by default as many as there are cores.")]
 TokenFile = Annotated[Path | None, typer.Option(help="A file with the token that clients must send; see --host.")]

@@ -33,7 +33,7 @@ def serve(
     from ..serve import server
     from ..serve.app import Settings
     from ..serve.connection import ConnectionLimits
-    from ..serve.pool import StreamPool
+    from ..serve.pool import Limits, StreamPool
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings(
@@ -49,6 +49,7 @@ def serve(
             task = progress.add_task("recording steps", total=None)
             pool = StreamPool(
                 codec, streams, num_codebooks=codebooks, frames_per_tick=frames_per_tick,
+                limits=Limits(pool_s=streams * Limits.stream_s),  # one client's flood is no other's
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )  # fmt: skip
         report.note(f"{streams} streams take {streams * pool.slots.bytes_per_slot / 2**20:,.0f} MiB")

@@ -200,7 +200,8 @@ class Connection:
     async def _push(self, stream: Stream, audio: Tensor) -> None:
         if "encode" not in stream.directions and audio.shape[-1] == 0:
             return
-        for some in audio.split(self.pool.codec.sample_rate // 2, dim=-1):  # half a second fits any queue
+        longest = int(min(0.5, self.pool.limits.stream_s / 2) * self.pool.codec.sample_rate)  # fits the queue
+        for some in audio.split(max(1, longest), dim=-1):
             await self._when_there_is_space(stream.push_audio, some)
 
     async def _when_there_is_space(self, push: Callable[[Tensor], None], x: Tensor) -> None:
