@@ -1,4 +1,4 @@
-"""Whole files through a stream of the pool, beside the live ones: a file takes at most a few frames of each tick."""
+"""Whole files through a stream of the pool, beside the live ones: a file takes one frame of a tick, as they do."""
 
 from __future__ import annotations
 

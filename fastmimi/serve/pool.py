@@ -227,8 +227,7 @@ class StreamPool:
                     self._end(stream)
                     continue
                 if stream._restarts:
-                    stream._restarts = False
-                    self.slots.reset([stream.slot])
+                    self._restart(stream)
                     continue
                 if batch.direction == "encode":
                     stream._coded.append(result[: stream.num_codebooks].clone())
@@ -237,6 +236,18 @@ class StreamPool:
                 stream._unread += batch.frames
                 self._end_if_done(stream)
         self._notify(batch)
+
+    def _restart(self, stream: Stream) -> None:
+        """Reset the slot of a stream after a step; a stream whose slot cannot be reset fails, and no other."""
+        stream._restarts = False
+        try:
+            self.slots.reset([stream.slot])
+        except Exception as error:
+            stream.error = error
+            self._failed += 1
+            self._end(stream)
+        else:
+            self._end_if_done(stream)
 
     def _fail(self, batch: _Batch, error: BaseException) -> None:
         with self._lock:

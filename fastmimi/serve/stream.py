@@ -24,7 +24,7 @@ class StreamFull(RuntimeError):
 
 
 class StreamClosed(RuntimeError):
-    """The stream has ended: it was closed, or finished and all of its results were read."""
+    """The stream takes no more input: it was finished or closed."""
 
 
 class StreamFailed(RuntimeError):
@@ -132,7 +132,8 @@ class Stream:
             self._unread -= sum(x.shape[-1] // size for x in found)
         if not found and self.error is not None:
             raise StreamFailed(f"the stream failed: {self.error}") from self.error
-        self.pool._wake()
+        if found:  # there is room for more
+            self.pool._wake()
         return found
 
     @property

@@ -112,3 +112,39 @@ def test_a_callback_that_fails_disturbs_nobody(model, pool, caplog):
     assert called and "on_results of the stream in slot" in caplog.text
     for stream, x in zip(streams, audio, strict=True):
         assert torch.equal(all_codes(stream), model.encode(x[None])[0])
+
+
+def while_stepping(pool, monkeypatch, action):
+    """Run one tick, and `action` in the middle of its step."""
+    step = pool.slots.step_encode
+
+    def acting(x, slots, **options):
+        action()
+        return step(x, slots, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.slots, "step_encode", acting)
+        pool.step()
+
+
+def test_a_stream_that_is_reset_and_finished_during_its_step_gives_its_slot_back(pool, monkeypatch):
+    stream = pool.open("encode")
+    stream.push_audio(noise(48))
+    while_stepping(pool, monkeypatch, lambda: (stream.reset(), stream.finish()))
+    assert stream.done and pool.stats().free == 4
+
+
+def test_a_reset_that_fails_after_a_step_ends_its_stream_alone(model, pool, monkeypatch):
+    stream, other, audio = pool.open("encode"), pool.open("encode"), noise(2, 1, 48)
+    stream.push_audio(audio[0])
+    other.push_audio(audio[1])
+
+    def fail(*_):
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch:
+        while_stepping(pool, monkeypatch, lambda: (stream.reset(), patch.setattr(pool.slots, "reset", fail)))
+    with pytest.raises(StreamFailed, match="device lost"):
+        stream.read_codes()
+    assert torch.equal(all_codes(other), model.encode(audio[1:])[0])
+    assert (pool.stats().free, pool.stats().quarantined, pool.stats().failed_streams) == (2, 1, 1)

@@ -5,7 +5,7 @@ import torch
 
 from fastmimi import InputError
 from fastmimi.devtools.recorded_graph import RecordedGraph
-from fastmimi.devtools.testing import noise, small_model
+from fastmimi.devtools.testing import noise, relative_error, small_model
 from fastmimi.runtime.cuda_graphs import CudaGraphs
 from fastmimi.serve.slots import PoolFull, SlotPool, batch_sizes
 
@@ -42,7 +42,7 @@ def test_slots_equal_streams_alone(model, warm):
         assert torch.equal(codes[slot], model.encode(alone)[0])
         state = model.new_state(1)
         frames = [model.decode(frame, state=state) for frame in codes[slot][None].split(1, dim=-1)]
-        assert torch.equal(sound[slot], torch.cat(frames, dim=-1)[0])
+        assert relative_error(sound[slot], torch.cat(frames, dim=-1)[0]) < 1e-5  # in batches of other sizes
 
 
 def test_what_others_do_does_not_matter(model):
