@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import InputError, shown
 from ..models.codec import Codec
+from ..runtime.openmp import end_workers
 from .queues import AudioQueue
 from .slots import DIRECTIONS, SlotPool
 from .stream import Stream, StreamClosed, StreamFailed, StreamFull
@@ -168,6 +169,7 @@ class StreamPool:
                 self.slots.release(stream.slot)
             except Exception:
                 _log.exception("slot %d cannot be reset and is not used any more", stream.slot)
+            self._leave_computing_to_thread()
 
     # Ticks
 
@@ -294,6 +296,7 @@ class StreamPool:
             if self._thread is not None:
                 raise RuntimeError("the pool's thread is running")
             self._stopping = False
+            end_workers()  # those that loading and recording have used
             self._thread = threading.Thread(target=self._ticks_of_thread, name="fastmimi stream pool", daemon=True)
             self._thread.start()
 
@@ -304,6 +307,11 @@ class StreamPool:
             self._work.notify_all()
         if thread is not None:
             thread.join()
+
+    def _leave_computing_to_thread(self) -> None:
+        """After a computation in another thread than the pool's, if it has one."""
+        if self._thread is not None and threading.current_thread() is not self._thread:
+            end_workers()
 
     def _ticks_of_thread(self) -> None:
         while not self._stopping:

@@ -130,9 +130,10 @@ def _decoded(data: bytes, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
 
 def samples_to_bytes(audio: Tensor, kind: Format) -> bytes:
     """Audio [channels, n] fp32 as f32 or s16."""
+    x = audio.numpy()  # PyTorch would round in several threads, which the ticks of a pool need (runtime/openmp.py)
     if kind == "f32":
-        return audio.numpy().astype("<f4", copy=False).tobytes()
-    return (audio * 32768).round().clamp(-32768, 32767).numpy().astype("<i2").tobytes()
+        return x.astype("<f4", copy=False).tobytes()
+    return np.rint(x * np.float32(32768)).clip(-32768, 32767).astype("<i2").tobytes()
 
 
 def samples_of_bytes(data: bytes, kind: Format, channels: int) -> Tensor:

@@ -103,6 +103,7 @@ class Stream:
                 self._restarts = True  # after the step, whose result is dropped
             else:
                 self.pool.slots.reset([self.slot])
+                self.pool._leave_computing_to_thread()
 
     def close(self) -> None:
         """End the stream now: what waits is dropped, results are gone, the slot is free again."""
