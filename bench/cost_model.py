@@ -1,6 +1,7 @@
 """Predicts the time of kernel launches on an H100 from their compiled code; nothing here is measured.
 
-A launch takes LAUNCH_S and then the longest of five times, which are assumed to overlap perfectly:
+A launch takes LAUNCH_S and then the longest of five times, which are assumed to overlap perfectly; one of several
+phases takes these for each phase, and WAIT_S between them:
 
 - units: the instructions of the busiest SM, at the rate of the busiest of its functional units;
 - tensor: the FLOPs of its tensor-core instructions;
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import sass
+import torch
 from compiled import Usage
 from recorded import SMS, Launch, Recording, TorchLaunch, size
 
@@ -39,6 +41,7 @@ L2_BYTES_PER_S = 5.5e12
 L2_BYTES_PER_CLOCK = 64  # of one SM
 LATENCY_S = 600e-9  # of memory, from the load to the use
 LAUNCH_S = 2.5e-6  # of an empty kernel in a CUDA graph
+WAIT_S = 1.5e-6  # of all programs of a launch for each other
 CLOCKS_PER_INSTRUCTION = 2.0  # of a warp that has a scheduler to itself
 TORCH_LATENCIES = 2  # waits for memory in one of PyTorch's kernels
 
@@ -100,6 +103,27 @@ def _linear(v: Values, loops: list[sass.Loop]) -> list[float]:
     return [*[math.ceil(channels / v["CHUNK"])] * statistics, math.ceil(channels / v["BLOCK_C"])]
 
 
+def _layer(v: Values) -> list[tuple[str, Values]]:
+    """The phases of a whole layer: q, k, v; attention; o; fc1; fc2."""
+    width, attended = v["units"] * v["UNIT"], v["H"] * v["D"]
+    numbers = {name: value for name, value in v.items() if not isinstance(value, torch.Tensor)}
+
+    def phase(kernel: str, tiles: int, tensors: str, **changed: Any) -> tuple[str, Values]:
+        return kernel, numbers | {name: v[name] for name in tensors.split()} | {"programs": tiles} | changed
+
+    def linear(pre: str, channels: int, outputs: int, tensors: str) -> tuple[str, Values]:
+        tiles = math.ceil(outputs / v["BLOCK_O"])
+        return phase("transformer_layer_linear_kernel", tiles, tensors, PRE=pre, units=channels, UNIT=1)
+
+    return [
+        linear(v["NORM"], width, attended + 2 * v["H_kv"] * v["D"], "p_x p_qkv p_q p_k p_v"),
+        phase("window_attention_fwd_kernel", v["R"] // v["T"] * v["H_kv"], "p_q p_k p_v p_y p_ring_k p_ring_v"),
+        linear("none", attended, width, "p_y p_o p_x p_out"),
+        linear(v["NORM"], width, v["hidden"], "p_out p_fc1 p_hidden"),
+        linear("none", v["hidden"], width, "p_hidden p_fc2 p_out"),
+    ]
+
+
 def _unrolled(iterations: int, loops: list[sass.Loop]) -> list[float]:
     """One loop, or an unrolled one and one for the rest."""
     if len(loops) == 1:
@@ -121,6 +145,9 @@ LOOPS: dict[str, Callable[[Values, list[sass.Loop]], list[float]]] = {
     "window_attention_ring_kernel": lambda v, loops: [],
     "window_attention_rotate_kernel": lambda v, loops: _unrolled(v["H_kv"], loops),
 }
+# The phases of kernels that have several, each a loop over tiles: the kernel that computes the same as a launch of its
+# own, and that launch's values, `programs` being the tiles.
+PHASES: dict[str, Callable[[Values], list[tuple[str, Values]]]] = {"transformer_layer_kernel": _layer}
 # Tensors of which a kernel reads only some entries, and how many bytes.
 PARTS: dict[str, dict[str, Callable[[Values], int]]] = {
     "rvq_decode_fwd_kernel": {"p_books": lambda v: v["N"] * v["L"] * v["D"] * v["p_books"].element_size()},
@@ -139,7 +166,7 @@ class Prediction(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """The longest of the five, or "launches" if even that is less than half of the time."""
+        """The longest of the five, or "launches", with waits in them, if even that is less than half of the time."""
         bounds = dict(zip(self._fields[:-1], self[:-1], strict=True))
         longest = max(bounds, key=lambda name: bounds[name])
         return {"l2": "L2 cache"}.get(longest, longest) if 2 * bounds[longest] >= self.total else "launches"
@@ -149,14 +176,37 @@ def values(launch: Launch) -> Values:
     return launch.values | {"programs": math.prod(launch.grid)}
 
 
-def trips(launch: Launch, program: sass.Loop) -> list[tuple[sass.Loop, float]]:
+class Phase(NamedTuple):
+    """What a launch does between two waits."""
+
+    programs: int  # or tiles, which programs take in turn
+    loops: list[tuple[sass.Loop, float]]  # how often each runs in a program or for a tile, and what is around them once
+    bytes: int  # of tensors
+
+
+def phases(launch: Launch, program: sass.Loop) -> list[Phase]:
+    """The phases of a launch, mostly one; ValueError if `PHASES` or `LOOPS` give another number than the code has."""
+    v, name = values(launch), launch.name
+    if name not in PHASES:
+        return [Phase(v["programs"], trips(name, v, program), bytes_of(name, v))]
+    given = PHASES[name](v)
+    found = [loop for loop in program.inner if any(each.counts["flops"] for each in (loop, *loop.all_inner()))]
+    if len(found) != len(given):
+        raise ValueError(f"{name} has {len(found)} phases in compiled code, PHASES gives {len(given)}")
+    return [
+        Phase(v["programs"], trips(name, v, tiles), bytes_of(name, v))
+        for tiles, (name, v) in zip(found, given, strict=True)
+    ]
+
+
+def trips(name: str, v: Values, program: sass.Loop) -> list[tuple[sass.Loop, float]]:
     """The program and its loops, and how often each runs in all; ValueError if `LOOPS` says another number of loops."""
     found = list(program.all_inner())
-    if launch.name not in LOOPS:
-        raise ValueError(f"{launch.name} is not in LOOPS (bench/cost_model.py)")
-    given = LOOPS[launch.name](values(launch), found)
+    if name not in LOOPS:
+        raise ValueError(f"{name} is not in LOOPS (bench/cost_model.py)")
+    given = LOOPS[name](v, found)
     if len(found) != len(given):
-        raise ValueError(f"{launch.name} has {len(found)} loops in compiled code, LOOPS gives {len(given)}")
+        raise ValueError(f"{name} has {len(found)} loops in compiled code, LOOPS gives {len(given)}")
     times = dict(zip(map(id, found), given, strict=True))
 
     def walk(loop: sass.Loop, entered: float) -> Iterator[tuple[sass.Loop, float]]:
@@ -167,12 +217,11 @@ def trips(launch: Launch, program: sass.Loop) -> list[tuple[sass.Loop, float]]:
     return list(walk(program, 1.0))
 
 
-def bytes_of(launch: Launch) -> int:
-    """The launch's tensors, once each."""
-    v = values(launch)
-    parts = PARTS.get(launch.name, {})
-    whole = size([tensor for name, tensor in v.items() if name not in (*parts, "p_arrivals")])
-    return whole + sum(min(size(v[name]), part(v)) for name, part in parts.items())
+def bytes_of(name: str, v: Values) -> int:
+    """The tensors of a launch of a kernel, once each."""
+    parts = PARTS.get(name, {})
+    whole = size([value for argument, value in v.items() if argument not in (*parts, "p_arrivals")])
+    return whole + sum(min(size(v[argument]), part(v)) for argument, part in parts.items())
 
 
 def resident(usage: Usage, warps: int) -> int:
@@ -184,11 +233,19 @@ def resident(usage: Usage, warps: int) -> int:
 
 def predict(launch: Launch, usage: Usage) -> Prediction:
     assert usage.program is not None
-    programs, warps = math.prod(launch.grid), launch.options["num_warps"]
-    stages = launch.options.get("num_stages", 1)
+    found = phases(launch, usage.program)
+    at_once = SMS * resident(usage, launch.options["num_warps"]) if len(found) == 1 else math.prod(launch.grid)
+    each = [_bounds(phase, launch.options, at_once) for phase in found]
+    total = LAUNCH_S + sum(map(max, each)) + (len(found) - 1) * WAIT_S
+    return Prediction(*map(sum, zip(*each, strict=True)), total)
+
+
+def _bounds(phase: Phase, options: Values, at_once: int) -> tuple[float, ...]:
+    """The five bounds of a phase, of whose programs so many run at once."""
+    programs, warps, stages = phase.programs, options["num_warps"], options.get("num_stages", 1)
     total: dict[str, float] = {}
     alone = 0.0  # s of one program
-    for loop, times in trips(launch, usage.program):
+    for loop, times in phase.loops:
         for name, count in loop.counts.items():
             total[name] = total.get(name, 0.0) + count * warps * times
         waits = LATENCY_S * max(loop.counts["load"] > 0, (loop.counts["async"] > 0) / stages)
@@ -200,14 +257,13 @@ def predict(launch: Launch, usage: Usage) -> Prediction:
         total.get("shared", 0.0) / SHARED_BYTES_PER_CLOCK,
     )
     moved = total.get("read", 0.0) + total.get("written", 0.0)
-    bounds = (
+    return (
         per_sm * clocks / CLOCK_HZ,
         per_sm * _tensor_clocks(total) / CLOCK_HZ,
-        bytes_of(launch) / BYTES_PER_S,
+        phase.bytes / BYTES_PER_S,
         max(programs * moved / L2_BYTES_PER_S, per_sm * moved / L2_BYTES_PER_CLOCK / CLOCK_HZ),
-        math.ceil(programs / (SMS * resident(usage, warps))) * alone,
+        math.ceil(programs / at_once) * alone,
     )
-    return Prediction(*bounds, LAUNCH_S + max(bounds))
 
 
 def _tensor_clocks(counts: dict[str, float]) -> float:

@@ -49,7 +49,7 @@ def faults(name: str, launch: Launch, usage: Usage) -> Iterator[str]:
         yield f"{where} uses {usage.tensor_cores or 'no tensor-core instruction'}, not {TENSOR_CORES[name]}"
     if usage.program is not None:
         try:
-            cost_model.trips(launch, usage.program)
+            cost_model.phases(launch, usage.program)
         except ValueError as error:
             yield f"{where}: {error}"
     rows = launch.options.get("BLOCK_T", launch.options.get("BLOCK_Q", launch.options.get("BLOCK_N", 0)))
@@ -68,7 +68,7 @@ def describe(launch: Launch) -> str:
     words = [launch.kernel.__name__, dtype, *(["stream"] if options.get("STREAM") else [])]
     words += ["of a pool"] if options.get("ROWS") else []
     for name, value in options.items():
-        if name in ("PRE", "POST", "MODE") and value not in ("none", "constant"):
+        if name in ("PRE", "POST", "MODE", "NORM", "ACTIVATION") and value not in ("none", "constant"):
             words.append(f"{name.lower()} {value}")
     return " ".join(words) + " " + tile(launch)
 

@@ -97,6 +97,7 @@ def assumptions() -> dict[str, str]:
         "latency of memory": f"{cost_model.LATENCY_S * 1e9:g} ns, divided by the stages of a pipeline",
         "clocks per instruction of a warp alone": f"{cost_model.CLOCKS_PER_INSTRUCTION:g}",
         "launch in a graph": f"{cost_model.LAUNCH_S * 1e6:g} us",
+        "wait of all programs of a launch for each other": f"{cost_model.WAIT_S * 1e6:g} us",
     }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastmimi.kernels.triton import _launch, rvq_encode
+from fastmimi.kernels.triton import _launch
 from fastmimi.models.codec import Codec
 from fastmimi.models.config import JodioConfig, JodioTransformerConfig, MimiCodecConfig
 from fastmimi.models.jodio import JodioModel
@@ -163,8 +163,8 @@ def recording(launched: Callable[[Launch], None] | None = None) -> Iterator[Reco
         stack.enter_context(mock.patch.object(_launch, "launch", record))
         stack.enter_context(mock.patch.object(Codec, "ops", ops))
         stack.enter_context(arrivals.owned(torch.empty(COUNTERS, dtype=torch.int32, device=META)))  # as on a GPU
-        stack.enter_context(mock.patch.object(rvq_encode, "_programs", return_value=SMS))
-        stack.enter_context(mock.patch.object(rvq_encode, "_may_wait", return_value=True))
+        stack.enter_context(mock.patch.object(_launch, "programs", return_value=SMS))
+        stack.enter_context(mock.patch.object(_launch, "may_wait", lambda x: not _launch.is_amd(x)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_TorchLaunches(torch_launch))
         yield found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -102,6 +104,48 @@ def repository() -> dict[str, str]:
         for path in (Path(folder, name) for name in files if name.endswith(".py")):
             sources[path.relative_to(ROOT).as_posix()] = path.read_text(encoding="utf-8")
     return sources
+
+
+@pytest.fixture
+def programs_at_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[tuple[int, ...]]]:
+    """Called with a number: launches have up to so many programs that may wait for each other; returns their grids.
+
+    Programs run at the same time, as processes of Triton's interpreter, which share the tensors.
+    """
+    if sys.platform != "linux":
+        pytest.skip("processes are forked, as on Linux")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU runs programs at the same time")
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    from fastmimi.kernels.triton import _launch
+
+    def program(kernel: Any, grid: tuple[int, ...], index: tuple[int, ...], args: Any, options: Any) -> None:
+        set_index, set_grid = builder.set_grid_idx, builder.set_grid_dim
+        builder.set_grid_idx, builder.set_grid_dim = lambda *_: set_index(*index), lambda *_: set_grid(*grid)
+        kernel[1, 1](*args, **options)
+
+    def launch(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        launched.append(grid)
+        args = tuple(a.share_memory_() if isinstance(a, torch.Tensor) else a for a in args)
+        fork, whole = multiprocessing.get_context("fork"), (*grid, 1, 1)[:3]
+        indices = itertools.product(*map(range, whole))
+        processes = [fork.Process(target=program, args=(kernel, whole, i, args, options)) for i in indices]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+            process.kill()
+        assert [process.exitcode for process in processes] == [0] * len(processes)
+
+    def at_once(programs: int) -> list[tuple[int, ...]]:
+        monkeypatch.setattr(_launch, "launch", launch)
+        monkeypatch.setattr(_launch, "programs", lambda x: programs)
+        monkeypatch.setattr(_launch, "may_wait", lambda x: True)
+        return launched
+
+    launched: list[tuple[int, ...]] = []
+    return at_once
 
 
 def _prepare_triton() -> None:

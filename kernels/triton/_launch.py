@@ -24,6 +24,7 @@ def _nothing():
     pass
 
 
+INTERPRETED_PROGRAMS = 8  # among which the interpreter shares work; more are only slower
 INTERPRETED = not isinstance(_nothing, triton.JITFunction)  # TRITON_INTERPRET=1 was set when Triton was imported
 
 
@@ -75,6 +76,18 @@ def has_warp_groups(x: Tensor) -> bool:
     Without a GPU, where kernels are interpreted or compiled ahead of time, yes.
     """
     return not x.is_cuda or (torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0))
+
+
+def programs(x: Tensor) -> int:
+    """How many programs run at the same time on any GPU like x's, whatever their registers."""
+    if x.is_cuda:
+        return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return INTERPRETED_PROGRAMS
+
+
+def may_wait(x: Tensor) -> bool:
+    """Whether programs may wait for each other (`_wait.py`); the interpreter's run one after another."""
+    return x.is_cuda and not is_amd(x)
 
 
 def is_amd(x: Tensor) -> bool:

@@ -8,9 +8,9 @@ distance. When all splits of its rows have arrived, every program reads what the
 first on a tie, and subtracts it from its own copy of the residuals, in fp32 as the reference does. The result does not
 depend on the order of arrival. No [N, S] matrix of scores is written to memory.
 
-Waiting needs all splits of a tile of rows to run at the same time. Where there are several, the launch is cooperative,
-which makes the driver ensure it, with at most one program per multiprocessor. Triton's interpreter runs one program
-after another; there each step is a launch of the same kernel, which finds that all splits have arrived.
+Waiting (`_wait.py`) needs all splits of a tile of rows to run at the same time. Where there are several, the launch is
+cooperative, which makes the driver ensure it, with at most one program per multiprocessor. Where programs may not wait,
+on AMD GPUs and in Triton's interpreter, each step is a launch of the same kernel, which finds that all have arrived.
 
 Up to 4 rows, a program has one row, with products in fp32, and up to 128 splits share the reading of the codebooks.
 Up to 256 rows, tiles of 16 rows by 64 entries run on the tensor cores, above that tiles of 128 by 128; from 67 of these
@@ -30,8 +30,8 @@ of these is L^2 S^2 / 2 floats (0.5 GB for 8 levels of 2048, 8 GB for 32); witho
 the searches themselves.
 
 **Predicted** for an H100 (2048 entries of 256), from instruction counts and latencies; nothing was measured: one row, 7
-levels 18 us, 1 level 3 us, and some 5 us for each launch and the zeroing of its counters; 100,000 rows, 8 levels 8 ms,
-bound by reading tiles from the L2 cache.
+levels 18 us, 1 level 3 us, and some 2.5 us for each launch; 100,000 rows, 8 levels 8 ms, bound by reading tiles from
+the L2 cache.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime import packing
+from ...runtime.arrivals import arrivals
 from .._common import check_search
 from . import _launch
+from ._wait import arrive, leave, wait_for
 
 FAR = tl.constexpr(float("inf"))
 NONE = tl.constexpr(2147483647)  # greater than every index
@@ -52,7 +54,6 @@ TILES = (  # the most rows that a tile is for, and the tile
     (256, {"BLOCK_N": 16, "BLOCK_S": 64, "BLOCK_D": 64, "COLUMNS": 32, "SPLITS": 32, "num_warps": 4}),
     (None, {"BLOCK_N": 128, "BLOCK_S": 128, "BLOCK_D": 32, "COLUMNS": 8, "SPLITS": 16, "num_warps": 8}),
 )
-INTERPRETED_PROGRAMS = 8  # for which the interpreter splits the search; more are only slower
 
 
 @triton.jit
@@ -138,8 +139,7 @@ def rvq_encode_fwd_kernel(
                 b_x = tl.load(p_x + rows + d0, mask=m_d, other=0.0)
                 tl.store(p_r + rows + d0, b_x.to(p_r.dtype.element_ty), mask=m_n[:, None] & m_d)
         else:
-            while tl.atomic_add(p_arrivals, 0, sem="acquire") < step * splits:
-                pass
+            wait_for(p_arrivals, step * splits)
             at = ((step - 1) % 2 * splits + i[None, :]) * N + n[:, None]
             m_i = m_n[:, None] & (i < splits)[None, :]
             distances = tl.load(p_distances + at, mask=m_i, other=FAR)
@@ -202,8 +202,9 @@ def rvq_encode_fwd_kernel(
             at = (step % 2 * splits + split) * N + n
             tl.store(p_distances + at, tl.where(distance == distance, distance, FAR), mask=m_n)  # no NaN
             tl.store(p_found + at, code, mask=m_n)
-            tl.debug_barrier()  # all threads have stored
-            tl.atomic_add(p_arrivals, 1, sem="release")
+            arrive(p_arrivals)
+    if last > L:
+        leave(p_arrivals, (L + 1) * splits)
 
 
 def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     if not rows:
         return codes
     tile = next(tile for most, tile in TILES if most is None or rows <= most)
-    row_tiles, splits, share = _divide(rows, size, tile, _programs(x))
+    row_tiles, splits, share = _divide(rows, size, tile, _launch.programs(x))
     x, codebooks, precision = x.contiguous(), codebooks.contiguous(), _launch.precision(codebooks)
     if tile is TILES[-1][1]:
         x = x.to(codebooks.dtype)  # few rows are converted by the kernel; here that takes registers that it lacks
@@ -223,29 +224,17 @@ def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     residuals = torch.empty(splits, rows, dim, dtype=codebooks.dtype, device=x.device)
     distances = torch.empty(2, splits, rows, dtype=torch.float64, device=x.device)
     found = torch.empty(2, splits, rows, dtype=torch.int32, device=x.device)
-    arrivals = torch.zeros(row_tiles, dtype=torch.int32, device=x.device)
+    counters = arrivals(x, row_tiles)
     unit = 4 if dim % 4 == 0 else 1
-    steps = levels + 1 if splits == 1 or _may_wait(x) else 1  # in one launch
+    steps = levels + 1 if splits == 1 or _launch.may_wait(x) else 1  # in one launch
     for first in range(0, levels + 1, steps):
         _launch.launch(
             "rvq_encode", rvq_encode_fwd_kernel, (row_tiles, splits),
-            x, codebooks, high, low, _norms(codebooks), residuals, distances, found, arrivals, codes,
+            x, codebooks, high, low, _norms(codebooks), residuals, distances, found, counters, codes,
             rows, levels, size, dim // unit, share, splits, first, first + steps,
-            UNIT=unit, PRECISION=precision, num_stages=3, launch_cooperative_grid=splits > 1, **tile,
+            UNIT=unit, PRECISION=precision, num_stages=3, launch_cooperative_grid=splits > 1 and steps > 1, **tile,
         )  # fmt: skip
     return codes
-
-
-def _programs(x: Tensor) -> int:
-    """How many programs run at the same time on any GPU like x's, whatever their registers."""
-    if x.is_cuda:
-        return torch.cuda.get_device_properties(x.device).multi_processor_count
-    return INTERPRETED_PROGRAMS
-
-
-def _may_wait(x: Tensor) -> bool:
-    """Whether the programs of a launch run at the same time."""
-    return x.is_cuda
 
 
 def _divide(rows: int, size: int, tile: dict[str, int], programs: int) -> tuple[int, int, int]:

@@ -37,6 +37,7 @@ from . import _launch
 LOG2_E = tl.constexpr(1.4426950408889634)
 HALF_PI = tl.constexpr(1.5707963267948966)
 QUARTERS = tl.constexpr(0.6366197723675814)  # of a turn, per radian
+FEW_QUERIES = 16  # of a key head, which one program attends to
 ROTATED = 16  # positions per program of the kernel that rotates keys
 COPIED = 64  # positions per program of the kernel that writes the ring
 
@@ -97,9 +98,9 @@ def attend(q, k, v, visible, row_max, row_sum, acc, scale, PRECISION: tl.constex
     return new_max, row_sum * rescale + tl.sum(weights, axis=1), acc
 
 
-@triton.jit(do_not_specialize=["T"])
-def window_attention_fwd_kernel(
-    p_q, p_k, p_v, p_freq, p_y, p_offset, p_ring_k, p_ring_v, p_active, p_state_rows,
+@triton.jit
+def attention_tile(
+    tile, p_q, p_k, p_v, p_freq, p_y, p_offset, p_ring_k, p_ring_v, p_active, p_state_rows,
     H, H_kv, T, D, window, scale, rope_scale,
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sy_b, sy_h, sy_t,
     INTERLEAVED: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, PADDED: tl.constexpr,
@@ -108,14 +109,14 @@ def window_attention_fwd_kernel(
     r = tl.arange(0, BLOCK_Q)
     group = H // H_kv
     if FEW:  # all queries of a key head
-        b, h_kv = (tl.program_id(0) // H_kv).to(tl.int64), tl.program_id(0) % H_kv
+        b, h_kv = (tile // H_kv).to(tl.int64), tile % H_kv
         start = 0
         h, i, m_row = h_kv * group + r // T, r % T, r < T * group
     else:
         blocks = tl.cdiv(T, BLOCK_Q)
-        head = tl.program_id(0) // blocks
+        head = tile // blocks
         b, h_kv = (head // H).to(tl.int64), head % H // group
-        start = (tl.program_id(0) % blocks) * BLOCK_Q
+        start = (tile % blocks) * BLOCK_Q
         h, i = head % H + tl.zeros_like(r), start + r
         m_row = i < T
     o_a, o_b, m_half = halves(D, HALF, INTERLEAVED)
@@ -190,6 +191,22 @@ def window_attention_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
+def window_attention_fwd_kernel(
+    p_q, p_k, p_v, p_freq, p_y, p_offset, p_ring_k, p_ring_v, p_active, p_state_rows,
+    H, H_kv, T, D, window, scale, rope_scale,
+    sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sy_b, sy_h, sy_t,
+    INTERLEAVED: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    attention_tile(
+        tl.program_id(0), p_q, p_k, p_v, p_freq, p_y, p_offset, p_ring_k, p_ring_v, p_active, p_state_rows,
+        H, H_kv, T, D, window, scale, rope_scale,
+        sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, sy_b, sy_h, sy_t,
+        INTERLEAVED, STREAM, ROWS, FEW, PADDED, BLOCK_Q, BLOCK_K, BLOCK_D, HALF, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
 def window_attention_rotate_kernel(
     p_k, p_freq, p_offset, p_state_rows, p_rotated, H_kv, T, D, rope_scale, sk_b, sk_h, sk_t,
     INTERLEAVED: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr,
@@ -243,37 +260,64 @@ def window_attention(
     if not y.numel():
         return y
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    stream = cache_k is not None
-    by_name = stream and rows is not None
-    named: Any = rows if by_name else q
-    rings = (cache_k, cache_v, active, named) if stream else (q, q, q, q)
-    at: Any = offset if stream else q
-    half, block_d = max(8, triton.next_power_of_2(dim // 2)), max(16, triton.next_power_of_2(dim))
-    few = length * (heads // kv_heads) <= 16
+    state, kind = state_arguments(q, offset, cache_k, cache_v, active, rows)
+    few = one_tile(length, heads // kv_heads)
     if not few:
         new, k = k, k.new_empty(batch, length, kv_heads, dim).transpose(1, 2)
         _launch.launch(
             "window_attention", window_attention_rotate_kernel, (triton.cdiv(length, ROTATED) * batch,),
-            new, inv_freq, at, named, k, kv_heads, length, dim, rope_scale, *new.stride()[:3],
-            INTERLEAVED=interleaved, STREAM=stream, ROWS=by_name, BLOCK_K=ROTATED, HALF=half, num_warps=4,
+            new, inv_freq, state[0], state[-1], k, kv_heads, length, dim, rope_scale, *new.stride()[:3],
+            INTERLEAVED=interleaved, **kind, BLOCK_K=ROTATED, HALF=_half(dim), num_warps=4,
         )  # fmt: skip
-    tile = _blocks(few, dim, q)
-    programs = batch * kv_heads if few else triton.cdiv(length, tile["BLOCK_Q"]) * batch * heads
-    _launch.launch(
-        "window_attention", window_attention_fwd_kernel, (programs,), q, k, v, inv_freq, y, at, *rings,
-        heads, kv_heads, length, dim, window, dim**-0.5, rope_scale,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:3],
-        INTERLEAVED=interleaved, STREAM=stream, ROWS=by_name, FEW=few, PADDED=not interleaved and 2 * half != dim,
-        BLOCK_D=block_d, HALF=half, PRECISION=_launch.precision(q), **tile,
-    )  # fmt: skip
-    if stream and not few:
+    arguments, options = tile_arguments(q, k, v, inv_freq, y, state, window, rope_scale, interleaved)
+    programs = batch * kv_heads if few else triton.cdiv(length, options["BLOCK_Q"]) * batch * heads
+    _launch.launch("window_attention", window_attention_fwd_kernel, (programs,), *arguments, **kind, **options)
+    if cache_k is not None and not few:
         _launch.launch(
             "window_attention", window_attention_ring_kernel,
-            (triton.cdiv(min(length, window), COPIED) * batch * kv_heads,), k, v, offset, *rings,
+            (triton.cdiv(min(length, window), COPIED) * batch * kv_heads,), k, v, *state,
             kv_heads, length, dim, window, *k.stride()[:3], *v.stride()[:3],
-            ROWS=by_name, BLOCK_K=COPIED, BLOCK_D=block_d, num_warps=4,
+            ROWS=kind["ROWS"], BLOCK_K=COPIED, BLOCK_D=options["BLOCK_D"], num_warps=4,
         )  # fmt: skip
     return y
+
+
+def one_tile(length: int, group: int) -> bool:
+    """Whether all queries of a key head, of which there are `group` times the length, fit in one tile."""
+    return length * group <= FEW_QUERIES
+
+
+def state_arguments(
+    q: Tensor, offset: Tensor | None, cache_k: Tensor | None, cache_v: Tensor | None, active: Tensor | None,
+    rows: Tensor | None,
+) -> tuple[list[Tensor], dict[str, bool]]:  # fmt: skip
+    """The tensors of the state, q where there are none, and whether they are of a stream and of rows of a pool."""
+    stream = cache_k is not None
+    state = [q if t is None or not stream else t for t in (offset, cache_k, cache_v, active, rows)]
+    return state, {"STREAM": stream, "ROWS": stream and rows is not None}
+
+
+def tile_arguments(
+    q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, y: Tensor, state: list[Tensor], window: int, rope_scale: float,
+    interleaved: bool = False,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    """The arguments of `attention_tile` after the tile, and its constants but the state's, with warps and stages."""
+    (_, heads, length, dim), kv_heads, half = q.shape, k.shape[1], _half(q.shape[3])
+    few = one_tile(length, heads // kv_heads)
+    arguments = (
+        q, k, v, inv_freq, y, *state, heads, kv_heads, length, dim, window, dim**-0.5, rope_scale,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:3],
+    )  # fmt: skip
+    options = {
+        "INTERLEAVED": interleaved, "FEW": few, "PADDED": not interleaved and 2 * half != dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)), "HALF": half, "PRECISION": _launch.precision(q),
+        **_blocks(few, dim, q),
+    }  # fmt: skip
+    return arguments, options
+
+
+def _half(dim: int) -> int:
+    return max(8, triton.next_power_of_2(dim // 2))
 
 
 def _blocks(few: bool, dim: int, q: Tensor) -> dict[str, int]:
@@ -284,9 +328,9 @@ def _blocks(few: bool, dim: int, q: Tensor) -> dict[str, int]:
     fp32, wide = q.dtype == torch.float32, dim > 64
     if few:
         return {
-            "BLOCK_Q": 16,
+            "BLOCK_Q": FEW_QUERIES,
             "BLOCK_K": (64 if fp32 or dim < 64 else 128) // (1 + wide),
-            "num_warps": 4 << (fp32 and wide),
+            "num_warps": 4 << fp32,
             "num_stages": 2,
         }
     if fp32:

@@ -173,6 +173,33 @@ def test_another_number_of_loops_than_the_model_says_is_an_error(launch):
         cost_model.predict(launch, straight)
 
 
+def test_phases_of_a_launch():
+    """Each as a launch of its own, without its 2.5 us; between them, all wait 1.5 us."""
+    cost_model = pytest.importorskip("cost_model", reason="there is no Triton for this platform")
+    from compiled import Usage
+    from recorded import Case, mimi, of_case
+
+    model = mimi()
+    layer = next(k for k in of_case(model, Case("encode", 1, "stream")).launches if k.stage == "transformer")
+    lines = ["MOV R0, R1"]
+    for _ in range(5):
+        tile, inner, wait = (f"0x{16 * (len(lines) + i):x}" for i in (0, 1, 4))
+        lines += ["MOV R2, R1", "HMMA.16816.F32.BF16 R4, R4, R8, R4", f"@P0 BRA {inner}", f"@P1 BRA {tile}"]
+        lines += ["LDG.E.STRONG.GPU R10, [R2.64]", f"@P0 BRA {wait}"]
+    usage = Usage(128, 0, 0, "HMMA", sass.program(listing(*lines, "EXIT")))
+    found = cost_model.phases(layer, usage.program)
+    assert [phase.programs for phase in found] == [96, 8, 32, 128, 32]  # tiles
+    assert [[times for _, times in phase.loops] for phase in found] == [[1, 2], [1, 2], [1, 2], [1, 2], [1, 8]]
+    rows, square = 2 * 512 * 2, 512 * 512 * 2
+    assert found[0].bytes == 3 * square + 4 * rows
+    assert found[1].bytes == 2 * 250 * 512 * 2 + 4 * rows
+    assert [phase.bytes for phase in found[2:]] == [square + 3 * rows, 4 * square + 5 * rows, 4 * square + 5 * rows]
+    each = [max(cost_model._bounds(phase, layer.options, 128)) for phase in found]
+    assert cost_model.predict(layer, usage).total == pytest.approx(2.5e-6 + 4 * 1.5e-6 + sum(each))
+    with pytest.raises(ValueError, match="has 0 phases in compiled code, PHASES gives 5"):
+        cost_model.phases(layer, sass.program(listing("MOV R0, R1", "EXIT")))
+
+
 def test_stages_of_a_recorded_frame():
     recorded = pytest.importorskip("recorded", reason="there is no Triton for this platform")
     found = recorded.of_case(recorded.mimi(), recorded.Case("encode", 1, "stream"))

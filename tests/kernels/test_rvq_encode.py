@@ -1,9 +1,5 @@
 """rvq_encode, each implementation, against an exhaustive fp64 search."""
 
-import itertools
-import multiprocessing
-import sys
-
 import pytest
 import torch
 
@@ -130,10 +126,10 @@ def test_edited_codebooks_are_used(op):
 @pytest.fixture
 def triton_op(monkeypatch):
     """Triton's kernel, searching with the given number of programs."""
-    from fastmimi.kernels.triton import rvq_encode as kernel
+    from fastmimi.kernels.triton import _launch
 
     def search(x, codebooks, programs):
-        monkeypatch.setattr(kernel, "_programs", lambda x: programs)
+        monkeypatch.setattr(_launch, "programs", lambda x: programs)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return implementation("rvq_encode", "triton")(x.to(device), codebooks.to(device)).cpu()
 
@@ -228,42 +224,15 @@ def test_parts_are_exact():
 
 @pytest.mark.kernels
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 @pytest.mark.parametrize(
     "rows, levels, size, dim, programs",
     [(1, 6, 64, 8, 4), (2, 6, 64, 8, 8), (20, 5, 192, 8, 6), (300, 3, 256, 8, 6)],
 )
-def test_splits_wait_for_each_other(monkeypatch, rows, levels, size, dim, programs):
-    """One launch for all levels: its programs are processes of Triton's interpreter, which share the tensors."""
-    if torch.cuda.is_available():
-        pytest.skip("a GPU runs programs at the same time")
-    from triton.runtime.interpreter import interpreter_builder as builder
+def test_splits_wait_for_each_other(programs_at_once, rows, levels, size, dim, programs):
+    """One launch for all levels."""
+    from fastmimi.kernels.triton.rvq_encode import rvq_encode
 
-    from fastmimi.kernels.triton import _launch
-    from fastmimi.kernels.triton import rvq_encode as kernel
-
-    def program(kernel, grid, index, args, options):
-        set_index, set_grid = builder.set_grid_idx, builder.set_grid_dim
-        builder.set_grid_idx, builder.set_grid_dim = lambda *_: set_index(*index, 0), lambda *_: set_grid(*grid, 1)
-        kernel[1, 1](*args, **options)
-
-    def launch(op, kernel, grid, *args, **options):
-        launched.append(grid)
-        args = [a.share_memory_() if isinstance(a, torch.Tensor) else a for a in args]
-        fork = multiprocessing.get_context("fork")
-        indices = itertools.product(*map(range, grid))
-        processes = [fork.Process(target=program, args=(kernel, grid, i, args, options)) for i in indices]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-            process.kill()
-        assert [process.exitcode for process in processes] == [0] * len(processes)
-
-    launched = []
-    monkeypatch.setattr(_launch, "launch", launch)
-    monkeypatch.setattr(kernel, "_programs", lambda x: programs)
-    monkeypatch.setattr(kernel, "_may_wait", lambda x: True)
+    launched = programs_at_once(programs)
     x, codebooks = noise(rows, dim, seed=1), noise(levels, size, dim, seed=2)
-    assert torch.equal(kernel.rvq_encode(x, codebooks), exhaustive(x, codebooks))
+    assert torch.equal(rvq_encode(x, codebooks), exhaustive(x, codebooks))
     assert len(launched) == 1 and launched[0][1] > 1

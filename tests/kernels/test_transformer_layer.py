@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fastmimi.devtools.testing import assert_as_exact, noise, relative_error
 from fastmimi.reference.transformer_layer import transformer_layer as reference
 from fastmimi.reference.window_attention import window_attention as attention
-from fastmimi.runtime import packing
+from fastmimi.runtime import arrivals, packing
 
 WIDTH, HIDDEN = 24, 50
 FREQUENCIES = 13  # their index among the op's tensors; they are fp32 in every precision
@@ -216,3 +216,133 @@ def test_gradients_match_the_reference(op):
 def test_gradients_of_the_reference():
     inputs = [t.requires_grad_(i != 13) for i, t in enumerate((noise(1, 3, 4).double(), *double(case(4, 6, 2, 1, 4))))]
     assert torch.autograd.gradcheck(lambda *a: reference(*a, window=2, eps=1e-5), inputs)
+
+
+# Triton's kernel of a whole layer
+
+
+def frames(batch=3, length=2, window=5, kv_heads=2, pool=None, dtype=torch.float32, ring=None, **options):
+    """A frame of streams that are beyond their window, of which the third is not active: x, options and state."""
+    x, count = noise(batch, length, WIDTH, seed=30, scale=1.0).to(dtype), pool or batch
+    empty = rings(count, window, kv_heads, dtype=ring or dtype)
+    state = {name: noise(*tensor.shape, seed=i).to(tensor.dtype) for i, (name, tensor) in enumerate(empty.items())}
+    state |= {"offset": 3 + 4 * torch.arange(count), "active": torch.arange(count) != 2}
+    if pool:
+        state["rows"] = torch.tensor([(2 * i + 3) % pool for i in range(batch)])
+    return x, {"window": window, "eps": 1e-5, **options}, state
+
+
+def without(weights, *indices):
+    return [None if i in indices else weight for i, weight in enumerate(weights)]
+
+
+HALF = torch.bfloat16
+WHOLE = {
+    "plain": (case(), frames()),
+    "one position": (case(), frames(batch=1, length=1)),
+    "one key head, RMSNorm": (
+        without(case(kv_heads=1), 1, 6, 8, 11), frames(kv_heads=1, norm="rms", activation="silu"),
+    ),
+    "biases, as many heads": (case(heads=2, biases=True), frames(activation="gelu_tanh", rope_scale=1.1)),
+    "some biases, one scale": (without(case(biases=True), 6, 14), frames(activation="tanh")),
+    "bf16": (case(biases=True, dtype=HALF), frames(batch=8, dtype=HALF, activation="relu")),
+    "fp16": (case(dtype=torch.float16), frames(dtype=torch.float16)),
+    "a pool": (case(), frames(pool=7)),
+    "rings of a wider dtype": (case(dtype=HALF), frames(dtype=HALF, ring=torch.float32)),
+    "no stream": (case(), (*frames(length=5)[:2], {})),
+    "longer than the window": (case(), frames(length=4, window=3)),
+    "odd widths": (case(13, 7, dim=6), (noise(2, 3, 13), {"window": 3, "eps": 1e-5}, {})),
+}  # fmt: skip
+
+
+@pytest.fixture
+def kernel():
+    """The module of Triton's kernel."""
+    from fastmimi.kernels.triton import transformer_layer
+
+    return transformer_layer
+
+
+def run(kernel, name):
+    """The output of a case, and its state, on the GPU if there is one; the names and grids of what is launched."""
+    launched, launch = [], kernel._launch.launch
+
+    def noted(op, function, grid, *args, **options):
+        launched.append((function.__name__, grid))
+        launch(op, function, grid, *args, **options)
+
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    weights, (x, options, state) = WHOLE[name]
+    weights = [None if t is None else t.to(on) for t in weights]
+    state = {key: t.to(on, copy=True) for key, t in state.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel._launch, "launch", noted)
+        y = kernel.transformer_layer(x.to(on), *weights, **options, **state)
+    return [y, *state.values()], launched
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", WHOLE)
+def test_one_launch_equals_five(kernel, monkeypatch, name):
+    """Bit for bit: phase by phase among programs, all phases in one launch of a single program, and five kernels."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "_whole", kernel._in_parts)
+        parts, launched = run(kernel, name)
+    assert [kind for kind, _ in launched].count("transformer_layer_linear_kernel") == 4 and len(launched) == 5
+    assert parts[0].isfinite().all()
+    for programs in (1, 2, 64):
+        monkeypatch.setattr(kernel._launch, "programs", lambda x, programs=programs: programs)
+        whole, launched = run(kernel, name)
+        assert {kind for kind, _ in launched} == {"transformer_layer_kernel"}
+        assert all(grid[0] <= programs for _, grid in launched)
+        assert all(map(torch.equal, whole, parts)), programs
+    monkeypatch.setattr(kernel._launch, "programs", lambda x: 1)
+    monkeypatch.setattr(kernel._launch, "may_wait", lambda x: True)
+    whole, launched = run(kernel, name)
+    assert launched == [("transformer_layer_kernel", (1,))]
+    assert all(map(torch.equal, whole, parts))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("programs", [1, 3])
+def test_counters_are_set_back(kernel, monkeypatch, programs):
+    """A state's counters are those of all its launches."""
+    counters = torch.zeros(8, dtype=torch.int32, device="cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(kernel._launch, "programs", lambda x: programs)
+    with arrivals.owned(counters):
+        first = run(kernel, "plain")[0]
+        assert not counters.any()
+        assert all(map(torch.equal, run(kernel, "plain")[0], first))
+    assert not counters.any()
+
+
+@pytest.mark.kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "a pool", "bf16"])
+def test_programs_wait_for_each_other(kernel, monkeypatch, programs_at_once, name):
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "_whole", kernel._in_parts)
+        parts, _ = run(kernel, name)
+    launched = programs_at_once(3)
+    counters = torch.zeros(8, dtype=torch.int32)
+    with arrivals.owned(counters):
+        whole, _ = run(kernel, name)
+    assert launched == [(3,)] and not counters.any()
+    assert all(map(torch.equal, whole, parts))
+
+
+@pytest.mark.kernels
+def test_what_takes_one_launch(kernel, monkeypatch):
+    """One tile of rows whose queries fit in one tile too; on AMD GPUs, programs may not wait."""
+
+    def launches(batch, length, heads=2, amd=False):
+        names = []
+        monkeypatch.setattr(kernel._launch, "launch", lambda op, function, *_, **__: names.append(function.__name__))
+        monkeypatch.setattr(kernel._launch, "may_wait", lambda x: True)
+        monkeypatch.setattr(kernel._launch, "is_amd", lambda x: amd)
+        kernel.transformer_layer(noise(batch, length, WIDTH), *case(heads=heads), window=5, eps=1e-5)
+        return names
+
+    assert launches(8, 2) == launches(1, 16) == launches(2, 8, heads=4) == ["transformer_layer_kernel"]
+    assert len(launches(17, 1)) == len(launches(1, 2, amd=True)) == 5
+    assert "transformer_layer_kernel" not in launches(1, 9, heads=4)
