@@ -39,7 +39,8 @@ from fastmimi.serve.connection import ConnectionLimits
 from fastmimi.serve.pool import StreamPool
 codec = small_model() if sys.argv[1] == "small" else fastmimi.load(sys.argv[1])
 limits = ConnectionLimits(idle_s=5, send_s=2, stalled_s=5)
-server.run(StreamPool(codec, {SLOTS}), Settings(model=sys.argv[1], connection=limits), port=int(sys.argv[2]))
+settings = Settings(model=sys.argv[1], connection=limits)
+server.run(StreamPool(codec, {SLOTS}), settings, server.listen("127.0.0.1", int(sys.argv[2])))
 """
 
 
