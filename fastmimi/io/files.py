@@ -19,19 +19,33 @@ def path_of(value: object, name: str) -> Path:
 
 
 @contextmanager
-def replacing(target: str | Path) -> Iterator[Path]:
+def replacing(target: str | Path, *, durable: bool = False) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path in the target's directory for the caller to write to.
 
     The temporary file is renamed to `target` when the block ends, and removed if the block raises. Until then an
     existing target is untouched. If `target` is a symbolic link, the file that it points to is replaced, not the link.
+    With `durable` the contents are on the disk before the rename, and the rename is when the block ends: after a crash
+    of the machine there is the whole file or none.
     """
     target = Path(os.path.realpath(target))
     temporary = target.with_name(f".{secrets.token_hex(6)}.part")
     try:
         yield temporary
+        if durable:
+            _sync(temporary, os.O_RDWR)
         os.replace(temporary, target)
+        if durable and os.name == "posix":  # elsewhere a folder cannot be opened
+            _sync(target.parent, os.O_RDONLY)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_input(path: Path) -> Path:

@@ -36,7 +36,20 @@ FOR_KERNELS = {
     "kernels._common",
 }
 # Each floor imports itself and those before it.
-FLOORS = ("errors", "runtime", "models", "io", "checkpoints", "devtools", "compat", "serve", "train", "cli", "__main__")
+FLOORS = (
+    "errors",
+    "runtime",
+    "models",
+    "io",
+    "checkpoints",
+    "devtools",
+    "compat",
+    "serve",
+    "corpus",
+    "train",
+    "cli",
+    "__main__",
+)
 DISPATCH, ROOT = "runtime.dispatch", ""  # ROOT: fastmimi/__init__
 UPWARDS = {  # the exceptions, inside functions only
     ("models.jodio", "checkpoints.weights"),  # JodioModel.from_pretrained and save_pretrained
