@@ -1,1 +1,1 @@
-"""Corpora: audio of any amount to tables of codes, in batches that change no code, and what is done with such tables."""
+"""Corpora: audio of any amount to tables of codes, batched without changing a code, and what follows from them."""

@@ -28,6 +28,8 @@ NOT_WRITTEN = {"RAW", "HTK", "SD2", "SDS", "WVE", "XI"}  # headerless, limited t
 SUFFIXES = {f".{name.lower()}" for name in (soundfile.available_formats().keys() | ALIASES.keys()) - NOT_WRITTEN}
 UNCLIPPED_SUBTYPES = {"FLOAT", "DOUBLE", "VORBIS", "OPUS"}  # can represent samples outside [-1, 1]
 
+SEEKABLE_SUBTYPES = {"FLOAT", "DOUBLE", "ULAW", "ALAW"}  # beside PCM: each sample is decoded on its own
+
 UNKNOWN_FRAMES = 2**63 - 1  # the number of frames that libsndfile reports if the header has none
 UNTIL_END = 0x7FFF0000  # chunk sizes from here on mean "until the end of the file": the writer could not seek back
 SIZE_TOLERANCE = 64  # bytes that a chunk may be short before the file counts as truncated
@@ -77,22 +79,35 @@ def probe(path: str | Path) -> AudioFile:
     return found
 
 
-def read_blocks(file: AudioFile, rate: int, channels: int = 1) -> Iterator[Block]:
-    """Yield the whole file as float32 blocks [samples, channels], resampled to `rate` Hz.
+def read_blocks(
+    file: AudioFile, rate: int, channels: int = 1, *, start: int = 0, stop: int | None = None,
+    channel: int | None = None,
+) -> Iterator[Block]:  # fmt: skip
+    """Yield a file as float32 blocks [samples, channels], resampled to `rate` Hz.
 
-    With `channels` 1, a file with several channels is downmixed to their mean. Where the blocks begin and end does
-    not affect resampling. Raises InputError if a sample is NaN or infinite, if the file ends before the length in its
-    header, or if `channels` is neither 1 nor the number of channels in the file.
+    With `channels` 1, a file with several channels is downmixed to their mean, or only `channel`, counted from 0, is
+    taken. `start` and `stop` limit what is read to these samples of the file, which are resampled as if they were all
+    of it. Where the blocks begin and end does not affect resampling. Raises InputError if a sample is NaN or infinite,
+    if the file ends before the length in its header or before `stop`, if there is nothing between `start` and `stop`,
+    if there is no such `channel`, or if `channels` is neither 1 nor the number of channels in the file.
     """
     if channels not in (1, file.channels):
         raise InputError(f"{file.path} has {file.channels} channels, and the model takes {channels}")
+    if channel is not None and (channels != 1 or not 0 <= channel < file.channels):
+        raise InputError(f"{file.path} has {file.channels} channels, and channel {channel} (from 0) was asked for")
+    stop = file.frames if stop is None else stop
+    if not 0 <= start < stop <= file.frames:
+        at = f"{start / file.sample_rate:g} s to {stop / file.sample_rate:g} s"
+        raise InputError(f"{file.path} has {file.duration:g} s, and {at} was asked for")
     resampler = None
     if file.sample_rate != rate:
         resampler = soxr.ResampleStream(file.sample_rate, rate, channels, dtype="float32")
     frames = yielded = 0
-    for block in _file_blocks(file):
+    for block in _file_blocks(file, start, stop):
         frames += len(block)
-        if channels < file.channels:
+        if channel is not None:
+            block = block[:, channel : channel + 1]
+        elif channels < file.channels:
             block = block.mean(axis=1, keepdims=True)
         if resampler is not None:
             block = resampler.resample_chunk(block)
@@ -108,16 +123,32 @@ def read_blocks(file: AudioFile, rate: int, channels: int = 1) -> Iterator[Block
         yield np.pad(rest, ((0, length - yielded - len(rest)), (0, 0)))  # soxr may round the length differently
 
 
-def _file_blocks(file: AudioFile) -> Iterator[Block]:
-    """Blocks [samples, channels] float32 at the file's own rate, checked to be finite and complete."""
-    done = 0
+def _file_blocks(file: AudioFile, start: int, stop: int) -> Iterator[Block]:
+    """Blocks [samples, channels] float32 of a file from `start` to `stop`, checked to be finite and complete.
+
+    To the end of the file it is read further than its header says, if it holds more.
+    """
     with _open(file.path) as source:
-        while len(block := _read(source, file.path)):
+        done = _skip(source, file, start)
+        while (done < stop or stop == file.frames) and len(block := _read(source, file.path)):
+            if stop < file.frames:
+                block = block[: stop - done]
             _check_finite(block, done, file)
             done += len(block)
             yield block
-    if done < file.frames:
+    if done < stop:
         raise InputError(f"{file.path} is truncated: its header declares {file.frames} samples and it holds {done}")
+
+
+def _skip(source: Forward, file: AudioFile, start: int) -> int:
+    """Go to sample `start` of a file that was just opened, reading where seeking would not be exact."""
+    if file.subtype.startswith("PCM_") or file.subtype in SEEKABLE_SUBTYPES:
+        with suppress(soundfile.LibsndfileError):  # a FLAC that was written to a pipe
+            return source.seek(start)
+    done = 0
+    while done < start and (count := len(_read(source, file.path, start - done))):
+        done += count
+    return done
 
 
 def _check_finite(block: Block, start: int, file: AudioFile) -> None:
@@ -154,9 +185,9 @@ def _open(path: Path) -> Forward:
         raise InputError(f"{path} is not an audio file that libsndfile can read, or is truncated ({reason})") from None
 
 
-def _read(source: Forward, path: Path) -> Block:
-    """The next block, [0, channels] at the end."""
-    size = max(1, min(BLOCK_SECONDS * source.samplerate, BLOCK_VALUES // source.channels))
+def _read(source: Forward, path: Path, most: int = BLOCK_VALUES) -> Block:
+    """The next block, of at most `most` samples; [0, channels] at the end."""
+    size = max(1, min(BLOCK_SECONDS * source.samplerate, BLOCK_VALUES // source.channels, most))
     try:
         return source.read(size, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:

@@ -101,9 +101,7 @@ def test_damaged_settings_are_named(tmp_path: Path, change: dict[str, object], m
     RUN.write(tmp_path)
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(InputError, match="settings.json"):
-        shards.Run.read(tmp_path)
-    with pytest.raises(InputError, match=message.replace("'", ".")):
+    with pytest.raises(InputError, match=rf"settings\.json.* {message}"):
         shards.Run.read(tmp_path)
     path.write_text("[")
     with pytest.raises(InputError, match="not a JSON object"):

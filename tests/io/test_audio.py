@@ -109,6 +109,51 @@ def test_several_channels_are_downmixed_to_their_mean(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("suffix", WRITTEN)
+@pytest.mark.parametrize("start, stop", [(0, 1), (1, 60_001), (59_999, 60_000), (123_456, None)])
+def test_a_section_equals_that_of_the_whole_file(tmp_path: Path, suffix: str, start: int, stop: int | None) -> None:
+    path = tmp_path / f"a.{suffix}"
+    write(path, noise(6 * RATE + 77))
+    section = np.concatenate([*audio.read_blocks(audio.probe(path), RATE, start=start, stop=stop)])
+    assert np.array_equal(section, read(path)[start:stop])
+
+
+def test_a_section_of_a_flac_without_a_length_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    write(path, noise(6 * RATE))
+    content = bytearray(path.read_bytes())
+    content[21], content[22:26] = content[21] & 0xF0, b"\0\0\0\0"  # as below
+    path.write_bytes(content)
+    section = np.concatenate([*audio.read_blocks(audio.probe(path), RATE, start=100_000, stop=100_100)])
+    assert np.array_equal(section, read(path)[100_000:100_100])
+
+
+def test_a_section_is_resampled_as_a_file_of_its_own(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "a.wav", tmp_path / "b.wav"
+    samples = np.round(noise(5 * 16_000, 2) * 32_768) / 32_768
+    write(whole, samples, 16_000)
+    write(cut, samples[10_000:70_001, 1:], 16_000)
+    section = [*audio.read_blocks(audio.probe(whole), RATE, start=10_000, stop=70_001, channel=1)]
+    assert np.array_equal(np.concatenate(section), read(cut))
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"channel": 2}, "has 2 channels, and channel 2 (from 0) was asked for"),
+        ({"channel": -1}, "has 2 channels, and channel -1 (from 0) was asked for"),
+        ({"start": 16_000, "stop": 8_000}, "has 2 s, and 1 s to 0.5 s was asked for"),
+        ({"stop": 40_000}, "has 2 s, and 0 s to 2.5 s was asked for"),
+        ({"start": 32_000}, "has 2 s, and 2 s to 2 s was asked for"),
+    ],
+)
+def test_a_section_that_is_not_there_is_refused(tmp_path: Path, options: dict[str, int], sentence: str) -> None:
+    path = tmp_path / "a.wav"
+    write(path, noise(32_000, 2), 16_000)
+    with pytest.raises(audio.InputError, match=re.escape(sentence)):
+        next(audio.read_blocks(audio.probe(path), RATE, **options))
+
+
 @pytest.mark.parametrize(("rate", "frames"), [(10, 9_000), (50, 60_000), (2**31 - 1, 9_000_000)])
 def test_extreme_sample_rates_need_little_memory(tmp_path: Path, rate: int, frames: int) -> None:
     path = tmp_path / "a.wav"
