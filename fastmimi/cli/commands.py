@@ -132,6 +132,7 @@ def decode(
     dtype: Dtype = "float32", impl: Impl = "auto", stream: Stream = False, force: Force = False, plot: Plot = None,
 ) -> None:  # fmt: skip
     """Decode a token file to audio, at the codec's sample rate and with the original length."""
+    from ..checkpoints.fit import check_fit
     from ..io.audio import output_format
     from ..io.tokens import Tokens
     from . import report, work
@@ -140,7 +141,7 @@ def decode(
     kind, picture = output_format(target), work.picture(plot)
     tokens = Tokens.load(source).first(codebooks)
     codec = work.load(model, device, dtype, impl)
-    work.check_fit(tokens, codec, source, model, force=force)
+    check_fit(tokens, codec, source, model, force=force)
     with ExitStack() as outputs:
         part = outputs.enter_context(replacing(target))
         decoded = work.decode(codec, tokens, part, kind, stream=stream)

@@ -81,25 +81,6 @@ def is_model_name(source: Path) -> bool:
     return ours or (not source.suffix and name.count("/") == 1)
 
 
-def check_fit(tokens: Tokens, codec: Codec, source: Path, model: str, *, force: bool) -> None:
-    """Raise InputError unless the codec can decode the tokens.
-
-    The weights must be those that made the codes (unless `force`), and sample rate and frame size must be equal.
-    """
-    fingerprint = weights.fingerprint(codec)
-    if tokens.fingerprint != fingerprint and not force:
-        raise InputError(
-            f"{source} was made with {tokens.model} (fingerprint {tokens.fingerprint}), and {model} has "
-            f"other weights (fingerprint {fingerprint}): pass --model {tokens.model}, or --force to decode anyway"
-        )
-    made_for, is_for = (tokens.sample_rate, tokens.frame_size), (codec.sample_rate, codec.frame_size)
-    if made_for != is_for:
-        raise InputError(
-            f"{source} is for frames of {made_for[1]} samples at {made_for[0]} Hz, and {model} decodes to "
-            f"frames of {is_for[1]} at {is_for[0]} Hz"
-        )
-
-
 # Actions
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,29 @@ def replacing(target: str | Path, *, durable: bool = False) -> Iterator[Path]:
             _sync(target.parent, os.O_RDONLY)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """Write a folder atomically: yields a temporary folder beside `target` for the caller to fill.
+
+    It is renamed to `target` when the block ends, and removed if the block raises. Raises InputError, before anything
+    is written, if `target` is there and is not an empty folder, or if the folder that would hold it is not there.
+    """
+    target = Path(os.path.realpath(target))
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"cannot write {target}: it exists, and is not an empty folder")
+    if not target.parent.is_dir():
+        raise InputError(f"cannot write {target}: there is no directory {target.parent}")
+    temporary = target.with_name(f".{secrets.token_hex(6)}.part")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.is_dir():
+            target.rmdir()  # empty; Windows would not replace it
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -108,18 +108,31 @@ def draw(
     figure.savefig(path, format=kind)
 
 
-def draw_usage(path: Path, used: list[float], perplexity: list[float]) -> None:
-    """Write a PNG with two bar charts over the codebooks: the share of entries used [K] and the perplexity [K]."""
-    figure = new_figure(10, 4)
-    left, right = figure.subplots(1, 2)
+def draw_usage(
+    path: Path, used: list[float], perplexity: list[float], durations: np.ndarray | None = None, kind: str = "png"
+) -> None:
+    """Write bar charts over the codebooks: the share of entries used [K] and the perplexity [K].
+
+    With `durations` in seconds, a histogram of them stands beside these. `kind` is the format, as from `check`.
+    """
+    charts = 2 if durations is None else 3
+    figure = new_figure(5 * charts, 4)
+    left, right, *rest = figure.subplots(1, charts)
     levels = range(1, len(used) + 1)
     for axes, values, title, colour in ((left, used, "share of entries used", BLUE),
                                         (right, perplexity, "perplexity", ORANGE)):  # fmt: skip
         axes.bar(levels, values, color=colour)
-        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=colour)
-        axes.set_xlabel("codebook")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+        _label(axes, title, colour, "codebook")
+    for axes in rest:
+        axes.hist(durations, bins=50, color=GREY)
+        _label(axes, "utterances", GREY, "duration (s)")
+    figure.savefig(path, format=kind)
+
+
+def _label(axes: Axes, title: str, colour: str, horizontal: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=colour)
+    axes.set_xlabel(horizontal)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def new_figure(width: float, height: float, dpi: int = 130) -> Figure:

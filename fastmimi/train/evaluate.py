@@ -22,6 +22,7 @@ import torch
 from ..errors import InputError
 from ..io.audio import AudioFile, files_below, probe, read_blocks
 from ..models.codec import Codec
+from ..models.usage import Usage, usage_from_histograms
 from .losses import mel_distance
 
 PESQ_RATE = 16_000  # Hz, the sample rate of wide-band PESQ
@@ -39,15 +40,6 @@ class Result:
     stoi: float | None  # 0 to 1
     estoi: float | None
     pesq: float | None  # MOS-LQO, 1 to 4.64
-
-
-@dataclass
-class Usage:
-    """How one codebook is used over all files."""
-
-    level: int  # counted from 1
-    used: float  # fraction of the entries that occur
-    perplexity: float  # exp of the entropy of the codes: the effective number of entries
 
 
 @dataclass
@@ -158,15 +150,6 @@ def _pesq(original: np.ndarray, decoded: np.ndarray, rate: int) -> float | None:
         with suppress(PesqError, ValueError):  # no speech in the segment, or NaN
             scores.append(float(pesq(PESQ_RATE, first[segment], second[segment], "wb")))
     return sum(scores) / len(scores) if scores else None
-
-
-def usage_from_histograms(histograms: np.ndarray) -> list[Usage]:
-    """The usage of each codebook from how often each of its entries occurs [K, S]."""
-    found = []
-    for level, counts in enumerate(histograms, 1):
-        shares = counts[counts > 0] / max(counts.sum(), 1)
-        found.append(Usage(level, float((counts > 0).mean()), float(np.exp(-(shares * np.log(shares)).sum()))))
-    return found
 
 
 def _mean(results: Sequence[Result], count: int) -> Result:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastmimi.io.files import check_input, check_output, replacing
+from fastmimi.errors import InputError
+from fastmimi.io.files import check_input, check_output, new_folder, replacing
 
 
 def test_the_target_appears_at_the_end(tmp_path: Path) -> None:
@@ -52,6 +53,34 @@ def test_a_target_may_have_the_longest_possible_name(tmp_path: Path) -> None:
     with replacing(target) as temporary:
         temporary.write_text("new")
     assert target.read_text() == "new"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_new_folder_appears_at_the_end(tmp_path: Path, exists: bool) -> None:
+    target = tmp_path / "out"
+    if exists:
+        target.mkdir()
+    with new_folder(target) as temporary:
+        (temporary / "a.txt").write_text("new")
+        assert temporary.parent == tmp_path and not (target / "a.txt").exists()
+    assert (target / "a.txt").read_text() == "new"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_error_leaves_no_new_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="late"), new_folder(tmp_path / "out") as temporary:  # noqa: PT012 (as above)
+        (temporary / "a.txt").write_text("half")
+        raise ValueError("late")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_there_is_no_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.txt").touch()
+    for target, reason in (("full", "exists"), ("full/a.txt", "exists"), ("none/out", "no directory")):
+        with pytest.raises(InputError, match=reason), new_folder(tmp_path / target):
+            pass
+    assert os.listdir(tmp_path) == ["full"]
 
 
 def test_inputs_are_checked(tmp_path: Path) -> None:
