@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .checkpoints.weights import load, save_kyutai, save_pretrained
     from .compat.replace import replace_mimi, restore_mimi
     from .compat.transformers import MimiConfig, MimiDecoderModel, MimiEncoderModel, MimiModel
+    from .corpus.codes import read_codes
+    from .corpus.dataset import CodesDataset
     from .errors import InputError
     from .models.config import CodecConfig as CodecConfig
     from .models.config import JodioConfig, MimiCodecConfig
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from .serve.slots import SlotPool
 
 _MODULES = {
+    "CodesDataset": "corpus.dataset",
     "CodecConfig": "models.config",  # MimiCodecConfig by its former name
     "JodioConfig": "models.config",
     "JodioModel": "models.jodio",
@@ -50,15 +53,17 @@ _MODULES = {
     "explain": "runtime.dispatch",
     "load": "checkpoints.weights",
     "packing_report": "runtime.packing",
+    "read_codes": "corpus.codes",
     "replace_mimi": "compat.replace",
     "restore_mimi": "compat.replace",
     "save_kyutai": "checkpoints.weights",
     "save_pretrained": "checkpoints.weights",
 }
 __all__ = [
-    "AsyncClient", "Client", "InputError", "JodioConfig", "JodioModel", "Mimi", "MimiCodecConfig", "MimiConfig",
-    "MimiDecoderModel", "MimiEncoderModel", "MimiModel", "SlotPool", "StreamPool", "StreamState", "explain",
-    "load", "packing_report", "replace_mimi", "restore_mimi", "save_kyutai", "save_pretrained",
+    "AsyncClient", "Client", "CodesDataset", "InputError", "JodioConfig", "JodioModel", "Mimi", "MimiCodecConfig",
+    "MimiConfig", "MimiDecoderModel", "MimiEncoderModel", "MimiModel", "SlotPool", "StreamPool", "StreamState",
+    "explain", "load", "packing_report", "read_codes", "replace_mimi", "restore_mimi", "save_kyutai",
+    "save_pretrained",
 ]  # fmt: skip
 
 
