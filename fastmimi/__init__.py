@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .compat.transformers import MimiConfig, MimiDecoderModel, MimiEncoderModel, MimiModel
     from .corpus.codes import read_codes
     from .corpus.dataset import CodesDataset
+    from .corpus.detokenize import detokenize
     from .errors import InputError
     from .models.config import CodecConfig as CodecConfig
     from .models.config import JodioConfig, MimiCodecConfig
@@ -50,6 +51,7 @@ _MODULES = {
     "SlotPool": "serve.slots",
     "StreamPool": "serve.pool",
     "StreamState": "runtime.state",
+    "detokenize": "corpus.detokenize",
     "explain": "runtime.dispatch",
     "load": "checkpoints.weights",
     "packing_report": "runtime.packing",
@@ -62,7 +64,7 @@ _MODULES = {
 __all__ = [
     "AsyncClient", "Client", "CodesDataset", "InputError", "JodioConfig", "JodioModel", "Mimi", "MimiCodecConfig",
     "MimiConfig", "MimiDecoderModel", "MimiEncoderModel", "MimiModel", "SlotPool", "StreamPool", "StreamState",
-    "explain", "load", "packing_report", "read_codes", "replace_mimi", "restore_mimi", "save_kyutai",
+    "detokenize", "explain", "load", "packing_report", "read_codes", "replace_mimi", "restore_mimi", "save_kyutai",
     "save_pretrained",
 ]  # fmt: skip
 
