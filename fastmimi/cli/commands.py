@@ -74,6 +74,16 @@ Upload = Annotated[int, typer.Option(help="MiB that an uploaded file may have.")
 Idle = Annotated[float, typer.Option(help="Seconds without a message after which a stream is closed.")]
 Drain = Annotated[float, typer.Option(help="Seconds that running streams get to end after SIGTERM.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no table of streams and times in the terminal.")]
+CodesIn = Annotated[
+    list[Path], typer.Argument(metavar="CORPUS...", help="The output folder of `fastmimi tokenize`, or its shards.")
+]
+Corpus = Annotated[Path, typer.Argument(metavar="CORPUS", help="The output folder of `fastmimi tokenize`, or a shard.")]
+AudioFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder for the audio.")]
+AudioFormat = Annotated[str, typer.Option("--format", help="flac, wav, ogg...")]
+Tars = Annotated[bool, typer.Option("--webdataset", help="Write a tar for each shard instead of single files.")]
+ExportTarget = Annotated[Path, typer.Argument(metavar="OUT", help="A new folder; for jsonl, a file.")]
+ExportFormat = Annotated[str, typer.Option("--format", help="huggingface, jsonl, lhotse, tokens or webdataset.")]
+Usage = Annotated[Path | None, typer.Option("--plot", help="Draw usage and durations (png, pdf, svg).")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version and exit.")]
 
 app = typer.Typer(
@@ -83,6 +93,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # "rich" would parse [train] and [jodio-] as markup and drop them
 )
+
+corpus = typer.Typer(cls=ErrorHandlingGroup, help="Look at a tokenised corpus, and write it in other formats.")
+app.add_typer(corpus, name="corpus")
 
 
 def main() -> None:
@@ -254,3 +267,33 @@ def serve(
         model, host, port, streams, frames_per_tick, codebooks, device, dtype, weights, impl, threads, token_file,
         allow_origin or [], per_client, upload_mb, idle_s, drain_s, quiet,
     )  # fmt: skip
+
+
+@app.command()
+def detokenize(
+    sources: CodesIn, out: AudioFolder, model: Model = HUB, audio_format: AudioFormat = "flac",
+    webdataset: Tars = False, codebooks: Codebooks = None, device: Device = "cpu", dtype: Dtype = "float32",
+    impl: Impl = "auto", force: Force = False,
+) -> None:  # fmt: skip
+    """Decode a tokenised corpus to audio files or a WebDataset; run again, it goes on where it was."""
+    from . import corpus_results
+
+    corpus_results.detokenize(
+        sources, out, model, audio_format, webdataset, codebooks, device, dtype, impl, force
+    )  # fmt: skip
+
+
+@corpus.command()
+def stats(source: Corpus, json: Json = None, plot: Usage = None) -> None:
+    """Count hours, utterances, frames and errors, and how much of each codebook is used."""
+    from . import corpus_results
+
+    corpus_results.stats(source, json, plot)
+
+
+@corpus.command()
+def export(sources: CodesIn, out: ExportTarget, format: ExportFormat, codebooks: Codebooks = None) -> None:
+    """Write a tokenised corpus in the format of another library."""
+    from . import corpus_results
+
+    corpus_results.export(sources, out, format, codebooks)
