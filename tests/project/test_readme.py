@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import fastmimi
 from fastmimi.checkpoints.weights import DEMO, random
 from fastmimi.cli import app
+from fastmimi.corpus import shards
 from fastmimi.devtools.testing import noise
 from fastmimi.models.config import MimiCodecConfig
 
@@ -50,8 +51,22 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def codes(folder):
+    """A corpus in `codes/`: 20 frames of two utterances, with codes of the model `demo`."""
+    demo = fastmimi.load("demo")
+    rows = [{"id": id, "duration": 1.6, "sample_rate": 24_000, "source": f"{id}.wav"} for id in ("a", "b")]
+    table = shards.table_of(
+        [{**dict.fromkeys(("start", "end", "channel")), **row} for row in rows],
+        [demo.encode(noise(1, 1, 38_400, seed=seed))[0].numpy() for seed in range(2)],
+        shards.schema(shards.Settings.of(demo, "demo")),
+    )
+    (folder / "codes").mkdir()
+    shards.write_shard(folder / "codes", 0, table, [])
+
+
 @pages_with("python")
-def test_examples(page, folder):
+def test_examples(page, folder, codes):
     pytest.importorskip("transformers")
     if f'"{KYUTAI}"' in page.read_text():
         fastmimi.save_kyutai(fastmimi.load("random:0"), folder / KYUTAI)
@@ -64,7 +79,7 @@ def test_examples(page, folder):
 
 
 @pages_with("bash")
-def test_commands(page, folder):
+def test_commands(page, folder, codes):
     """Commands of fastmimi are run on a short clip; for others, the names in them are checked."""
     soundfile.write("speech.flac", noise(8_000).numpy(), 16_000)
     for program, *arguments in commands(page):
@@ -75,7 +90,7 @@ def test_commands(page, folder):
 
 
 def run_fastmimi(arguments: list[str]) -> None:
-    codes = arguments[0] in ("encode", "decode", "roundtrip") and "--model" not in arguments
+    codes = arguments[0] in ("encode", "decode", "roundtrip", "detokenize") and "--model" not in arguments
     result = CliRunner().invoke(app, [*arguments, *(["--model", "demo"] if codes else [])], catch_exceptions=False)
     assert result.exit_code == 0, result.output
 
