@@ -1,7 +1,8 @@
-"""The command line: `fastmimi encode | decode | roundtrip | info | explain | train | evaluate | serve`.
+"""The command line: `fastmimi encode | decode | roundtrip | info | explain | train | evaluate | serve |
+detokenize | corpus`.
 
-`commands` defines the commands and their options, `work`, `training` and `serving` what they do, `report` what they
-print, and `errors` how errors are shown.
+`commands` defines the commands and their options, `work`, `training`, `serving` and `corpus_results` what they do,
+`report` what they print, and `errors` how errors are shown.
 """
 
 from .commands import app, main

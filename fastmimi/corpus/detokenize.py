@@ -95,7 +95,10 @@ def _check_settings(folder: Path, settings: dict[str, object]) -> None:
     """Record the settings in a new folder; raise InputError if they are others than the recorded ones."""
     path = folder / SETTINGS
     if path.exists():
-        recorded = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            recorded = json.loads(path.read_bytes())
+        except ValueError:
+            raise InputError(f"{path} is damaged: write to another folder, or remove this one") from None
         for key, value in settings.items():
             if recorded.get(key) != value:
                 raise InputError(f"{folder} was written with {key} {recorded.get(key)!r}, not {value!r}")
@@ -138,7 +141,7 @@ class _Output:
                 others = {name: value for name, value in row.items() if name != "codes"}
                 key = file_name(row["id"])
                 add_member(tar, f"{key}.{suffix}", audio.read_bytes())
-                add_member(tar, f"{key}.json", json.dumps(others, ensure_ascii=False).encode())
+                add_member(tar, f"{key}.json", json.dumps(others, ensure_ascii=False, default=str).encode())
 
     def _missing(self, rows: Iterable[Record], path_for: Callable[[Record], Path]) -> Iterator[Record]:
         """The rows whose file does not exist; the others count as skipped."""
