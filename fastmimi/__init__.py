@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .corpus.codes import read_codes
     from .corpus.dataset import CodesDataset
     from .corpus.detokenize import detokenize
+    from .corpus.tokenize import tokenize
     from .errors import InputError
     from .models.config import CodecConfig as CodecConfig
     from .models.config import JodioConfig, MimiCodecConfig
@@ -60,12 +61,13 @@ _MODULES = {
     "restore_mimi": "compat.replace",
     "save_kyutai": "checkpoints.weights",
     "save_pretrained": "checkpoints.weights",
+    "tokenize": "corpus.tokenize",
 }
 __all__ = [
     "AsyncClient", "Client", "CodesDataset", "InputError", "JodioConfig", "JodioModel", "Mimi", "MimiCodecConfig",
     "MimiConfig", "MimiDecoderModel", "MimiEncoderModel", "MimiModel", "SlotPool", "StreamPool", "StreamState",
     "detokenize", "explain", "load", "packing_report", "read_codes", "replace_mimi", "restore_mimi", "save_kyutai",
-    "save_pretrained",
+    "save_pretrained", "tokenize",
 ]  # fmt: skip
 
 

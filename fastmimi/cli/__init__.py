@@ -1,8 +1,8 @@
-"""The command line: `fastmimi encode | decode | roundtrip | info | explain | train | evaluate | serve |
-detokenize | corpus`.
+"""The command line: `fastmimi encode | decode | roundtrip | info | explain | tokenize | detokenize | corpus | train |
+evaluate | serve`.
 
-`commands` defines the commands and their options, `work`, `training`, `serving` and `corpus_results` what they do,
-`report` what they print, and `errors` how errors are shown.
+`commands` and `corpus` define the commands and their options, `work`, `training`, `serving` and `corpus_results` what
+they do, `report` what they print, and `errors` how errors are shown.
 """
 
 from .commands import app, main

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from ..io.files import check_input, replacing
+from . import corpus
 from .errors import ErrorHandlingGroup
 
 HUB = "kyutai/mimi"
@@ -94,8 +95,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # "rich" would parse [train] and [jodio-] as markup and drop them
 )
 
-corpus = typer.Typer(cls=ErrorHandlingGroup, help="Look at a tokenised corpus, and write it in other formats.")
-app.add_typer(corpus, name="corpus")
 
 
 def main() -> None:
@@ -233,6 +232,10 @@ def explain(model: OneModel = None, device: Device = "cpu", dtype: Dtype = "floa
         report.dispatch(work.load(model, device, dtype, impl).explain(), f"{model}, {title}")
 
 
+app.command()(corpus.tokenize)
+app.add_typer(corpus.app, name="corpus")
+
+
 @app.command()
 def train(config: ConfigIn, changes: Changes = None) -> None:
     """Train a codec, or resume a run (needs pip install 'fastmimi[train]'). See fastmimi/train/config.py."""
@@ -283,7 +286,7 @@ def detokenize(
     )  # fmt: skip
 
 
-@corpus.command()
+@corpus.app.command()
 def stats(source: Corpus, json: Json = None, plot: Usage = None) -> None:
     """Count hours, utterances, frames and errors, and how much of each codebook is used."""
     from . import corpus_results
@@ -291,7 +294,7 @@ def stats(source: Corpus, json: Json = None, plot: Usage = None) -> None:
     corpus_results.stats(source, json, plot)
 
 
-@corpus.command()
+@corpus.app.command()
 def export(sources: CodesIn, out: ExportTarget, format: ExportFormat, codebooks: Codebooks = None) -> None:
     """Write a tokenised corpus in the format of another library."""
     from . import corpus_results
