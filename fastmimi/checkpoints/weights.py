@@ -316,7 +316,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -177,17 +177,17 @@ def _result(
         return shard, batch, [str(error)]
 
 
-def encoded(codec: Codec, signals: list[np.ndarray | str], budget: int) -> list[Result]:
+def encoded(codec: Codec, signals: Sequence[np.ndarray | str], budget: int) -> list[Result]:
     """The codes and samples of each signal [n, channels], at most `budget` samples at a time; errors are kept."""
-    results: list[Result] = [signal if isinstance(signal, str) else (signal, 0) for signal in signals]
-    lengths = np.array([0 if isinstance(signal, str) else len(signal) for signal in signals])
-    for batch in plan.batches(lengths, range(len(signals)), budget):  # lengths may differ from those of the manifest
-        some = [i for i in batch.rows if lengths[i]]
-        if some:
-            codes = encode_batch(codec, [signals[i] for i in some])  # type: ignore[misc] (not those of errors)
-            for i, found in zip(some, codes, strict=True):
-                results[i] = found, int(lengths[i])
-    return results
+    read = {i: signal for i, signal in enumerate(signals) if not isinstance(signal, str)}
+    lengths = np.array([len(signal) for signal in read.values()], np.int64)
+    found: dict[int, Result] = {i: signal for i, signal in enumerate(signals) if isinstance(signal, str)}
+    numbers = [*read]
+    for batch in plan.batches(lengths, range(len(read)), budget):  # lengths may differ from those of the manifest
+        some = [numbers[row] for row in batch.rows]
+        codes = encode_batch(codec, [read[i] for i in some])
+        found.update({i: (row, len(read[i])) for i, row in zip(some, codes, strict=True)})
+    return [found[i] for i in range(len(signals))]
 
 
 def _write(out: Path, shard: _Shard, columns: pa.Schema, sample_rate: int) -> None:

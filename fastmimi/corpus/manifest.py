@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -204,7 +204,7 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
             yield value
 
 
-def _of_values(rows: list[Mapping[str, Any]], where: str) -> pa.Table:
+def _of_values(rows: Sequence[Mapping[str, Any]], where: str) -> pa.Table:
     """A table of rows that may lack columns. Raises InputError for a column of mixed types."""
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):

@@ -19,7 +19,7 @@ MOST_ROWS = 256
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a manifest, by number, that are computed together; `long`: one row, which is read and computed in tiles."""
+    """Rows of a manifest, by number, that are computed together; `long`: one row, read and computed in tiles."""
 
     rows: tuple[int, ...]
     samples: int  # of the longest, at the codec's rate, as the manifest has it

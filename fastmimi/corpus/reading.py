@@ -26,7 +26,7 @@ OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.
 def blocks(row: Row, rate: int, channels: int = 1) -> Iterator[Block]:
     """Yield the row's audio as float32 blocks [samples, channels] at `rate` Hz.
 
-    Whatever the row's file is the reason for is an InputError; an error of the machine, such as a full disk, an OSError.
+    Raises InputError for what is wrong with the file, and OSError for what is wrong with the machine: a full disk.
     """
     path = Path(row.uri)
     try:

@@ -1,4 +1,4 @@
-"""Sources of audio -> manifests: folders, globs, manifests, Parquet files and data sets that hold audio, archives, cuts.
+"""Sources of audio -> manifests: folders, globs, manifests, tables and data sets that hold audio, archives, cuts.
 
 | kind | source | rows |
 |---|---|---|
@@ -231,7 +231,11 @@ def _told(sample: dict[str, Any], where: str) -> dict[str, Scalar]:
     except ValueError:
         raise InputError(f"{where} has a .json that is none") from None
     reserved = {*manifest.COLUMNS.names}
-    told = {k: v for k, v in values.items() if k not in reserved and isinstance(v, str | int | float | bool)}
+    told: dict[str, Scalar] = {
+        name: value
+        for name, value in values.items()
+        if name not in reserved and isinstance(value, str | int | float | bool)
+    }
     return {**told, "text": sample["txt"]} if "txt" in sample else told
 
 

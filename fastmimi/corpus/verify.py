@@ -16,6 +16,7 @@ from ..errors import InputError, one_line, shown
 from ..io.files import path_of
 from ..models.codec import Codec
 from . import manifest, reading, shards
+from .rows import Row
 
 
 @dataclass
@@ -60,7 +61,7 @@ def verify(
             continue
         rows = run.rows_of(shard)
         found = _shard(folder, shard, table.slice(rows.start, len(rows)), run.settings, report)
-        for number in sorted(n for n in chosen if n in rows) if found is not None else ():
+        for number in sorted(n for n in chosen if n in rows):
             row = manifest.rows_of(table.slice(number, 1))[0]
             if row.id in found:
                 _again(codec, row, found[row.id], report)
@@ -70,15 +71,15 @@ def verify(
 
 def _shard(
     folder: Path, shard: int, rows: pa.Table, settings: shards.Settings, report: Report
-) -> dict[str, np.ndarray] | None:  # fmt: skip
-    """The codes of a shard by id; None if it cannot be read. What is wrong is reported."""
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The codes of a shard by id, none if it cannot be read. What is wrong is reported."""
     path, failed = shards.shard_path(folder, shard), shards.errors_path(folder, shard)
     try:
         made_with, table = shards.read_settings(path), pq.read_table(path)
         errors = pq.read_table(failed)["id"].to_pylist() if failed.exists() else []
     except (InputError, pa.ArrowException, OSError) as error:
         report.wrong.append(f"{path.name} cannot be read: {one_line(error)}")
-        return None
+        return {}
     if (difference := settings.difference(made_with)) is not None:
         report.wrong.append(f"{path.name} is of another run: {difference}")
     ids, wanted = table["id"].to_pylist(), rows["id"].to_pylist()
@@ -100,7 +101,7 @@ def _shard(
     return dict(zip(ids, codes, strict=True))
 
 
-def _again(codec: Codec, row: reading.Row, codes: np.ndarray, report: Report) -> None:
+def _again(codec: Codec, row: Row, codes: np.ndarray, report: Report) -> None:
     try:
         audio = reading.samples(row, codec.sample_rate, codec.config.audio_channels)
     except InputError as error:
