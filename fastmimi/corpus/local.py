@@ -6,15 +6,16 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from ..errors import InputError, shown
 from . import manifest, plan, shards
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ..models.codec import Codec
 
 BATCH_SECONDS, BATCH_SECONDS_ACCELERATOR = 60, 1200  # of audio with padding, where memory allows it
+MOST_WORKERS = 64
 COPIES = 3  # of a batch at a time: its blocks, its signals, its tensor
 MIB = 1 << 20
 
@@ -69,6 +71,15 @@ class _Shard:
 
 
 @dataclass(frozen=True)
+class _Work:
+    """A batch of a shard."""
+
+    shard: _Shard
+    batch: plan.Batch
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
 class Limits:
     """How many readers there are, and how much audio with padding, in samples, is in a batch."""
 
@@ -84,18 +95,21 @@ class Limits:
         for name, value in {"readers": readers, "memory_mb": memory_mb}.items():
             if type(value) is not int or value < 1:
                 raise InputError(f"{name} must be a positive integer, got {shown(value)}")
-        per_sample = 4 * codec.config.audio_channels * COPIES * (cls.ahead_of(readers) + 1)
+        workers, _ = _workers(codec, MOST_WORKERS)
+        per_sample = 4 * codec.config.audio_channels * COPIES * (readers + workers + 1)
         wanted = (BATCH_SECONDS if cpu else BATCH_SECONDS_ACCELERATOR) * codec.sample_rate
         return cls(readers, max(codec.frame_size, min(wanted, memory_mb * MIB // per_sample)))
 
-    @staticmethod
-    def ahead_of(readers: int) -> int:
-        return 2 * readers
 
-    @property
-    def ahead(self) -> int:
-        """Batches that are read before they are needed."""
-        return self.ahead_of(self.readers)
+def _workers(codec: Codec, batches: int) -> tuple[int, int]:
+    """Threads that compute batches, and PyTorch's threads in each.
+
+    On a CPU there are as many as PyTorch has threads, with one each: they do not wait for each other, so that a core
+    that has to read for a while delays none of the others.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, batches, MOST_WORKERS) if codec.device.type == "cpu" else 1
+    return workers, threads // workers
 
 
 def run(
@@ -110,16 +124,18 @@ def run(
     columns = shards.schema(what.settings, shards.carried_of(table.schema))
     progress(summary)
 
-    def work() -> Iterator[tuple[_Shard, plan.Batch, list[Row]]]:
+    def work() -> Iterator[_Work]:
         for number in missing:
             rows = what.rows_of(number)
             shard = _Shard(number, table.slice(rows.start, len(rows)), rows.start)
             as_rows = manifest.rows_of(shard.table)
             for batch in plan.batches(lengths, rows, limits.batch):
-                yield shard, batch, [as_rows[row - rows.start] for row in batch.rows]
+                yield _Work(shard, batch, [as_rows[row - rows.start] for row in batch.rows])
 
-    for shard, batch, results in _computed(codec, work(), limits):
-        shard.results.update(zip(batch.rows, results, strict=True))
+    batches = sum(1 for shard in missing for _ in plan.batches(lengths, what.rows_of(shard), limits.batch))
+    for item, results in _computed(codec, work(), batches, limits):
+        shard = item.shard
+        shard.results.update(zip(item.batch.rows, results, strict=True))
         done = [result for result in results if not isinstance(result, str)]
         summary.rows, summary.errors = summary.rows + len(done), summary.errors + len(results) - len(done)
         summary.seconds += sum(samples for _, samples in done) / codec.sample_rate
@@ -136,45 +152,89 @@ def run(
 
 
 def _computed(
-    codec: Codec, work: Iterable[tuple[_Shard, plan.Batch, list[Row]]], limits: Limits
-) -> Iterator[tuple[_Shard, plan.Batch, list[Result]]]:
-    """The work with its results, in order; the next batches are read meanwhile."""
-    idle: SimpleQueue[Reader] = SimpleQueue()
-    readers = [Reader(codec.sample_rate, codec.config.audio_channels) for _ in range(limits.readers + 1)]
-    for reader in readers[1:]:
-        idle.put(reader)
-
-    def read(rows: list[Row]) -> list[np.ndarray | str]:
-        reader = idle.get()
-        try:
-            return reader.read(rows)
-        finally:
-            idle.put(reader)
-
+    codec: Codec, work: Iterable[_Work], batches: int, limits: Limits
+) -> Iterator[tuple[_Work, list[Result]]]:
+    """The work with its results, in order; what comes next is read and computed meanwhile."""
+    if not batches:
+        return
+    workers, threads = _workers(codec, batches)
+    with torch.inference_mode():  # weights are packed now, not by all threads at once
+        codec.encode(torch.zeros(1, codec.config.audio_channels, codec.frame_size))
     with ExitStack() as stack:
-        pool = ThreadPoolExecutor(limits.readers)
-        stack.callback(pool.shutdown, cancel_futures=True)
-        for reader in readers:
-            stack.callback(reader.close)  # before the pool waits for its threads
-        waiting: deque[tuple[_Shard, plan.Batch, list[Row], Future[Any] | None]] = deque()
-        for shard, batch, rows in work:
-            waiting.append((shard, batch, rows, None if batch.long else pool.submit(read, rows)))
-            if len(waiting) > limits.ahead:
-                yield _result(codec, readers[0], limits, *waiting.popleft())
+        reading = stack.enter_context(_Readers(codec, limits.readers))
+        streaming = stack.enter_context(_Readers(codec, workers))
+        stack.enter_context(_threads(threads))
+        computing = ThreadPoolExecutor(workers)
+        stack.callback(computing.shutdown, cancel_futures=True)
+        stack.callback(reading.end)  # before the threads are waited for
+        stack.callback(streaming.end)
+
+        def compute(batch: plan.Batch, rows: list[Row], signals: Future[list[np.ndarray | str]] | None) -> list[Result]:
+            if signals is not None:
+                return encoded(codec, signals.result(), limits.batch)
+            with streaming.one() as reader:
+                try:
+                    return [encode_long(codec, reader.blocks(rows[0]))]
+                except InputError as error:
+                    return [str(error)]
+
+        waiting: deque[tuple[_Work, Future[list[Result]]]] = deque()
+        for item in work:
+            signals = None if item.batch.long else reading.submit(item.rows)
+            waiting.append((item, computing.submit(compute, item.batch, item.rows, signals)))
+            if len(waiting) > limits.readers + workers:
+                yield waiting[0][0], waiting.popleft()[1].result()
         while waiting:
-            yield _result(codec, readers[0], limits, *waiting.popleft())
+            yield waiting[0][0], waiting.popleft()[1].result()
 
 
-def _result(
-    codec: Codec, reader: Reader, limits: Limits, shard: _Shard, batch: plan.Batch, rows: list[Row],
-    read: Future[list[np.ndarray | str]] | None,
-) -> tuple[_Shard, plan.Batch, list[Result]]:  # fmt: skip
-    if read is not None:
-        return shard, batch, encoded(codec, read.result(), limits.batch)
+class _Readers:
+    """Reader processes, each used by one thread at a time."""
+
+    def __init__(self, codec: Codec, count: int):
+        self._all = [Reader(codec.sample_rate, codec.config.audio_channels) for _ in range(count)]
+        self._idle: SimpleQueue[Reader] = SimpleQueue()
+        for reader in self._all:
+            self._idle.put(reader)
+        self._pool = ThreadPoolExecutor(count)
+
+    @contextmanager
+    def one(self) -> Iterator[Reader]:
+        reader = self._idle.get()
+        try:
+            yield reader
+        finally:
+            self._idle.put(reader)
+
+    def submit(self, rows: list[Row]) -> Future[list[np.ndarray | str]]:
+        """Begin to read rows as soon as a process is idle."""
+        return self._pool.submit(self._read, rows)
+
+    def _read(self, rows: list[Row]) -> list[np.ndarray | str]:
+        with self.one() as reader:
+            return reader.read(rows)
+
+    def end(self) -> None:
+        for reader in self._all:
+            reader.end()
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> _Readers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch's threads for threads that start within it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        return shard, batch, [encode_long(codec, reader.blocks(rows[0]))]
-    except InputError as error:
-        return shard, batch, [str(error)]
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def encoded(codec: Codec, signals: Sequence[np.ndarray | str], budget: int) -> list[Result]:

@@ -118,7 +118,7 @@ def checked(table: pa.Table, where: str) -> pa.Table:
     table = pa.table(columns).combine_chunks()
     for name in ("id", "uri"):
         missing = pc.fill_null(pc.equal(table[name], ""), True)
-        _refuse(table, missing, f"{where}: each row must have an {name}")
+        _refuse(table, missing, f"{where}: {name} must not be empty")
     if table.num_rows == 0:
         raise InputError(f"{where} has no rows")
     if pc.count_distinct(table["id"]).as_py() != table.num_rows:

@@ -32,11 +32,12 @@ CRASHED = "made the process that reads it end: the file crashes its decoder, or 
 
 
 class Reader:
-    """A process that reads rows, for one thread at a time. Ends with `close`."""
+    """A process that reads rows, for one thread at a time, until `end`."""
 
     def __init__(self, rate: int, channels: int):
         self._rate, self._channels = rate, channels
         self._process: subprocess.Popen[bytes] | None = None
+        self._ended = False
 
     def read(self, rows: Sequence[Row]) -> list[np.ndarray | str]:
         """Each row's samples, [n, channels], or the sentence that says why there are none.
@@ -84,6 +85,8 @@ class Reader:
         waiting.put(found)
 
     def _request(self, rows: Sequence[Row]) -> None:
+        if self._ended:
+            raise RuntimeError("the reader has ended")
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *sys.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -105,6 +108,11 @@ class Reader:
         if isinstance(found, OSError):
             raise found
         return np.concatenate(blocks) if found is None else found
+
+    def end(self) -> None:
+        """End for good, from any thread: who reads at the moment gets an error."""
+        self._ended = True
+        self.close()
 
     def close(self) -> None:
         """End the process; a later call starts another."""

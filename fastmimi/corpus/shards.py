@@ -214,9 +214,12 @@ def unpack_codes(column: pa.ListArray | pa.ChunkedArray) -> list[np.ndarray]:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file: whole and on the disk, or not at all."""
-    with replacing(path, durable=True) as part:
-        pq.write_table(table, part, compression="zstd")
+    """Write a Parquet file: whole and on the disk, or not at all. Raises InputError if the disk is full."""
+    try:
+        with replacing(path, durable=True) as part:
+            pq.write_table(table, part, compression="zstd")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({one_line(error)}); what is finished stays") from None
 
 
 def write_shard(folder: Path, shard: int, table: pa.Table, errors: Sequence[tuple[str, str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""A small tokenised corpus, with random codes of a small model."""
+"""A small codec, audio files, and a small tokenised corpus with random codes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 
 from fastmimi.corpus.shards import ERROR_COLUMNS, Settings, errors_path, schema, shard_path, table_of
 from fastmimi.devtools.testing import small_model
@@ -29,9 +30,52 @@ UTTERANCES = [
 MakeCorpus = Callable[..., Path]
 
 
+RATES = (16_000, 24_000, 44_100, 8_000)
+SUFFIXES = ("wav", "flac", "ogg", "mp3")
+
+
 @pytest.fixture(scope="session")
 def codec() -> Any:
-    return small_model()  # 6 codebooks of 64 entries
+    """A codec with 6 codebooks of 64 entries and a window of 24 positions, with random weights."""
+    return small_model()
+
+
+@pytest.fixture(scope="session")
+def model(codec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same codec."""
+    from fastmimi import save_pretrained
+
+    folder = tmp_path_factory.mktemp("model")
+    save_pretrained(codec, folder)
+    return folder
+
+
+@pytest.fixture
+def speech(tmp_path: Path) -> Path:
+    """A folder of 12 files of several formats, rates and lengths, of which one is broken and one is empty."""
+    folder = tmp_path / "speech"
+    write_files(folder, 12)
+    (folder / "broken.wav").write_bytes(b"RIFF nothing that could be read")
+    (folder / "empty.flac").touch()
+    return folder
+
+
+@pytest.fixture
+def files() -> Callable[[Path, int], None]:
+    return write_files
+
+
+def write_files(folder: Path, count: int, seconds: float = 1.5) -> None:
+    """Audio of up to so many seconds in `count` files, in subfolders."""
+    draw = np.random.default_rng(count)
+    for i in range(count):
+        rate, suffix = RATES[i % 4], SUFFIXES[i // 2 % 4]
+        length = max(1, int(draw.uniform(0, seconds) * rate))
+        time = np.arange(length) / rate
+        tone = 0.3 * np.sin(2 * np.pi * draw.uniform(80, 400) * time) + 0.05 * draw.standard_normal(length)
+        path = folder / f"{i % 3}" / f"{i:03}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.stack([tone, tone[::-1]], 1) if i % 5 == 0 else tone, rate)
 
 
 @pytest.fixture
