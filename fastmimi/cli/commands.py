@@ -96,7 +96,6 @@ app = typer.Typer(
 )
 
 
-
 def main() -> None:
     """The console script's entry point."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, as for Ctrl-C: temporary files are removed

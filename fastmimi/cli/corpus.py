@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, shown
 
 if TYPE_CHECKING:
     from ..corpus.local import Summary
@@ -48,6 +48,11 @@ PerShard = Annotated[int, typer.Option(help="Rows of a shard; a run that is kill
 Readers = Annotated[int | None, typer.Option(help="Processes that read audio; by default one for four cores.")]
 Memory = Annotated[int, typer.Option(help="MiB that audio may take which is read and computed.")]
 Threads = Annotated[int | None, typer.Option(help="PyTorch's threads; by default as many as there are cores.")]
+Engine = Annotated[str, typer.Option(help="local, or ray: actors of a Ray cluster (pip install 'fastmimi[ray]').")]
+Actors = Annotated[int | None, typer.Option(help="Actors of Ray; by default as many as there is room for.")]
+Cpus = Annotated[int, typer.Option(help="CPUs of an actor of Ray.")]
+Gpus = Annotated[float, typer.Option(help="GPUs of an actor of Ray, such as 1 or 0.25; with --device cuda.")]
+Address = Annotated[str | None, typer.Option(help="The Ray cluster; auto is this machine's. By default a new one.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress in the terminal.")]
 Sample = Annotated[int, typer.Option(help="Rows to encode again.")]
 Seed = Annotated[int, typer.Option(help="Draws which rows.")]
@@ -63,15 +68,19 @@ def tokenize(
     source: Source, out: Out, model: Model = "kyutai/mimi", codebooks: Codebooks = None, device: Device = "cpu",
     dtype: Dtype = "float32", impl: Impl = "auto", kind: Kind = None, shard: Shard = "0/1",
     rows_per_shard: PerShard = 1000, readers: Readers = None, memory_mb: Memory = 512, threads: Threads = None,
+    engine: Engine = "local", actors: Actors = None, cpus: Cpus = 1, gpus: Gpus = 0.0, address: Address = None,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Encode a corpus to shards of codes in Parquet; run again, it goes on (needs pip install 'fastmimi[corpus]')."""
     check_installed()
     import torch
 
+    from ..corpus.ray import Ray
     from ..corpus.tokenize import tokenize
     from . import report, work
 
+    if engine not in ("local", "ray"):
+        raise InputError(f"--engine must be local or ray, got {shown(engine)}")
     if threads is not None:
         if threads < 1:
             raise InputError(f"--threads must be positive, got {threads}")
@@ -79,7 +88,7 @@ def tokenize(
     done = tokenize(
         source, out, model=model, num_codebooks=codebooks, device=device, dtype=work.dtype_of(dtype), impl=impl,
         kind=kind, shard=shard, rows_per_shard=rows_per_shard, readers=readers, memory_mb=memory_mb,
-        progress=not quiet,
+        progress=not quiet, engine=Ray(actors, cpus, gpus, address) if engine == "ray" else None,
     )  # fmt: skip
     report.show(_summary_rows(done, out))
 
@@ -126,7 +135,8 @@ def verify(
 
 def _summary_rows(done: Summary, out: Path) -> list[tuple[str, str]]:
     hours, errors = done.seconds / 3600, f", {done.errors} not readable" if done.errors else ""
-    rows = [("codes", f"{out}: {done.finished} of {done.shards} shards"), ("rows", f"{done.rows}{errors}")]
+    rows = [("codes", f"{out}: {done.finished} of {done.shards} shards")]
+    rows.append(("rows", f"{done.rows}{errors}" if done.elapsed else "none left to do"))
     if done.elapsed:
         rows.append(("audio", f"{hours:.3f} h in {done.elapsed:.1f} s, {done.speed:.3g} times real time"))
     if done.errors:

@@ -113,14 +113,12 @@ def _workers(codec: Codec, batches: int) -> tuple[int, int]:
 
 
 def run(
-    codec: Codec, table: pa.Table, what: shards.Run, out: Path, part: plan.Part, limits: Limits, progress: Progress
+    codec: Codec, table: pa.Table, what: shards.Run, out: Path, numbers: Sequence[int], limits: Limits,
+    progress: Progress,
 ) -> Summary:  # fmt: skip
-    """Write the shards of a manifest that are not there yet; `out` has its settings already."""
+    """Write those of the shards with these numbers that are not there yet; `out` has its settings already."""
     lengths = plan.lengths(table["duration"].to_numpy(), codec.sample_rate)
-    mine = part.of(what.num_shards)
-    missing = [shard for shard in mine if not shards.shard_path(out, shard).exists()]
-    summary = Summary(shards=len(mine), finished=len(mine) - len(missing))
-    summary.total_seconds = sum(int(lengths[_slice(what.rows_of(s))].sum()) for s in missing) / codec.sample_rate
+    missing, summary = begin(lengths, what, out, numbers)
     columns = shards.schema(what.settings, shards.carried_of(table.schema))
     progress(summary)
 
@@ -144,11 +142,17 @@ def run(
             summary.finished += 1
         summary.elapsed = perf_counter() - summary.started
         progress(summary)
-    if all(shards.shard_path(out, shard).exists() for shard in range(what.num_shards)):
-        shards.join_errors(out, what.num_shards)
-        for left in out.glob(".*.part"):  # of runs that were killed
-            left.unlink(missing_ok=True)
     return summary
+
+
+def begin(
+    lengths: np.ndarray, what: shards.Run, out: Path, numbers: Sequence[int]
+) -> tuple[list[int], Summary]:  # fmt: skip
+    """Which of these shards are missing, and the summary of a run that has done nothing yet."""
+    missing = [number for number in numbers if not shards.shard_path(out, number).exists()]
+    seconds = sum(int(lengths[_slice(what.rows_of(number))].sum()) for number in missing) / what.settings.sample_rate
+    done = len(numbers) - len(missing)
+    return missing, Summary(shards=len(numbers), finished=done, total_seconds=seconds)
 
 
 def _computed(

@@ -241,6 +241,14 @@ def join_errors(folder: Path, num_shards: int) -> int:
     return table.num_rows
 
 
+def finish(folder: Path, what: Run, alone: bool) -> None:
+    """If all shards are there, join their errors; a job that is alone also removes what killed runs have left."""
+    if all(shard_path(folder, shard).exists() for shard in range(what.num_shards)):
+        join_errors(folder, what.num_shards)
+        for left in folder.glob(".*.part") if alone else ():
+            left.unlink(missing_ok=True)
+
+
 def read_settings(path: str | Path) -> Settings:
     """The settings in a shard's metadata. Raises InputError if the file is not a shard, or damaged."""
     path = check_input(path_of(path, "a shard of codes"))

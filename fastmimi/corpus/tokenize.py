@@ -18,13 +18,14 @@ from . import local, manifest, plan, shards, sources
 
 if TYPE_CHECKING:
     from .progress import Bars
+    from .ray import Ray
 
 
 def tokenize(
     source: str | Path, out: str | Path, *, model: str | Path | Codec = "kyutai/mimi",
     num_codebooks: int | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
     impl: dispatch.Impl = "auto", kind: str | None = None, shard: str = "0/1", rows_per_shard: int = 1000,
-    readers: int | None = None, memory_mb: int = 512, progress: bool = True,
+    readers: int | None = None, memory_mb: int = 512, progress: bool = True, engine: Ray | None = None,
 ) -> local.Summary:  # fmt: skip
     """Encode all audio of a source to shards of codes in the folder `out`, which is made; needs the extra [corpus].
 
@@ -42,6 +43,7 @@ def tokenize(
         readers: processes that read audio; by default one for four cores, on an accelerator one a core.
         memory_mb: MiB that audio may take which is read or computed, beside the model, its activations and processes.
         progress: show a bar, if stderr is a terminal.
+        engine: by default this machine; `fastmimi.corpus.ray.Ray()` computes shards in actors of a Ray cluster.
 
     Raises InputError before any work for arguments, a source or a manifest that are not right, and if `out` is of a run
     with another manifest, model, number of codebooks, dtype or format.
@@ -57,6 +59,8 @@ def tokenize(
     if before is None and out.is_dir() and any(path.name[:1] != "." for path in out.iterdir()):
         raise InputError(f"{out} is not empty, and has no {shards.SETTINGS} of a run that could go on")
     with Bars(progress) as bars:
+        if engine is not None:
+            engine.check(model)
         codec = _codec(model, num_codebooks, device, dtype, impl, bars)
         limits = local.Limits.of(codec, readers, memory_mb)
         table = _manifest_of_before(before, source, out) if before else sources.table_of(source, kind, bars.probing)
@@ -68,7 +72,14 @@ def tokenize(
             before = _begin(what, table, out)
         if (difference := before.difference(what)) is not None:
             raise InputError(f"{out} is of a run with other settings: {difference}; pass another folder")
-        return local.run(codec, table, what, out, part, limits, bars.tokenizing)
+        numbers = part.of(what.num_shards)
+        if engine is None:
+            done = local.run(codec, table, what, out, numbers, limits, bars.tokenizing)
+        else:
+            loading = {"device": device, "dtype": dtype, "impl": impl, "num_codebooks": num_codebooks}
+            done = engine.run(model, loading, table, what, out, numbers, limits, bars.tokenizing)
+        shards.finish(out, what, alone=part.count == 1)
+        return done
 
 
 def _manifest_of_before(before: shards.Run, source: str | Path, out: Path) -> pa.Table:
