@@ -63,7 +63,9 @@ def tokenize(
             engine.check(model)
         codec = _codec(model, num_codebooks, device, dtype, impl, bars)
         limits = local.Limits.of(codec, readers, memory_mb)
-        table = _manifest_of_before(before, source, out) if before else sources.table_of(source, kind, bars.probing)
+        table = (
+            _manifest_of_before(before, source, kind, out) if before else sources.table_of(source, kind, bars.probing)
+        )
         what = shards.Run(
             shards.Settings.of(codec, str(model) if not isinstance(model, Codec) else type(model).__name__),
             sources.absolute(source), table.num_rows, manifest.digest(table), rows_per_shard,
@@ -82,18 +84,23 @@ def tokenize(
         return done
 
 
-def _manifest_of_before(before: shards.Run, source: str | Path, out: Path) -> pa.Table:
-    """The manifest that a run began with: the files that it was made from may have changed or vanished since."""
-    path = out / shards.MANIFEST
-    table = manifest.checked(manifest.read(path), str(path))
+def _manifest_of_before(before: shards.Run, source: str | Path, kind: str | None, out: Path) -> pa.Table:
+    """The manifest that a run began with: the files that it was made from may have changed or vanished since.
+
+    Raises InputError if the source is another one, or a manifest that says something else now.
+    """
+    path, same = out / shards.MANIFEST, sources.absolute(source) == before.source
+    table = manifest.read(path)
     if manifest.digest(table) != before.manifest:
         raise InputError(f"{path} is not the manifest that the run in {out} began with")
-    named = sources.absolute(source)
-    if named == before.source:
+    if same and not Path(source).is_file():
         return table
-    if sources.kind_of(source) == "manifest":  # the same one may have moved
-        return sources.table_of(source)
-    raise InputError(f"{out} is of a run over {before.source}, got {named}; pass another folder")
+    if (kind or sources.kind_of(source)) == "manifest":
+        if manifest.digest(manifest.read(source)) != before.manifest:
+            raise InputError(f"{source} is not the manifest that the run in {out} began with; pass another folder")
+    elif not same:
+        raise InputError(f"{out} is of a run over {before.source}, got {source}; pass another folder")
+    return table
 
 
 def _begin(what: shards.Run, table: pa.Table, out: Path) -> shards.Run:

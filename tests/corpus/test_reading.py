@@ -155,5 +155,6 @@ def test_a_reader_ends_with_its_parent(tmp_path: Path) -> None:
 
 def test_a_reader_does_not_load_pytorch() -> None:
     code = f"import sys; import {readers.__name__}; assert not {{'torch', 'pyarrow', 'pydantic'}} & {{*sys.modules}}"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )

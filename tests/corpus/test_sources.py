@@ -77,7 +77,7 @@ def test_a_store(folder: Path) -> None:
         for name in ("memory://speech/", "memory://speech/**/*.flac"):
             found = rows(name)
             assert [row.uri for row in found] == ["memory:///speech/a.flac", "memory:///speech/b/a.flac"]
-            assert found[0].id.endswith("a.flac")
+            assert len({row.id for row in found}) == 2
             check(found)
             assert sources.table_of(name)["duration"].to_pylist() == [3000 / RATE] * 2
         with pytest.raises(InputError, match=r"memory:///speech/c\.flac cannot be read"):
