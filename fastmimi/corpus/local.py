@@ -95,21 +95,9 @@ class Limits:
         for name, value in {"readers": readers, "memory_mb": memory_mb}.items():
             if type(value) is not int or value < 1:
                 raise InputError(f"{name} must be a positive integer, got {shown(value)}")
-        workers, _ = _workers(codec, MOST_WORKERS)
-        per_sample = 4 * codec.config.audio_channels * COPIES * (readers + workers + 1)
+        per_sample = 4 * codec.config.audio_channels * COPIES * (readers + Workers.most(codec) + 1)
         wanted = (BATCH_SECONDS if cpu else BATCH_SECONDS_ACCELERATOR) * codec.sample_rate
         return cls(readers, max(codec.frame_size, min(wanted, memory_mb * MIB // per_sample)))
-
-
-def _workers(codec: Codec, batches: int) -> tuple[int, int]:
-    """Threads that compute batches, and PyTorch's threads in each.
-
-    On a CPU there are as many as PyTorch has threads, with one each: they do not wait for each other, so that a core
-    that has to read for a while delays none of the others.
-    """
-    threads = torch.get_num_threads()
-    workers = min(threads, batches, MOST_WORKERS) if codec.device.type == "cpu" else 1
-    return workers, threads // workers
 
 
 def run(
@@ -161,17 +149,10 @@ def _computed(
     """The work with its results, in order; what comes next is read and computed meanwhile."""
     if not batches:
         return
-    workers, threads = _workers(codec, batches)
-    with torch.inference_mode():  # weights are packed now, not by all threads at once
-        codec.encode(torch.zeros(1, codec.config.audio_channels, codec.frame_size))
     with ExitStack() as stack:
-        reading = stack.enter_context(_Readers(codec, limits.readers))
-        streaming = stack.enter_context(_Readers(codec, workers))
-        stack.enter_context(_threads(threads))
-        computing = ThreadPoolExecutor(workers)
-        stack.callback(computing.shutdown, cancel_futures=True)
-        stack.callback(reading.end)  # before the threads are waited for
-        stack.callback(streaming.end)
+        computing = stack.enter_context(Workers(codec, batches))
+        reading = stack.enter_context(_Readers(codec, limits.readers))  # left first: nobody waits for what is not read
+        streaming = stack.enter_context(_Readers(codec, computing.count))
 
         def compute(batch: plan.Batch, rows: list[Row], signals: Future[list[np.ndarray | str]] | None) -> list[Result]:
             if signals is not None:
@@ -186,7 +167,7 @@ def _computed(
         for item in work:
             signals = None if item.batch.long else reading.submit(item.rows)
             waiting.append((item, computing.submit(compute, item.batch, item.rows, signals)))
-            if len(waiting) > limits.readers + workers:
+            if len(waiting) > limits.readers + computing.count:
                 yield waiting[0][0], waiting.popleft()[1].result()
         while waiting:
             yield waiting[0][0], waiting.popleft()[1].result()
@@ -230,15 +211,33 @@ class _Readers:
         self.end()
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """PyTorch's threads for threads that start within it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class Workers:
+    """Context manager: threads that compute batches.
+
+    On a CPU there are as many as PyTorch has threads, with one of PyTorch's each: they do not wait for each other, so
+    that a core that has to read for a while delays no other. Elsewhere there is one.
+    """
+
+    def __init__(self, codec: Codec, batches: int):
+        self._before = torch.get_num_threads()
+        self.count = self.most(codec, batches)
+        self._pool = ThreadPoolExecutor(self.count)
+        with torch.inference_mode():  # weights are packed now, not by all threads at once
+            codec.encode(torch.zeros(1, codec.config.audio_channels, codec.frame_size))
+        self.submit = self._pool.submit
+
+    @staticmethod
+    def most(codec: Codec, batches: int = MOST_WORKERS) -> int:
+        """How many threads a codec gets for so many batches."""
+        return max(1, min(torch.get_num_threads(), batches, MOST_WORKERS)) if codec.device.type == "cpu" else 1
+
+    def __enter__(self) -> Workers:
+        torch.set_num_threads(self._before // self.count)  # of threads that begin from now on
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._before)
 
 
 def encoded(codec: Codec, signals: Sequence[np.ndarray | str], budget: int) -> list[Result]:

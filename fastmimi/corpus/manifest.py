@@ -66,7 +66,8 @@ def read(path: str | Path) -> pa.Table:
         raise InputError(f"a manifest must end in .parquet, .jsonl or .csv, got {path}")
     try:
         table = readers[path.suffix.lower()](path)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+        table.validate(full=True)  # text that is not UTF-8
+    except shards.DAMAGED as error:
         raise InputError(f"{path} is damaged ({one_line(error)})") from None
     table = checked(table, str(path))
     folder = path.resolve().parent

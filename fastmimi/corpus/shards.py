@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 VERSION = 1
 KEY = b"fastmimi"
 LARGEST_CODEBOOK = 1 << 15  # entries that int16 can number
+DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)  # what pyarrow raises for damaged files
 SETTINGS, MANIFEST, ERRORS = "settings.json", "manifest.parquet", "errors.parquet"
 COLUMNS = pa.schema(
     {
@@ -116,7 +118,7 @@ class Run:
 
     def write(self, folder: Path) -> None:
         values = {**asdict(self.settings), **{f.name: getattr(self, f.name) for f in fields(self)[1:]}}
-        with replacing(folder / SETTINGS, durable=True) as part:
+        with _written(folder / SETTINGS) as part:
             part.write_text(json.dumps({**values, "num_shards": self.num_shards}, indent=2) + "\n")
 
     @classmethod
@@ -215,9 +217,15 @@ def unpack_codes(column: pa.ListArray | pa.ChunkedArray) -> list[np.ndarray]:
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Write a Parquet file: whole and on the disk, or not at all. Raises InputError if the disk is full."""
+    with _written(path) as part:
+        pq.write_table(table, part, compression="zstd")
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
     try:
         with replacing(path, durable=True) as part:
-            pq.write_table(table, part, compression="zstd")
+            yield part
     except OSError as error:
         raise InputError(f"{path} cannot be written ({one_line(error)}); what is finished stays") from None
 
@@ -254,7 +262,7 @@ def read_settings(path: str | Path) -> Settings:
     path = check_input(path_of(path, "a shard of codes"))
     try:
         metadata = pq.read_schema(path).metadata or {}
-    except (pa.ArrowException, OSError) as error:
+    except DAMAGED as error:
         raise InputError(f"{path} is not a Parquet file, or is damaged ({one_line(error)})") from None
     if KEY not in metadata:
         raise InputError(f"{path} is a Parquet file, but not a table of codes of fastmimi")

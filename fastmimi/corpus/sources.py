@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from ..errors import InputError, named, shown
 from ..io.audio import SUFFIXES, files_below
-from . import embedded, manifest
+from . import embedded, manifest, shards
 from .reading import is_remote
 from .rows import Row, Scalar
 
@@ -68,10 +68,9 @@ def kind_of(source: Source) -> str:
         return "manifest"
     if _is_glob(name):
         return "glob"
-    raise InputError(
-        f"{name} is no folder, glob, manifest (.parquet, .jsonl, .csv), .tar or cuts (.jsonl.gz)"
-        + ("" if path.exists() or is_remote(name) else ": there is no such file")
-    )
+    if not (path.exists() or is_remote(name)):
+        raise InputError(f"{name} does not exist")
+    raise InputError(f"{name} is no folder, glob, manifest (.parquet, .jsonl, .csv), .tar or cuts (.jsonl.gz)")
 
 
 def absolute(source: Source) -> str:
@@ -134,7 +133,7 @@ def _has_uris(path: Path) -> bool:
 
     try:
         return "uri" in pq.read_schema(path).names
-    except (pa.ArrowException, OSError):
+    except shards.DAMAGED:
         return True  # `manifest.read` says what is wrong
 
 

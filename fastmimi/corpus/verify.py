@@ -77,7 +77,7 @@ def _shard(
     try:
         made_with, table = shards.read_settings(path), pq.read_table(path)
         errors = pq.read_table(failed)["id"].to_pylist() if failed.exists() else []
-    except (InputError, pa.ArrowException, OSError) as error:
+    except (InputError, *shards.DAMAGED) as error:
         report.wrong.append(f"{path.name} cannot be read: {one_line(error)}")
         return {}
     if (difference := settings.difference(made_with)) is not None:

@@ -40,7 +40,7 @@ def test_from_a_folder_to_codes_that_are_verified(speech: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (("tokenize", "{}/absent", "{}/codes", "--model", "{}"), "there is no such file"),
+        (("tokenize", "{}/absent", "{}/codes", "--model", "{}"), "absent does not exist"),
         (("tokenize", "{}", "{}/codes", "--shard", "3/2"), "shard must be i/n"),
         (("tokenize", "{}", "{}/codes", "--threads", "0"), "--threads must be positive, got 0"),
         (("tokenize", "{}", "{}/codes", "--dtype", "int8"), "dtype must be float32, bfloat16 or float16, got 'int8'"),

@@ -139,7 +139,7 @@ def test_a_reader_ends_with_its_parent(tmp_path: Path) -> None:
         "os.kill(os.getpid(), 9)",
     ])  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == -9, done.stderr
+    assert (done.returncode, done.stderr) == (-9, "")
     for _ in range(10_000):  # the output that both held is closed, so it is ending
         try:
             os.kill(int(done.stdout), 0)
@@ -158,3 +158,32 @@ def test_a_reader_does_not_load_pytorch() -> None:
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
+
+
+@pytest.mark.parametrize(
+    "name, samples, sentence",
+    [
+        ("nan.wav", [0.0, np.nan, 0.0], "audio must be finite: {} holds nan at sample 1 (0.000 s)"),
+        ("zero.wav", [], "{} holds no samples"),
+        ("short.wav", [0.1], None),
+    ],
+)
+def test_what_a_file_holds(tmp_path: Path, name: str, samples: list[float], sentence: str | None) -> None:
+    path = tmp_path / name
+    soundfile.write(path, np.array(samples, np.float32), RATE, subtype="FLOAT")
+    row = Row("a", str(path))
+    if sentence is None:
+        assert reading.samples(row, RATE).tolist() == np.array(samples, np.float32)[:, None].tolist()
+    else:
+        with pytest.raises(InputError) as caught:
+            reading.samples(row, RATE)
+        assert str(caught.value) == sentence.format(path)
+
+
+def test_the_suffix_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp3"
+    samples = wav(tmp_path / "a.wav")
+    path.write_bytes((tmp_path / "a.wav").read_bytes())
+    assert np.array_equal(reading.samples(Row("a", str(path)), RATE)[:, 0], samples)
+    with pytest.raises(InputError, match="is not a file"):
+        reading.samples(Row("a", str(tmp_path)), RATE)

@@ -174,7 +174,7 @@ def test_cuts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("absent", "there is no such file"),
+        ("absent", "absent does not exist"),
         ("absent/*.wav", "no audio file matches"),
         ("absent-*.tar", "no file matches"),
         ("empty", "holds no audio files"),

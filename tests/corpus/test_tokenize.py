@@ -146,7 +146,7 @@ def test_another_run_is_refused(
         ({"readers": 0}, "readers must be a positive integer, got 0"),
         ({"memory_mb": 1.5}, "memory_mb must be a positive integer, got 1.5"),
         ({"num_codebooks": 3}, "the codec encodes 6 codebooks, got num_codebooks=3"),
-        ({"source": "absent"}, "there is no such file"),
+        ({"source": "absent"}, "absent does not exist"),
         ({"out": "speech"}, "speech is not empty, and has no settings.json"),
         ({"out": "speech/empty.flac"}, "is not a folder"),
         ({"out": 3}, "out must be a path, got 3"),
