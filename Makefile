@@ -18,7 +18,7 @@ PYTHON_NEWEST ?= $(call python,3.13)
 UV := $(VENV)/bin/uv
 # What is newest is looked up once a day.
 TODAY := $(shell date +%F)
-SHORT := tests/compat tests/serve tests/models/test_parity_transformers.py tests/project/test_readme.py \
+SHORT := tests/compat tests/models/test_parity_transformers.py tests/project/test_readme.py \
 	$(addprefix tests/kernels/test_,whole_models.py causal_conv_transpose1d.py rvq_encode.py window_attention.py)
 
 .DEFAULT_GOAL := help
