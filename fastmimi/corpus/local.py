@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from ..errors import InputError, shown
+from ..runtime.openmp import end_workers
 from . import manifest, plan, shards
 from .encoding import encode_batch, encode_long
 from .reader import Reader
@@ -224,6 +225,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(self.count)
         with torch.inference_mode():  # weights are packed now, not by all threads at once
             codec.encode(torch.zeros(1, codec.config.audio_channels, codec.frame_size))
+        end_workers()  # of this thread, which does not compute any more
         self.submit = self._pool.submit
 
     @staticmethod
