@@ -15,6 +15,7 @@ from ..errors import InputError, shown
 
 UNKNOWN_SECONDS = 15.0  # what a row of unknown duration is taken for
 MOST_ROWS = 256
+LEAST_FILLED = 0.95  # of a batch's samples that are audio, not padding: on a CPU a row alone costs little more
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,17 @@ def batches(lengths: np.ndarray, rows: range, budget: int) -> Iterator[Batch]:
     """The batches of a shard, the longest rows first, each of at most `budget` samples with padding.
 
     lengths: of all rows of the manifest; rows: which of them are in the shard. A row of more than `budget` samples is
-    a batch of its own.
+    a batch of its own. At least `LEAST_FILLED` of a batch is audio.
     """
     inside = lengths[rows.start : rows.stop]
     order = np.argsort(-inside, kind="stable")
     start = 0
     while start < len(order):
         longest = int(inside[order[start]])
-        count = max(1, min(budget // max(1, longest), MOST_ROWS))
+        most = max(1, min(budget // max(1, longest), MOST_ROWS))
+        together = np.cumsum(inside[order[start : start + most]])
+        filled = together >= LEAST_FILLED * longest * np.arange(1, len(together) + 1)  # only the first ones
+        count = int(filled.sum())
         some = tuple((order[start : start + count] + rows.start).tolist())
         yield Batch(some, longest, long=longest > budget)
         start += count

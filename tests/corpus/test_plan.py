@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,6 +26,7 @@ def test_each_row_is_in_one_batch_within_the_budget(lengths: list[int], budget: 
         assert batch.long == (batch.samples > budget)
         assert batch.cost <= budget if not batch.long else len(batch.rows) == 1
         assert len(batch.rows) <= plan.MOST_ROWS
+        assert sum(lengths[row] for row in batch.rows) >= plan.LEAST_FILLED * batch.cost
     assert [batch.samples for batch in batches] == sorted((batch.samples for batch in batches), reverse=True)
     assert batches == [*plan.batches(np.array(lengths, np.int64), rows, budget)]
 
@@ -31,8 +34,10 @@ def test_each_row_is_in_one_batch_within_the_budget(lengths: list[int], budget: 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=300), st.integers(5000, 20_000))
 def test_batches_are_not_smaller_than_they_need_to_be(lengths: list[int], budget: int) -> None:
     batches = [*plan.batches(np.array(lengths), range(len(lengths)), budget)]
-    for batch in batches[:-1]:
-        assert batch.samples * (len(batch.rows) + 1) > budget or len(batch.rows) == plan.MOST_ROWS
+    for batch, after in pairwise(batches):
+        count, audio = len(batch.rows) + 1, sum(lengths[row] for row in batch.rows) + after.samples
+        too_large = batch.samples * count > budget or count > plan.MOST_ROWS
+        assert too_large or audio < plan.LEAST_FILLED * batch.samples * count
 
 
 def test_lengths_of_unknown_and_absurd_durations() -> None:
