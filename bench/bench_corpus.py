@@ -1,6 +1,6 @@
 """A corpus of utterances of 2 to 15 s: `fastmimi.tokenize` beside loops over single files, and beside computing alone.
 
-    python -m pytest bench/bench_corpus.py --benchmark-only --threads 2
+    python -m pytest bench/bench_corpus.py --benchmark-only
 
 The files are cut from the package's clip, in formats and rates in turn. `compute` encodes what is in memory already, in
 the batches and threads of `tokenize`. The last benchmark has no audio: the bookkeeping of manifests of two sizes.
