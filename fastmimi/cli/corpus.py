@@ -49,9 +49,11 @@ Readers = Annotated[int | None, typer.Option(help="Processes that read audio; by
 Memory = Annotated[int, typer.Option(help="MiB that audio may take which is read and computed.")]
 Threads = Annotated[int | None, typer.Option(help="PyTorch's threads; by default as many as there are cores.")]
 Engine = Annotated[str, typer.Option(help="local, or ray: actors of a Ray cluster (pip install 'fastmimi[ray]').")]
-Actors = Annotated[int | None, typer.Option(help="Actors of Ray; by default as many as there is room for.")]
-Cpus = Annotated[int, typer.Option(help="CPUs of an actor of Ray.")]
-Gpus = Annotated[float, typer.Option(help="GPUs of an actor of Ray, such as 1 or 0.25; with --device cuda.")]
+Actors = Annotated[
+    int | None, typer.Option(help="Number of Ray actors; by default as many as the cluster's resources allow.")
+]
+Cpus = Annotated[int, typer.Option(help="CPUs of each Ray actor.")]
+Gpus = Annotated[float, typer.Option(help="GPUs of each Ray actor, such as 1 or 0.25; with --device cuda.")]
 Address = Annotated[str | None, typer.Option(help="The Ray cluster; auto is this machine's. By default a new one.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress in the terminal.")]
 Sample = Annotated[int, typer.Option(help="Rows to encode again.")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +12,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import InputError
 from ..io.audio import output_format
 from ..io.files import replacing
 from . import report, work
+from .corpus import check_installed
 
 if TYPE_CHECKING:
     from ..corpus.codes import CodesTable
@@ -46,7 +45,7 @@ def detokenize(
 
 
 def stats(source: Path, json: Path | None, picture: Path | None) -> None:
-    _check_installed()
+    check_installed()
     from ..corpus.stats import stats as count
     from ..io import plot
 
@@ -76,15 +75,10 @@ def export(sources: list[Path], target: Path, format: str, codebooks: int | None
 
 def _table(sources: list[Path]) -> CodesTable:
     """Of one folder, or of one or more shards."""
-    _check_installed()
+    check_installed()
     from ..corpus.codes import CodesTable
 
     return CodesTable(sources[0] if len(sources) == 1 else sources)
-
-
-def _check_installed() -> None:
-    if find_spec("pyarrow") is None:
-        raise InputError("tables of codes need pyarrow: pip install 'fastmimi[corpus]'")
 
 
 def _show(found: Stats, source: Path) -> None:

@@ -134,9 +134,7 @@ def run(
     return summary
 
 
-def begin(
-    lengths: np.ndarray, what: shards.Run, out: Path, numbers: Sequence[int]
-) -> tuple[list[int], Summary]:  # fmt: skip
+def begin(lengths: np.ndarray, what: shards.Run, out: Path, numbers: Sequence[int]) -> tuple[list[int], Summary]:
     """Which of these shards are missing, and the summary of a run that has done nothing yet."""
     missing = [number for number in numbers if not shards.shard_path(out, number).exists()]
     seconds = sum(int(lengths[_slice(what.rows_of(number))].sum()) for number in missing) / what.settings.sample_rate

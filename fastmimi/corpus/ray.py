@@ -31,7 +31,8 @@ from . import local, manifest, plan, shards
 class Ray:
     """How a cluster computes: the `engine` of `fastmimi.tokenize`.
 
-    actors: how many there are, each with a model; by default as many as the cluster has room for. cpus, gpus: of each.
+    actors: their number; each loads the model. By default as many as the cluster's resources allow.
+    cpus, gpus: resources of each actor.
     address: of the cluster; "auto" is the one that this machine belongs to. By default the one that `ray.init` has
         connected to, or else a new one on this machine alone.
     """
@@ -67,7 +68,7 @@ class Ray:
 
         if not ray.is_initialized():
             ray.init(address=self.address, log_to_driver=False)
-        actors = min(self.actors or self._room(ray.cluster_resources()), len(missing))
+        actors = min(self.actors or self._most_actors(ray.cluster_resources()), len(missing))
         done = ray.data.from_items([{"shard": number} for number in missing], override_num_blocks=len(missing))
         done = done.map_batches(
             _Shards, fn_constructor_args=(str(model), loading, str(out.absolute()), limits, self.cpus), batch_size=1,
@@ -82,12 +83,12 @@ class Ray:
             progress(summary)
         return summary
 
-    def _room(self, resources: dict[str, float]) -> int:
-        """How many actors fit into a cluster."""
-        room = resources.get("GPU", 0.0) / self.gpus if self.gpus else resources.get("CPU", 1.0) / self.cpus
-        if room < 1:
+    def _most_actors(self, resources: dict[str, float]) -> int:
+        """The number of actors that a cluster's resources allow; raises InputError if there is none."""
+        count = resources.get("GPU", 0.0) / self.gpus if self.gpus else resources.get("CPU", 1.0) / self.cpus
+        if count < 1:
             raise InputError(f"the cluster has {resources}, an actor needs {self.cpus} CPUs and {self.gpus:g} GPUs")
-        return int(room)
+        return int(count)
 
 
 class _Shards:

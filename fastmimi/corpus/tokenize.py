@@ -104,7 +104,7 @@ def _manifest_of_before(before: shards.Run, source: str | Path, kind: str | None
 
 
 def _begin(what: shards.Run, table: pa.Table, out: Path) -> shards.Run:
-    """Write what a run is; what is there if another job was faster."""
+    """Write the manifest and settings of a new run; returns those on disk, which another job may have replaced."""
     out.mkdir(parents=True, exist_ok=True)
     shards.write_table(table, out / shards.MANIFEST)
     what.write(out)

@@ -133,7 +133,7 @@ class Stream:
             self._unread -= sum(x.shape[-1] // size for x in found)
         if not found and self.error is not None:
             raise StreamFailed(f"the stream failed: {self.error}") from self.error
-        if found:  # there is room for more
+        if found:  # a stream with too many unread results may be stepped again
             self.pool._wake()
         return found
 
