@@ -319,7 +319,7 @@ def pool(device: str, dry: bool) -> Iterator[Row]:
         run.warm_up(x.shape[1], 1, state.select(torch.tensor([0, 1], device=device)), threads=1)
         parts: list[list[Tensor]] = [[] for _ in range(streams)]
         for tick in range(ticks):
-            rows = [row for row in range(streams) if (tick + row) % (row + 2)][: 2 + tick % 2]
+            rows = [row for row in range(streams) if row == tick % streams or tick % (row + 2)][: 2 + tick % 2]
             chunk = torch.stack([x[row, :, len(parts[row]) * unit : (len(parts[row]) + 1) * unit] for row in rows])
             found = run.in_tiles(chunk, state.select(torch.tensor(rows, device=device)))
             for row, y in zip(rows, found.clone(), strict=True):
