@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+PARALLEL_FROM = 32_768  # elements from which PyTorch's elementwise operations use several threads
 SOFT = 1  # omp_pause_soft: settings stay (OpenMP 5.0, section 3.2.44)
 
 

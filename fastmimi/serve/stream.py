@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models import checks
+from ..runtime.openmp import PARALLEL_FROM
 from . import queues
 from .queues import AudioQueue
 
@@ -64,6 +65,8 @@ class Stream:
         been taken then.
         """
         x = queues.samples(audio, self.pool.codec.config)
+        if x.numel() >= PARALLEL_FROM:
+            self.pool._leave_computing_to_thread()
         with self.pool._lock:
             self.pool._admit(self, "encode", x.shape[-1])
             self._audio.push(x)
