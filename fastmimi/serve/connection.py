@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -68,21 +69,34 @@ class Connection:
         self._flushing = False
         self._bad = self._sent_frames = self._messages = 0
         self._second = 0.0
+        self._sending = 0  # messages
+        self._listening_since = self._sending_since = math.inf  # or the time of the last that was taken
 
     async def run(self) -> None:
         stream: Stream | None = None
         try:
-            init = await self._first()
-            stream = self._open(init)
-            await self._send(self._ready(stream))
             async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._watch)
+                stream = self._open(await self._first())
+                await self._send(self._ready(stream))
                 tasks.start_soon(self._write, stream)
-                tasks.start_soon(self._read, stream)
+                await self._read(stream)
         except BaseException as error:
             await self._end(_only(error))
         finally:
             if stream is not None:
                 stream.close()
+
+    async def _watch(self) -> None:
+        """End the connection where the client is too slow: a timer for each message would be a sixth of its cost."""
+        limits = self.limits
+        while True:
+            await anyio.sleep(min(limits.idle_s, limits.send_s) / 4)
+            now = time.monotonic()
+            if now - self._listening_since > limits.idle_s:
+                raise _Stop("idle", f"no message for {limits.idle_s:g} s")
+            if now - self._sending_since > limits.send_s:
+                raise _Stop("too_slow", f"the client has taken nothing for {limits.send_s:g} s")
 
     async def _end(self, error: BaseException) -> None:
         """Tell the client why the connection ends, if it is there."""
@@ -141,12 +155,12 @@ class Connection:
 
     async def _receive(self) -> bytes:
         """The bytes of the next message."""
-        with anyio.move_on_after(self.limits.idle_s):
-            event = await self.socket.receive()
-            if event["type"] == "websocket.disconnect":
-                raise WebSocketDisconnect(event.get("code", 1005))
-            return event.get("bytes") or b""
-        raise _Stop("idle", f"no message for {self.limits.idle_s:g} s")
+        self._listening_since = time.monotonic()
+        event = await self.socket.receive()
+        self._listening_since = math.inf
+        if event["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(event.get("code", 1005))
+        return event.get("bytes") or b""
 
     async def _read(self, stream: Stream) -> None:
         while True:
@@ -242,10 +256,12 @@ class Connection:
     async def _send(self, message: Message) -> None:
         if self.socket.client_state != WebSocketState.CONNECTED:
             raise WebSocketDisconnect(1006)
-        with anyio.move_on_after(self.limits.send_s) as scope:
-            await self.socket.send_bytes(protocol.pack(message))
-        if scope.cancelled_caught:
-            raise _Stop("too_slow", f"the client has taken nothing for {self.limits.send_s:g} s")
+        self._sending += 1
+        if self._sending == 1:
+            self._sending_since = time.monotonic()
+        await self.socket.send_bytes(protocol.pack(message))
+        self._sending -= 1
+        self._sending_since = time.monotonic() if self._sending else math.inf
 
 
 def close_reason(text: str) -> str:

@@ -97,6 +97,7 @@ class StreamPool:
         if type(frames_per_tick) is not int or frames_per_tick < 1:
             raise InputError(f"frames_per_tick must be a positive integer, got {shown(frames_per_tick)}")
         self.codec, self.limits, self.frames_per_tick = codec, limits or Limits(), frames_per_tick
+        self.frame_size = codec.frame_size  # samples; the codec works it out anew each time
         self.slots = SlotPool(codec, capacity, directions=directions, num_codebooks=num_codebooks)
         self.directions = directions
         if warm_up:
@@ -202,9 +203,9 @@ class StreamPool:
             batch = _Batch(direction, frames, ready)
             for stream in ready:
                 stream._stepping = True
-                self._queued -= frames * self.codec.frame_size
+                self._queued -= frames * self.frame_size
                 if direction == "encode":
-                    batch.audio.append(stream._audio.take(frames * self.codec.frame_size))
+                    batch.audio.append(stream._audio.take(frames * self.frame_size))
                 else:
                     batch.codes.append([stream._codes.popleft() for _ in range(frames)])
             return batch

@@ -79,14 +79,14 @@ class Stream:
         """
         frames = queues.frames(codes, self.pool.codec.config)
         with self.pool._lock:
-            self.pool._admit(self, "decode", len(frames) * self.pool.codec.frame_size)
+            self.pool._admit(self, "decode", len(frames) * self.pool.frame_size)
             self._codes.extend(frames)
         self.pool._wake()
 
     def flush(self) -> None:
         """Fill an incomplete frame with zeros, so that it is encoded; the stream goes on."""
         with self.pool._lock:
-            self.pool._queued += self._audio.complete(self.pool.codec.frame_size)
+            self.pool._queued += self._audio.complete(self.pool.frame_size)
         self.pool._wake()
 
     def finish(self) -> None:
@@ -132,7 +132,7 @@ class Stream:
             found: list[Tensor] = []
             while results and (not found or len(results[0]) == len(found[0])):
                 found.append(results.popleft())
-            size = self.pool.codec.frame_size if results is self._heard else 1
+            size = self.pool.frame_size if results is self._heard else 1
             self._unread -= sum(x.shape[-1] // size for x in found)
         if not found and self.error is not None:
             raise StreamFailed(f"the stream failed: {self.error}") from self.error
@@ -159,11 +159,11 @@ class Stream:
     @property
     def queued(self) -> int:
         """Samples of input that wait, and those of the frames of codes that do."""
-        return self._audio.length + len(self._codes) * self.pool.codec.frame_size
+        return self._audio.length + len(self._codes) * self.pool.frame_size
 
     def waiting(self, direction: str) -> int:
         """Whole frames of input that wait for a tick."""
-        return self._audio.length // self.pool.codec.frame_size if direction == "encode" else len(self._codes)
+        return self._audio.length // self.pool.frame_size if direction == "encode" else len(self._codes)
 
     def __enter__(self) -> Stream:
         return self
