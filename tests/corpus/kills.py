@@ -1,6 +1,7 @@
 """By hand: a run over 500 files is killed at 20 random moments, and its tables are compared with those of a whole run.
 
-    python tests/corpus/kills.py            # about five minutes; --files and --kills for less
+    python tests/corpus/kills.py                                      # about five minutes
+    python tests/corpus/kills.py --engine ray --kills 8   # the driver is killed, with Ray installed
 
 The files are cut from the package's clip, in several formats, rates and channel counts; some are corrupt.
 """
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=500)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="of the killed run")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -59,8 +61,11 @@ def main() -> None:
         tables = {}
         for out, kills in ((folder / "whole", 0), (folder / "killed", args.kills)):
             command = ["-m", "fastmimi", "tokenize", str(folder / "speech"), str(out), *common]
+            most_s = 3.0
+            if kills and args.engine == "ray":
+                command, most_s = [*command, "--engine", "ray"], 12.0  # Ray takes a few to start
             codes = kill.until_it_ends(
-                command, kills=kills, began=(out / "settings.json").exists, most_s=3.0, seed=args.seed
+                command, kills=kills, began=(out / "settings.json").exists, most_s=most_s, seed=args.seed
             )
             print(f"{out.name}: exit codes {codes}, {perf_counter() - begin:.0f} s", flush=True)
             tables[out.name] = {str(p.relative_to(out)): pq.read_table(p) for p in sorted(out.rglob("*.parquet"))}
