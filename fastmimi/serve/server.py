@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from rich.console import Console
@@ -38,11 +39,17 @@ PING_S = 5.0
 class _Protocol(WebSocketsSansIOProtocol):
     """uvicorn's, which notices within two pings that a client is gone, and then forgets the messages that wait.
 
-    While messages wait it reads nothing, so that the end of a connection shows only when it writes.
+    While messages wait it reads nothing, so that the end of a connection shows only when it writes. A refused handshake
+    is complete: uvicorn would log an error for each.
     """
 
     def schedule_ping(self) -> None:
         self.ping_timer = self.loop.call_later(PING_S, self.send_keepalive_ping)
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+            self.handshake_complete = True
 
     def connection_lost(self, exc: Exception | None) -> None:
         for event in [self.queue.get_nowait() for _ in range(self.queue.qsize())]:

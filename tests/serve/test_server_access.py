@@ -1,6 +1,7 @@
 """Who may connect to the server, where it may listen, and how it stops."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -25,8 +26,9 @@ def running(pool, settings=SETTINGS):
     return serving.in_thread(pool, settings)
 
 
-def test_a_token(model, raw, get, until):
+def test_a_token(model, raw, get, until, caplog):
     with running(StreamPool(model, 1, warm_up=False), replace(SETTINGS, token="a" * 16)) as server:
+        logging.getLogger("uvicorn.error").addHandler(caplog.handler)
         for token in (None, "b" * 16, ""):
             with (
                 pytest.raises(ServerError, match="a token is needed") as caught,
@@ -35,6 +37,8 @@ def test_a_token(model, raw, get, until):
                 pass
             assert caught.value.code == 401
         assert get(server, "/v1/encode", b"x")[0] == get(server, "/metrics")[0] == 401
+        logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+        assert not caplog.records
         with Client(server.address, "a" * 16).stream() as stream:
             assert stream.ready.model == "small"
         until(lambda: server.service.pool.stats().free == 1)
