@@ -6,6 +6,9 @@ Kyutai's layout is that of `tokenizer-*.safetensors` files, which moshi and rust
 - the projections to queries, keys and values are one matrix;
 - the rows of the query and key projections are in another order, because RoPE rotates other pairs of dimensions:
   (2i, 2i + 1) in Kyutai's layout, (i, i + head_dim / 2) in transformers' and here.
+
+Pocket TTS writes the same names with one module less around each convolution (`conv.` where moshi has `conv.conv.`).
+Its Mimi has no codebooks, but a projection of the latents that its language model generates.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError, named
 from ..models.config import MimiCodecConfig
+from ..models.continuous import ContinuousMimiConfig
 
 FILE_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"  # in Kyutai's hub repositories
 
@@ -30,10 +34,11 @@ SPELLINGS = (  # names in older released files -> the names in moshi's current m
     (r"\._codebook\.embed_(avg|sum)$", "._codebook.embedding_sum"),
 )
 TO_FLAT = (  # Kyutai's names -> flat names
-    (r"^(encoder|decoder)\.model\.(\d+)\.convtr\.convtr\.", r"\1.layers.\2.conv."),
-    (r"^(encoder|decoder)\.model\.(\d+)\.(block\.\d+\.|shortcut\.|)conv\.conv\.", r"\1.layers.\2.\3conv."),
-    (r"^downsample\.conv\.conv\.conv\.", "downsample.conv."),
-    (r"^upsample\.convtr\.convtr\.convtr\.", "upsample.conv."),
+    (r"^(encoder|decoder)\.model\.(\d+)\.convtr\.(?:convtr\.)?", r"\1.layers.\2.conv."),
+    (r"^(encoder|decoder)\.model\.(\d+)\.(block\.\d+\.|shortcut\.|)conv\.(?:conv\.)?", r"\1.layers.\2.\3conv."),
+    (r"^downsample\.conv\.conv\.(?:conv\.)?", "downsample.conv."),
+    (r"^upsample\.convtr\.convtr\.(?:convtr\.)?", "upsample.conv."),
+    (r"^quantizer\.output_proj\.", "projection.conv."),
     (r"^(\w+_transformer)\.transformer\.layers\.", r"\1.layers."),
     (r"\.out_projs\.0\.", ".o_proj."),
     (r"\.norm1\.", ".input_layernorm."),
@@ -74,18 +79,33 @@ def is_kyutai(state: Iterable[str]) -> bool:
     return any(name.startswith("encoder.model.") for name in state)
 
 
-def to_flat(state: Mapping[str, Tensor], config: MimiCodecConfig) -> dict[str, Tensor]:
+def mimi_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a Mimi: of a file of Pocket TTS, those under `mimi.`, without it; of any other file, all."""
+    if not any(name.startswith("mimi.encoder.model.") for name in state):
+        return dict(state)
+    return {name.removeprefix("mimi."): tensor for name, tensor in state.items() if name.startswith("mimi.")}
+
+
+def flat_name(name: str) -> str:
+    """The flat name of a parameter; fused projections end in `.in_projs.0.weight`."""
+    return _substitute(_substitute(name, SPELLINGS), TO_FLAT)
+
+
+def to_flat(state: Mapping[str, Tensor], config: MimiCodecConfig | ContinuousMimiConfig) -> dict[str, Tensor]:
     """Convert a state dict in Kyutai's layout, in any of its spellings, to the flat layout.
 
     A tensor of a wrong shape or with an unknown name is passed on, for `weights.fill` to report.
     """
     flat: dict[str, Tensor] = {}
-    rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     for name, tensor in state.items():
-        name = _substitute(_substitute(name, SPELLINGS), TO_FLAT)
+        name = flat_name(name)
+        half = config
+        if isinstance(config, ContinuousMimiConfig):
+            half = config.decoder if name.startswith("decoder") else config.encoder
+        rows = (half.num_attention_heads + 2 * half.num_key_value_heads) * half.head_dim
         if name.endswith(".in_projs.0.weight") and tensor.dim() == 2 and len(tensor) == rows:
             base = name.removesuffix("in_projs.0.weight")
-            flat |= {f"{base}{part}_proj.weight": t for part, t in _split_projections(tensor, config).items()}
+            flat |= {f"{base}{part}_proj.weight": t for part, t in split_projections(tensor, half).items()}
         else:
             flat[name] = tensor
     return flat
@@ -99,7 +119,7 @@ def shapes_of_flat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     flat: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        name = _substitute(_substitute(name, SPELLINGS), TO_FLAT)
+        name = flat_name(name)
         if name.endswith(".in_projs.0.weight"):
             base = name.removesuffix("in_projs.0.weight")
             width = tensor.shape[-1] if tensor.dim() == 2 else 0
@@ -137,7 +157,7 @@ def from_flat(state: Mapping[str, Tensor], config: MimiCodecConfig) -> dict[str,
     return out
 
 
-def _split_projections(weight: Tensor, config: MimiCodecConfig) -> dict[str, Tensor]:
+def split_projections(weight: Tensor, config: MimiCodecConfig) -> dict[str, Tensor]:
     """[(H + 2 H_kv) * D, hidden] -> q, k and v, with the rows of q and k in flat order."""
     kv_rows = config.num_key_value_heads * config.head_dim
     q, k, v = weight.split([weight.shape[0] - 2 * kv_rows, kv_rows, kv_rows])

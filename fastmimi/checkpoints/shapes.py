@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.config import AnyConfig, MimiCodecConfig
+from ..models.continuous import ContinuousMimiConfig, pocket_half
 from . import kyutai
 
+OF_POCKET_TTS = {512: (8, 250), 128: (4, 50)}  # width of a half -> its heads and its attention window
 MAX_SIZE_RATIO = 4  # between parameters of checkpoint and model; up to that, the model is built and misfits are listed
 
 
@@ -28,7 +30,7 @@ def check_size(config: AnyConfig, state: Mapping[str, Tensor], source: object) -
         )
 
 
-def infer_config(state: Mapping[str, Tensor]) -> MimiCodecConfig:
+def infer_config(state: Mapping[str, Tensor]) -> MimiCodecConfig | ContinuousMimiConfig:
     """Infer the configuration of a Mimi from the shapes of its state dict, in Kyutai's layout or the flat one.
 
     What shapes do not determine is taken from kyutai/mimi: heads of 64 dimensions, the attention window, RoPE's base,
@@ -36,6 +38,13 @@ def infer_config(state: Mapping[str, Tensor]) -> MimiCodecConfig:
     """
     if kyutai.is_kyutai(state):
         state = kyutai.shapes_of_flat(state)
+    if "projection.conv.weight" in state:
+        return ContinuousMimiConfig(
+            encoder=_infer_half(state, "encoder"),
+            decoder=_infer_half(state, "decoder"),
+            encoded_size=_shape(state, "downsample.conv.weight", 3)[0],
+            latent_size=_shape(state, "projection.conv.weight", 3)[1],
+        )
     first = _shape(state, "encoder.layers.0.conv.weight", 3)
     hidden = _shape(state, "decoder.layers.0.conv.weight", 3)[1]
     *upsampling, last = [
@@ -78,6 +87,39 @@ def infer_config(state: Mapping[str, Tensor]) -> MimiCodecConfig:
         head_dim=head_dim,
         attention_bias="encoder_transformer.layers.0.self_attn.q_proj.bias" in state,
         frame_rate=0.0 if resampled else MimiCodecConfig.sampling_rate / math.prod(ratios),
+    )
+
+
+def _infer_half(state: Mapping[str, Tensor], half: str) -> MimiCodecConfig:
+    """The configuration of one half of Pocket TTS's Mimi; heads and window are those published for its width."""
+    encodes = half == "encoder"
+    names = [name for name, _ in _layers(state, rf"{half}\.layers\.(\d+)\.conv\.weight")]
+    names = names or [f"{half}.layers.0.conv.weight"]
+    shapes = [_shape(state, name, 3) for name in (names if encodes else names[::-1])]  # from the audio on
+    blocks = [name for name, _ in _layers(state, rf"{half}\.layers\.(\d+)\.block\.1\.conv\.weight")]
+    block = _shape(state, blocks[0] if blocks else f"{half}.layers.1.block.1.conv.weight", 3)
+    slow, fast = (0, 1) if encodes else (1, 0)  # the dimensions of a weight for the latents' side, the audio's side
+    kernels, width = [shape[2] for shape in shapes], shapes[-1][slow]
+    if width not in OF_POCKET_TTS:
+        known = " or ".join(map(str, OF_POCKET_TTS))
+        raise InputError(f"without a config.json, the {half} must be {known} wide, as in Pocket TTS, got {width}")
+    heads, window = OF_POCKET_TTS[width]
+    return pocket_half(
+        audio_channels=shapes[0][fast],
+        hidden_size=width,
+        upsample_groups=width,
+        num_filters=shapes[0][slow],
+        num_residual_layers=len(blocks) // max(1, len(shapes) - 2),
+        upsampling_ratios=[kernel // 2 for kernel in kernels[-2:0:-1]],
+        kernel_size=kernels[0] if encodes else kernels[-1],
+        last_kernel_size=kernels[-1] if encodes else kernels[0],
+        residual_kernel_size=block[2],
+        compress=block[1] // block[0],
+        num_hidden_layers=len(_layers(state, rf"{half}_transformer\.layers\.(\d+)\.mlp\.fc1\.weight")),
+        intermediate_size=_shape(state, f"{half}_transformer.layers.0.mlp.fc1.weight", 2)[0],
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        sliding_window=window,
     )
 
 

@@ -27,6 +27,7 @@ from ..io.files import path_of, replacing
 from ..models import checks
 from ..models.codec import Codec
 from ..models.config import AnyConfig, MimiCodecConfig
+from ..models.continuous import ContinuousMimiConfig
 from ..models.mimi import Mimi
 from ..models.registry import ARCHITECTURES, MODEL_TYPES, architecture_of, build, config_from_json
 from ..models.validation import read_json
@@ -58,11 +59,13 @@ def load(
     Args:
         source: one of
             - a directory or a `.safetensors` file with a Mimi in transformers' or Kyutai's layout;
-            - a directory that a JODIO was saved to;
+            - a `.safetensors` file of Pocket TTS, whose Mimi is read, a `ContinuousMimi`;
+            - a directory that a JODIO or a ContinuousMimi was saved to;
             - a hub id, such as "kyutai/mimi";
             - "demo": a small Mimi that comes with the package; it codes speech, far from Kyutai's quality;
             - "random" or "random:<seed>": a Mimi with random weights;
-            - "jodio-random" or "jodio-random:<seed>": a JODIO with random weights, 1.5 GB of them.
+            - "jodio-random" or "jodio-random:<seed>": a JODIO with random weights, 1.5 GB of them;
+            - "continuous-random" or "continuous-random:<seed>": the Mimi of Pocket TTS with random weights.
         device: where the codec runs.
         dtype: the precision it runs in; codebooks and the search in them stay fp32.
         impl: "auto", "reference", "triton", "cpu", "onednn", or a dict from the name of an op to one of these.
@@ -187,6 +190,7 @@ def read_checkpoint(source: str | Path) -> tuple[AnyConfig, State]:
     state: State = {}
     for file in files:
         state |= read_safetensors(file)
+    state = kyutai.mimi_of(state)
     kind = _model_type(config_file)
     config = None if kind is None or kind not in MODEL_TYPES else config_from_json(config_file)
     if config is not None:
@@ -198,7 +202,7 @@ def read_checkpoint(source: str | Path) -> tuple[AnyConfig, State]:
         config = shapes.infer_config(state)
         shapes.check_size(config, state, source)
     if kyutai.is_kyutai(state):
-        assert isinstance(config, MimiCodecConfig)
+        assert isinstance(config, MimiCodecConfig | ContinuousMimiConfig)
         state = kyutai.to_flat(state, config)
     return config, state
 
@@ -295,9 +299,11 @@ def fingerprint(model: Codec) -> str:
     """A hash of the quantizer's weights, 16 hex digits: models with the same fingerprint can decode each other's codes.
 
     It does not depend on the encoder and the decoder (a fine-tuned decoder still decodes the codes), nor on the
-    precision that the model runs in, since codebooks stay fp32.
+    precision that the model runs in, since codebooks stay fp32. Raises InputError for a codec without codes.
     """
     _check_model(model)
+    if not model.total_codebooks:
+        raise checks.no_codes()
     wanted = ("embed_sum", "cluster_usage", "codebook.weight")
     return _digest({name: t for name, t in model.quantizer.state_dict().items() if name.endswith(wanted)})
 

@@ -163,16 +163,19 @@ def checkpoint(source: str) -> None:
         )
     }
     listed = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items() if count)
-    books = f"{codec.total_codebooks}, {config.num_semantic_quantizers} of them semantic"
+    books = "none"
+    if codec.total_codebooks:
+        semantic = f"{config.num_semantic_quantizers} of them semantic"
+        books = f"{codec.total_codebooks}, {semantic}, of {config.codebook_size} entries"
     rows = {
         "model": source,
         "parameters": f"{sum(parts.values()) / 1e6:.2f} M: {listed}",
         "audio": f"{codec.sample_rate} Hz, channels: {config.audio_channels}",
         "frames": f"{codec.frame_rate:g} a second, of {codec.frame_size} samples",
-        "codebooks": f"{books}, of {config.codebook_size} entries",
+        "codebooks": books,
         **config.summary,
         "streams": "yes" if config.streamable else config.not_streamable_because,
-        "fingerprint": fingerprint(codec),
+        **({"fingerprint": fingerprint(codec)} if codec.total_codebooks else {}),
     }
     _table("checkpoint", [*rows.items()])
 

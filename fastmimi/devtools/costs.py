@@ -50,9 +50,12 @@ def stages(config: AnyConfig) -> list[Stage]:
         context = ForwardContext(count.ops)
         with count.hooked(model.eval()):
             latents = model.audio_to_latents(audio, context)
-            with count.stage("quantizer", model.quantizer):
-                codes = torch.cat(model.latents_to_codes(latents, config.num_quantizers, context), dim=1)
-                latents = model.codes_to_latents(codes, context)
+            if config.num_quantizers:
+                with count.stage("quantizer", model.quantizer):
+                    codes = torch.cat(model.latents_to_codes(latents, config.num_quantizers, context), dim=1)
+                    latents = model.codes_to_latents(codes, context)
+            else:  # continuous latents, of which the decoder may take another number of channels
+                latents = audio.new_empty(1, config.hidden_size, frames)
             model.latents_to_audio(latents, context)
     return count.found
 

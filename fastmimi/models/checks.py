@@ -59,6 +59,8 @@ def finite(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def codes(x: Tensor, config: AnyConfig) -> Tensor:
     """[B, K, T] integers -> int64."""
+    if not config.num_quantizers:
+        raise no_codes()
     _values(x, "codes")
     if x.dim() != 3 or x.shape[0] == 0:
         raise InputError(f"codes must be [batch, codebooks, frames], got {tuple(x.shape)}")
@@ -104,8 +106,15 @@ def codebook_count(count: object, config: AnyConfig) -> int:
 
 def _count_in_range(count: int, config: AnyConfig) -> None:
     least, most = config.num_semantic_quantizers, config.num_quantizers
+    if count and not most:
+        raise no_codes()
     if not least <= count <= most:
         raise InputError(f"the number of codebooks must be from {least} to {most}, got {count}")
+
+
+def no_codes() -> InputError:
+    """What to raise where a codec of continuous latents is asked for codes."""
+    return InputError("this codec has continuous latents and no codes: use encode_to_latent and decode_latent")
 
 
 def latents(x: Tensor, config: AnyConfig) -> Tensor:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import InputError, shown
 from . import sizes
 from . import validation as valid
 from .validation import LONGEST_HISTORY, Json, naming, read_json
+
+if TYPE_CHECKING:
+    from .continuous import ContinuousMimiConfig
 
 MIMI_TYPES = ("mimi", "mimi_encoder", "mimi_decoder")  # `model_type` in transformers' config.json
 
@@ -377,7 +380,7 @@ class JodioConfig:
         return {"model_type": "jodio", "architectures": ["JodioModel"], **asdict(self)}
 
 
-AnyConfig = MimiCodecConfig | JodioConfig
+AnyConfig: TypeAlias = "MimiCodecConfig | JodioConfig | ContinuousMimiConfig"
 CodecConfig = MimiCodecConfig  # its name in fastmimi 0.1
 
 

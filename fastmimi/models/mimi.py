@@ -6,8 +6,8 @@ checkpoints/, streams and long audio run in codec.py and runner.py; the drop-ins
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..runtime.ops import ForwardContext
 from ..runtime.state import StreamingModule
 from . import checks
 from .codec import Codec
-from .config import MimiCodecConfig
+from .config import AnyConfig, MimiCodecConfig
 from .quantizer import SplitQuantizer
 from .seanet import CausalConv1d, CausalConvTranspose1d, SeanetDecoder, SeanetEncoder
 from .transformer import Transformer
@@ -32,29 +32,52 @@ class Mimi(Codec):
     decoder. A half that the configuration drops is None. Arguments as for `Codec`.
     """
 
+    config_class: type[AnyConfig] = MimiCodecConfig
+    encoder: SeanetEncoder | None
+    encoder_transformer: Transformer | None
+    downsample: CausalConv1d | None
+    upsample: CausalConvTranspose1d | None
+    decoder_transformer: Transformer | None
+    decoder: SeanetDecoder | None
+
     @torch.inference_mode(False)  # inference tensors could not be packed once (runtime/packing.py)
     def __init__(
         self, config: MimiCodecConfig | None = None, *, impl: dispatch.Impl = "auto", num_codebooks: int | None = None
     ):
-        config = checks.config(config, MimiCodecConfig)
-        super().__init__(config, impl, num_codebooks)
-        hidden, stride = config.hidden_size, config.latent_stride
-        self.encoder = SeanetEncoder(config) if config.has_encoder else None
-        self.encoder_transformer = Transformer(config) if config.has_encoder else None
-        self.downsample = self.upsample = None
-        if stride > 1 and config.has_encoder:
-            self.downsample = CausalConv1d(
-                config, (hidden, hidden), 2 * stride, stride=stride, bias=False, pad_mode="replicate",
-                samples=math.prod(config.upsampling_ratios),
-            )  # fmt: skip
-        if stride > 1 and config.has_decoder:
-            self.upsample = CausalConvTranspose1d(
-                config, (hidden, hidden), stride, groups=config.upsample_groups, bias=False
-            )
-        self.decoder_transformer = Transformer(config) if config.has_decoder else None
-        self.decoder = SeanetDecoder(config) if config.has_decoder else None
-        self.quantizer = SplitQuantizer.of(config)
+        known = checks.config(config, self.config_class)
+        super().__init__(known, impl, num_codebooks)
+        self._build(known)
         StreamingModule.set_names(self)
+
+    def _build(self, config: Any) -> None:
+        """Make the modules of a configuration of this class."""
+        halves = (config if has_half else None for has_half in (config.has_encoder, config.has_decoder))
+        self._build_halves(*halves, config.hidden_size)
+        self.quantizer = SplitQuantizer.of(config)
+
+    def _build_halves(
+        self, encoder: MimiCodecConfig | None, decoder: MimiCodecConfig | None, encoded_size: int
+    ) -> None:
+        """Make the modules of both directions, None where there is no such half.
+
+        encoded_size: channels of the encoder's latents, where they are resampled.
+        """
+        self.encoder = self.encoder_transformer = self.downsample = None
+        self.decoder = self.decoder_transformer = self.upsample = None
+        if encoder is not None:
+            self.encoder, self.encoder_transformer = SeanetEncoder(encoder), Transformer(encoder)
+            if (stride := encoder.latent_stride) > 1:
+                self.downsample = CausalConv1d(
+                    encoder, (encoder.hidden_size, encoded_size), 2 * stride, stride=stride, bias=False,
+                    pad_mode="replicate", samples=encoder.hop_length,
+                )  # fmt: skip
+        if decoder is not None:
+            if (stride := decoder.latent_stride) > 1:
+                width = decoder.hidden_size
+                self.upsample = CausalConvTranspose1d(
+                    decoder, (width, width), stride, groups=decoder.upsample_groups, bias=False
+                )
+            self.decoder_transformer, self.decoder = Transformer(decoder), SeanetDecoder(decoder)
 
     def parts(self, direction: str) -> list[nn.Module | None]:
         if direction == "encode":

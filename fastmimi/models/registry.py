@@ -9,6 +9,7 @@ from ..errors import InputError, shown
 from ..runtime.dispatch import Impl
 from .codec import Codec
 from .config import MIMI_TYPES, AnyConfig, JodioConfig, MimiCodecConfig
+from .continuous import ContinuousMimi, ContinuousMimiConfig
 from .jodio import JodioModel
 from .mimi import Mimi
 from .validation import naming, read_json
@@ -21,17 +22,20 @@ class Architecture:
     model_types: values of `model_type` in its `config.json`.
     flat: whether its checkpoints come in several layouts, which are converted to the model's own flat names, without
         live weight norm; otherwise they have the model's names.
+    codes: whether it has codes; training is for those.
     """
 
     config: type[AnyConfig]
     model: type[Codec]
     model_types: tuple[str, ...]
     flat: bool
+    codes: bool = True
 
 
 ARCHITECTURES = {
     "mimi": Architecture(MimiCodecConfig, Mimi, MIMI_TYPES, flat=True),
     "jodio": Architecture(JodioConfig, JodioModel, ("jodio",), flat=False),
+    "continuous": Architecture(ContinuousMimiConfig, ContinuousMimi, ("mimi_continuous",), flat=True, codes=False),
 }
 MODEL_TYPES = tuple(kind for architecture in ARCHITECTURES.values() for kind in architecture.model_types)
 

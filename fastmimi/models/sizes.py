@@ -9,19 +9,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import JodioConfig, JodioTransformerConfig, MimiCodecConfig
+    from .continuous import ContinuousMimiConfig
 
 
 def of_mimi(config: MimiCodecConfig) -> int:
     """Of a Mimi with both halves or one of them."""
-    hidden, stride = config.hidden_size, config.latent_stride
     total = _quantizer(config)
-    if config.has_encoder:
-        total += _seanet(config, decoder=False) + _transformer(config)
-        total += hidden * hidden * 2 * stride if stride > 1 else 0
-    if config.has_decoder:
-        total += _seanet(config, decoder=True) + _transformer(config)
-        total += hidden * (hidden // config.upsample_groups) * 2 * stride if stride > 1 else 0
-    return total
+    total += _encoder(config, config.hidden_size) if config.has_encoder else 0
+    return total + (_decoder(config) if config.has_decoder else 0)
+
+
+def of_continuous(config: ContinuousMimiConfig) -> int:
+    """Of a Mimi with continuous latents."""
+    projection = config.latent_size * config.decoder.hidden_size
+    return _encoder(config.encoder, config.encoded_size) + projection + _decoder(config.decoder)
+
+
+def _encoder(config: MimiCodecConfig, encoded_size: int) -> int:
+    stride = config.latent_stride
+    resampling = config.hidden_size * encoded_size * 2 * stride if stride > 1 else 0
+    return _seanet(config, decoder=False) + _transformer(config) + resampling
+
+
+def _decoder(config: MimiCodecConfig) -> int:
+    hidden, stride = config.hidden_size, config.latent_stride
+    resampling = hidden * (hidden // config.upsample_groups) * 2 * stride if stride > 1 else 0
+    return _seanet(config, decoder=True) + _transformer(config) + resampling
 
 
 def of_jodio(config: JodioConfig) -> int:

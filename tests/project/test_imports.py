@@ -55,7 +55,7 @@ UPWARDS = {  # the exceptions, inside functions only
     ("models.jodio", "checkpoints.weights"),  # JodioModel.from_pretrained and save_pretrained
 }
 MAY_IMPORT_VERSION = {"train.loop", "serve.load"}  # fastmimi.__version__, for the record of a run
-PEERS = ("transformers", "moshi", "rustymimi")
+PEERS = ("transformers", "moshi", "rustymimi", "pocket_tts")
 MAY_IMPORT_PEERS = {"compat", "train"}
 COMPUTED = "<computed>"
 
