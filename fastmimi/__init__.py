@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .errors import InputError
     from .models.config import CodecConfig as CodecConfig
     from .models.config import JodioConfig, MimiCodecConfig
+    from .models.continuous import ContinuousMimi, ContinuousMimiConfig
     from .models.jodio import JodioModel
     from .models.mimi import Mimi
     from .runtime.dispatch import explain
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "CodesDataset": "corpus.dataset",
     "CodecConfig": "models.config",  # MimiCodecConfig by its former name
+    "ContinuousMimi": "models.continuous",
+    "ContinuousMimiConfig": "models.continuous",
     "JodioConfig": "models.config",
     "JodioModel": "models.jodio",
     "AsyncClient": "serve.client",
@@ -64,10 +67,10 @@ _MODULES = {
     "tokenize": "corpus.tokenize",
 }
 __all__ = [
-    "AsyncClient", "Client", "CodesDataset", "InputError", "JodioConfig", "JodioModel", "Mimi", "MimiCodecConfig",
-    "MimiConfig", "MimiDecoderModel", "MimiEncoderModel", "MimiModel", "SlotPool", "StreamPool", "StreamState",
-    "detokenize", "explain", "load", "packing_report", "read_codes", "replace_mimi", "restore_mimi", "save_kyutai",
-    "save_pretrained", "tokenize",
+    "AsyncClient", "Client", "CodesDataset", "ContinuousMimi", "ContinuousMimiConfig", "InputError", "JodioConfig",
+    "JodioModel", "Mimi", "MimiCodecConfig", "MimiConfig", "MimiDecoderModel", "MimiEncoderModel", "MimiModel",
+    "SlotPool", "StreamPool", "StreamState", "detokenize", "explain", "load", "packing_report", "read_codes",
+    "replace_mimi", "restore_mimi", "save_kyutai", "save_pretrained", "tokenize",
 ]  # fmt: skip
 
 

@@ -99,9 +99,7 @@ def to_flat(state: Mapping[str, Tensor], config: MimiCodecConfig | ContinuousMim
     flat: dict[str, Tensor] = {}
     for name, tensor in state.items():
         name = flat_name(name)
-        half = config
-        if isinstance(config, ContinuousMimiConfig):
-            half = config.decoder if name.startswith("decoder") else config.encoder
+        half = config.half_of(name) if isinstance(config, ContinuousMimiConfig) else config
         rows = (half.num_attention_heads + 2 * half.num_key_value_heads) * half.head_dim
         if name.endswith(".in_projs.0.weight") and tensor.dim() == 2 and len(tensor) == rows:
             base = name.removesuffix("in_projs.0.weight")

@@ -139,16 +139,14 @@ def _core_of(mimi: MimiModel, config: ContinuousMimiConfig) -> ContinuousMimi:
     """Our model over the modules of theirs. Raises InputError if they do not fit the configuration."""
     with torch.device("meta"):
         core = ContinuousMimi(config).train(mimi.training)
-    for name, tensor in mimi.named_parameters():
+    for name, _ in mimi.named_parameters():
         module, flat = mimi.get_submodule(name.rpartition(".")[0]), kyutai.flat_name(name).rpartition(".")[0]
         parent, _, leaf = flat.rpartition(".")
         owner = core.get_submodule(parent.removesuffix(".in_projs"))
         if parent.endswith(".in_projs"):
-            half = config.decoder if flat.startswith("decoder") else config.encoder
-            owner._modules |= {f"{part}_proj": Rows(module, part, half) for part in "qkv"}
+            owner._modules |= {f"{part}_proj": Rows(module, part, config.half_of(flat)) for part in "qkv"}
         else:
             owner._modules[leaf] = module
-        del tensor
     if missing := [name for name, tensor in core.named_parameters() if tensor.is_meta]:
         raise InputError(f"tts.mimi must have the layers of its configuration, it lacks {missing[0]}")
     return core

@@ -106,7 +106,7 @@ def codebook_count(count: object, config: AnyConfig) -> int:
 
 def _count_in_range(count: int, config: AnyConfig) -> None:
     least, most = config.num_semantic_quantizers, config.num_quantizers
-    if count and not most:
+    if not most:
         raise no_codes()
     if not least <= count <= most:
         raise InputError(f"the number of codebooks must be from {least} to {most}, got {count}")

@@ -48,7 +48,8 @@ class Codec(Packable):
         self.config = config
         self.tiling = Tiling(config.frame_size, config.latent_stride, config.num_filters)
         self.impl = impl
-        self.num_codebooks = config.num_quantizers if num_codebooks is None else num_codebooks
+        wanted = num_codebooks
+        self._num_codebooks = config.num_quantizers if wanted is None else checks.codebook_count(wanted, config)
         self._new_graphs(torch.get_default_device().type)
 
     def parts(self, direction: str) -> list[nn.Module | None]:
@@ -207,10 +208,9 @@ class Codec(Packable):
         self._check_state(checks.is_state(state), state.batch_size, None)
         if frames not in range(1, MOST_FRAMES + 1) or threads < 1:
             raise InputError(f"frames must be from 1 to {MOST_FRAMES} and threads positive, got {frames} and {threads}")
-        encoding, decoding, channels = self.encode_latent_pass(), self.decode_latent_pass(), self.config.hidden_size
-        if not latents:
-            channels = self._count(num_codebooks)
-            encoding, decoding = self.encode_pass(channels), self.decode_pass()
+        channels = self.config.hidden_size if latents else self._count(num_codebooks)
+        encoding = self.encode_latent_pass() if latents else self.encode_pass(channels)
+        decoding = self.decode_latent_pass() if latents else self.decode_pass()
         if self.encoder is not None:
             encoding.warm_up(self.config.audio_channels, frames, state.encode, threads)
         if self.decoder is not None:

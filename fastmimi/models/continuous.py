@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InputError, shown
+from ..runtime import dispatch
 from ..runtime.ops import ForwardContext
 from . import checks, sizes
 from . import validation as valid
@@ -140,6 +141,10 @@ class ContinuousMimiConfig:
         latents = f"continuous, {self.encoded_size} channels from the encoder, {self.latent_size} to the decoder"
         return {"latents": latents, **{name: ", then ".join(half[name] for half in halves) for name in halves[0]}}
 
+    def half_of(self, name: str) -> MimiCodecConfig:
+        """The configuration of the half that the module or parameter of this name belongs to."""
+        return self.decoder if name.startswith("decoder") else self.encoder
+
     @classmethod
     def from_dict(cls, values: Json) -> ContinuousMimiConfig:
         """Read `to_dict()`; unknown fields are left out."""
@@ -164,15 +169,18 @@ class ContinuousMimi(Mimi):
     """A Mimi of continuous latents: 24 kHz mono to 12.5 Hz frames of 32 numbers, and back, as in Pocket TTS.
 
     `encode_to_latent` and `decode_latent`, whole or with `state`, are its API; it has no codes, and whatever needs them
-    raises InputError. Streams are recorded by `warm_up(state, latents=True)`. Arguments as for `Codec`.
+    raises InputError. Streams are recorded by `warm_up(state, latents=True)`. `impl` as for `Codec`.
     """
 
     config_class = ContinuousMimiConfig
     config: ContinuousMimiConfig
     quantizer: None  # type: ignore[assignment]
 
+    def __init__(self, config: ContinuousMimiConfig | None = None, *, impl: dispatch.Impl = "auto"):
+        super().__init__(config, impl=impl)
+
     def _build(self, config: Any) -> None:
-        self._build_halves(config.encoder, config.decoder, config.encoded_size)
+        self._build_halves(config.encoder, config.decoder, encoded_size=config.encoded_size)
         self.quantizer = None
         self.projection = CausalConv1d(config.decoder, (config.latent_size, config.decoder.hidden_size), 1, bias=False)
 

@@ -42,7 +42,7 @@ class Mimi(Codec):
 
     @torch.inference_mode(False)  # inference tensors could not be packed once (runtime/packing.py)
     def __init__(
-        self, config: MimiCodecConfig | None = None, *, impl: dispatch.Impl = "auto", num_codebooks: int | None = None
+        self, config: AnyConfig | None = None, *, impl: dispatch.Impl = "auto", num_codebooks: int | None = None
     ):
         known = checks.config(config, self.config_class)
         super().__init__(known, impl, num_codebooks)
@@ -51,12 +51,12 @@ class Mimi(Codec):
 
     def _build(self, config: Any) -> None:
         """Make the modules of a configuration of this class."""
-        halves = (config if has_half else None for has_half in (config.has_encoder, config.has_decoder))
-        self._build_halves(*halves, config.hidden_size)
+        halves: list[Any] = [config if has_half else None for has_half in (config.has_encoder, config.has_decoder)]
+        self._build_halves(*halves, encoded_size=config.hidden_size)
         self.quantizer = SplitQuantizer.of(config)
 
     def _build_halves(
-        self, encoder: MimiCodecConfig | None, decoder: MimiCodecConfig | None, encoded_size: int
+        self, encoder: MimiCodecConfig | None, decoder: MimiCodecConfig | None, *, encoded_size: int
     ) -> None:
         """Make the modules of both directions, None where there is no such half.
 

@@ -180,7 +180,8 @@ class TrainConfig:
             raise InputError(f"losses must lie in [0, {MANY:g}] and not all be 0, got {weights}")
         if (data.folder is None) == (data.dataset is None):
             raise InputError("data needs either a folder or a dataset")
-        _check_choice("model.architecture", self.model.architecture, [name for name, entry in ARCHITECTURES.items() if entry.codes])
+        with_codes = [name for name, entry in ARCHITECTURES.items() if entry.codes]
+        _check_choice("model.architecture", self.model.architecture, with_codes)
         _check_choice("mixed_precision", self.mixed_precision, [None, "no", "bf16", "fp16"])
         _check_choice("optimizer.schedule", optimizer.schedule, SCHEDULES)
         for name, value in self._flat().items():

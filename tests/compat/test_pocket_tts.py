@@ -289,7 +289,7 @@ def test_configurations_that_are_not_supported(changes, message):
 
 @pytest.mark.parametrize("function", [drop_in.accelerate, drop_in.restore])
 def test_what_is_no_tts_model(function):
-    with pytest.raises(fastmimi.InputError, match="must be a pocket_tts.TTSModel, got dict"):
+    with pytest.raises(fastmimi.InputError, match=r"must be a pocket_tts\.TTSModel, got dict"):
         function({})
 
 
