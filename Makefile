@@ -6,8 +6,9 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 PACKAGE := pyproject.toml setup.py constraints.txt
 CLIP := fastmimi/assets/198-209-0000.ogg
 
-# moshi pins an old torch: it is installed without its dependencies, and these are what its Mimi needs beside ours.
-MOSHI_NEEDS := einops huggingface_hub safetensors sentencepiece sphn tqdm
+# moshi pins an old torch and pocket-tts requires a server: they are installed without their dependencies, and these are
+# what their Mimis need beside ours.
+PEERS_NEED := einops huggingface_hub pyyaml requests safetensors scipy sentencepiece sphn tokenizers tqdm
 
 # The other ends of what we support, without constraints.txt, each in an environment of its own. uv can resolve to the
 # lowest versions, which pip cannot, and finds or fetches a Python that is not there by its bare version.
@@ -98,8 +99,8 @@ $(VENV)/stamp-demo: $(VENV)/stamp-venv $(PACKAGE)
 	touch $@
 
 $(VENV)/stamp-test: $(VENV)/stamp-venv $(PACKAGE) Makefile
-	$(INSTALL) -e '.[test]' rustymimi $(MOSHI_NEEDS)
-	$(INSTALL) --no-deps moshi
+	$(INSTALL) -e '.[test]' rustymimi $(PEERS_NEED)
+	$(INSTALL) --no-deps moshi pocket-tts
 	touch $@
 
 $(VENV)/stamp-uv: $(VENV)/stamp-venv
@@ -109,14 +110,14 @@ $(VENV)/stamp-uv: $(VENV)/stamp-venv
 .venv-oldest/stamp-test: $(VENV)/stamp-uv $(PACKAGE) Makefile
 	$(UV) venv --clear --seed --python $(PYTHON_OLDEST) .venv-oldest
 	$(UV) pip install --python .venv-oldest --resolution lowest-direct -e '.[test]'
-	$(UV) pip install --python .venv-oldest setuptools rustymimi $(MOSHI_NEEDS)
-	$(UV) pip install --python .venv-oldest --no-deps moshi
+	$(UV) pip install --python .venv-oldest setuptools rustymimi $(PEERS_NEED)
+	$(UV) pip install --python .venv-oldest --no-deps moshi pocket-tts
 	touch $@
 
 .venv-newest/stamp-test-$(TODAY): $(VENV)/stamp-uv $(PACKAGE) Makefile
 	$(UV) venv --clear --seed --python $(PYTHON_NEWEST) .venv-newest
-	$(UV) pip install --python .venv-newest --upgrade -e '.[test]' setuptools rustymimi $(MOSHI_NEEDS)
-	$(UV) pip install --python .venv-newest --no-deps moshi
+	$(UV) pip install --python .venv-newest --upgrade -e '.[test]' setuptools rustymimi $(PEERS_NEED)
+	$(UV) pip install --python .venv-newest --no-deps moshi pocket-tts
 	touch $@
 
 $(VENV)/stamp-docs: $(VENV)/stamp-venv $(PACKAGE)

@@ -65,10 +65,10 @@ def no_gradients():
         yield
 
 
-def test_distinct_configurations():
-    assert len(DISTINCT) == 4, "other Mimis have been published: say so in docs/drop-ins.md"
-    for config in CONFIGS.values():
-        drop_in.codec_config(config.model_dump())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_published_configuration_is_supported(name):
+    config = drop_in.codec_config(CONFIGS[name].model_dump())
+    assert (config.sampling_rate, config.frame_size, config.latent_stride, config.streamable) == (24_000, 1920, 16, True)
 
 
 @pytest.mark.parametrize("samples", [1, pocket.FRAME, 30 * pocket.FRAME + 77])
