@@ -1,15 +1,17 @@
 """The examples of README.md and of docs/ run: the Python of a page from top to bottom as one program, and its commands.
 
-The hub is not used: kyutai/mimi is replaced by the model `demo`.
+The hub is not used: kyutai/mimi is replaced by the model `demo`, and Pocket TTS has random weights.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pocket
 import pytest
 import soundfile
 import torch
@@ -68,11 +70,18 @@ def codes(folder):
 
 
 @pages_with("python")
-def test_examples(page, folder, codes):
+def test_examples(page, folder, codes, monkeypatch):
     pytest.importorskip("transformers")
     if f'"{KYUTAI}"' in page.read_text():
         fastmimi.save_kyutai(fastmimi.load("random:0"), folder / KYUTAI)
-    code = "\n".join(blocks(page, "python")).replace('"kyutai/mimi"', repr(str(DEMO)))
+    examples = blocks(page, "python")
+    if importlib.util.find_spec("pocket_tts") is None:  # these alone are left out
+        examples = [block for block in examples if "pocket_tts" not in block]
+    elif "pocket_tts" in page.read_text():
+        import pocket_tts
+
+        monkeypatch.setattr(pocket_tts.TTSModel, "load_model", lambda: pocket.random_tts("english_2m_2026-10", folder))
+    code = "\n".join(examples).replace('"kyutai/mimi"', repr(str(DEMO)))
     names: dict = {}
     exec(compile(code, str(page), "exec"), names)
     if page == README:
