@@ -59,8 +59,6 @@ def finite(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def codes(x: Tensor, config: AnyConfig) -> Tensor:
     """[B, K, T] integers -> int64."""
-    if not config.num_quantizers:
-        raise no_codes()
     _values(x, "codes")
     if x.dim() != 3 or x.shape[0] == 0:
         raise InputError(f"codes must be [batch, codebooks, frames], got {tuple(x.shape)}")

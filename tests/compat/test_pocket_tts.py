@@ -68,7 +68,12 @@ def no_gradients():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_published_configuration_is_supported(name):
     config = drop_in.codec_config(CONFIGS[name].model_dump())
-    assert (config.sampling_rate, config.frame_size, config.latent_stride, config.streamable) == (24_000, 1920, 16, True)
+    assert (config.sampling_rate, config.frame_size, config.latent_stride, config.streamable) == (
+        24_000,
+        1920,
+        16,
+        True,
+    )
 
 
 @pytest.mark.parametrize("samples", [1, pocket.FRAME, 30 * pocket.FRAME + 77])
