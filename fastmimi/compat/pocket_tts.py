@@ -32,6 +32,7 @@ from ..runtime import packing
 from ..runtime.cpu_graphs import MOST_FRAMES
 from ..runtime.state import DirectionState
 
+DECODER = ("decoder_seanet", "decoder_transformer")  # sections that are None where they are as the encoder's
 State = dict[str, dict[str, Tensor]]  # of a model: the tensors of each stateful module, by its name
 
 
@@ -69,9 +70,6 @@ def codec_config(mimi: Json) -> ContinuousMimiConfig:
     inner = mimi["inner_dim"] if halves["encoder"].latent_stride > 1 else None
     encoded = halves["encoder"].hidden_size if inner is None else inner
     return ContinuousMimiConfig(**halves, encoded_size=encoded, latent_size=mimi["quantizer"]["dimension"])
-
-
-DECODER = ("decoder_seanet", "decoder_transformer")
 
 
 def _half(mimi: Json, seanet_name: str, transformer_name: str) -> MimiCodecConfig:
@@ -139,6 +137,10 @@ def _core_of(mimi: MimiModel, config: ContinuousMimiConfig) -> ContinuousMimi:
     """Our model over the modules of theirs. Raises InputError if they do not fit the configuration."""
     with torch.device("meta"):
         core = ContinuousMimi(config).train(mimi.training)
+    theirs = kyutai.to_flat(dict(mimi.named_parameters()), config)
+    shapes = [{(name, tuple(t.shape)) for name, t in named} for named in (theirs.items(), core.named_parameters())]
+    if different := sorted(shapes[0] ^ shapes[1]):
+        raise InputError(f"tts.mimi must have the layers of its configuration, and {different[0][0]} differs")
     for name, _ in mimi.named_parameters():
         module, flat = mimi.get_submodule(name.rpartition(".")[0]), kyutai.flat_name(name).rpartition(".")[0]
         parent, _, leaf = flat.rpartition(".")
@@ -147,8 +149,6 @@ def _core_of(mimi: MimiModel, config: ContinuousMimiConfig) -> ContinuousMimi:
             owner._modules |= {f"{part}_proj": Rows(module, part, config.half_of(flat)) for part in "qkv"}
         else:
             owner._modules[leaf] = module
-    if missing := [name for name, tensor in core.named_parameters() if tensor.is_meta]:
-        raise InputError(f"tts.mimi must have the layers of its configuration, it lacks {missing[0]}")
     return core
 
 

@@ -298,10 +298,17 @@ def test_what_is_no_tts_model(function):
         function({})
 
 
-def test_a_mimi_without_a_layer_changes_nothing(tts):
-    layer = tts.mimi.downsample
-    del tts.mimi.downsample
-    with pytest.raises(fastmimi.InputError, match="it lacks downsample"):
-        drop_in.accelerate(tts)
-    tts.mimi.downsample = layer
-    assert isinstance(tts.mimi, pocket_tts.models.mimi.MimiModel)
+@pytest.mark.parametrize("change", ["missing", "another shape", "unknown"])
+def test_a_mimi_of_another_configuration_is_left_as_it_is(change):
+    config = small()
+    peer = pocket.random_mimi(config)
+    if change == "missing":
+        del peer.downsample
+    elif change == "unknown":
+        peer.downsample.other = torch.nn.Linear(2, 2)
+    else:
+        peer.downsample.conv.conv = torch.nn.Conv1d(32, 7, 32, stride=16, bias=False)
+    before = dict(peer.named_modules())
+    with pytest.raises(fastmimi.InputError, match=r"layers of its configuration, and downsample.* differs"):
+        drop_in.AcceleratedMimi(peer, drop_in.codec_config(config.model_dump()))
+    assert dict(peer.named_modules()) == before
