@@ -15,10 +15,10 @@ ROWS = 8192  # rows per distance matrix: [ROWS, S] fp32 is 64 MiB at S = 2048
 def rvq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     """x [N, D] and codebooks [L, S, D] -> codes [L, N] int64; computed in the dtype of the codebooks."""
     norms = codebooks.square().sum(dim=-1)  # [L, S]
-    return torch.cat([_encode_rows(rows, codebooks, norms) for rows in x.to(codebooks.dtype).split(ROWS)], dim=1)
+    return torch.cat([encode_rows(rows, codebooks, norms) for rows in x.to(codebooks.dtype).split(ROWS)], dim=1)
 
 
-def _encode_rows(residual: Tensor, codebooks: Tensor, norms: Tensor) -> Tensor:
+def encode_rows(residual: Tensor, codebooks: Tensor, norms: Tensor) -> Tensor:
     codes = []
     for codebook, norm in zip(codebooks, norms, strict=True):
         code = torch.addmm(norm, residual, codebook.t(), alpha=-2).argmin(dim=-1)  # [N]

@@ -78,13 +78,13 @@ def upsample(
 
 def weight_of(conv: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
     """The weight; with weight norm (arXiv 1602.07868) it is cached until g or v change, except in training."""
-    if not hasattr(conv, "parametrizations"):
+    if torch.compiler.is_compiling() or not hasattr(conv, "parametrizations"):  # tracing sees no versions
         return conv.weight
     parametrizations: Any = conv.parametrizations
     pair = parametrizations.weight
     g, v = pair.original0, pair.original1
     trains = torch.is_grad_enabled() and (g.requires_grad or v.requires_grad)
-    if trains or torch.compiler.is_compiling():  # tracing sees no versions
+    if trains:
         return conv.weight
     dim = parametrizations.weight[0].dim
     return packing.packed((v, g), f"weight norm {dim}", lambda v, g: torch._weight_norm(v, g, dim))

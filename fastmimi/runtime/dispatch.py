@@ -136,6 +136,18 @@ def implementation(op: str, candidate: str) -> Callable[..., Tensor]:
     return torch_ops.register(op, candidate, chosen, reference, ieee_convolutions)
 
 
+def exportable() -> Ops:
+    """The reference for `torch.export` with open lengths: some ops as in reference/_open_lengths.py."""
+    from ..reference import _open_lengths as ops
+
+    layer = implementation("transformer_layer", "reference")
+    return bind("cpu", torch.float32, "reference")._replace(
+        window_attention=ops.window_attention,
+        transformer_layer=partial(layer, attention=ops.window_attention),
+        rvq_encode=ops.rvq_encode, rvq_decode=ops.rvq_decode,
+    )  # fmt: skip
+
+
 def recorder(ops: Ops) -> ModuleType | None:
     """The module that records steps of these implementations (kernels/cpu/_program.py); None unless all are native.
 

@@ -59,7 +59,7 @@ class DirectionState:
 
     def __post_init__(self) -> None:
         if self.pool is None:
-            self.arrivals = new_counters(len(self.offset), self.offset.device)
+            self.arrivals = new_counters(self.offset.shape[0], self.offset.device)  # len() would fix an open batch
         else:
             self.arrivals = self.pool.arrivals
 
