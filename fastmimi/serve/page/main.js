@@ -1,11 +1,10 @@
-/* The page: its controls, and what they start and stop. */
+/* The page: its controls, and what they start and stop. The codec behind it is a server (server.js) or runs in the
+   browser (fastmimi/export/browser). */
 
 import { openFile, openMicrophone, prepareCapture } from "./capture.js";
-import { pollHealth } from "./health.js";
 import { Pictures } from "./pictures.js";
 import { Player } from "./player.js";
 import { Session } from "./session.js";
-import { ServerCodec } from "./stream.js";
 
 const SAMPLE = "sample.ogg";
 const element = (id) => document.getElementById(id);
@@ -15,6 +14,7 @@ const pictures = new Pictures(
 );
 const sources = ["microphone", "sample", "file"];
 
+let backend = null; // see `begin`
 let context = null; // AudioContext, made at the first click: browsers allow it no earlier
 let worklets = null; // a promise: they are loaded once
 let player = null;
@@ -23,7 +23,7 @@ let asking = null; // a codec that was opened only to learn what it is
 let starts = 0; // to know whether another source was started meanwhile
 let info = null; // of the codec, when it was ready
 let chosen = null; // codebooks; null: all
-let away = false; // whether the server did not answer when it was asked for its health
+let away = false; // whether the codec was out of reach when last heard of
 
 // Sources
 
@@ -36,13 +36,13 @@ async function start(button, doing, open) {
     if (mine !== starts) return;
     player.reset();
     pictures.clear();
-    const codec = listen(new ServerCodec(context.sampleRate));
+    const codec = listen(backend.codec(context.sampleRate));
     const session = new Session(codec, player, pictures);
     const source = await open((samples) => session.push(samples), () => session.end());
     if (mine !== starts) return source.stop();
     running = { button, doing, session, codec, source };
     codec.open();
-    say("busy", "Connecting to the server…");
+    say("busy", backend.opening);
     show();
   } catch (error) {
     if (mine === starts) say("bad", error.message);
@@ -62,7 +62,7 @@ function stop() {
 }
 
 async function prepareAudio() {
-  context ??= new AudioContext({ latencyHint: "interactive" });
+  context ??= new AudioContext({ latencyHint: "interactive", ...backend.audio });
   await context.resume();
   worklets ??= loadWorklets().catch((error) => {
     worklets = null;
@@ -89,7 +89,7 @@ const startSample = () => startFile("sample", "Playing the sample.", fetchSample
 
 async function fetchSample() {
   const answer = await fetch(SAMPLE).catch(() => null);
-  if (!answer?.ok) throw new Error("The server does not send the sample.");
+  if (!answer?.ok) throw new Error("The sample cannot be fetched.");
   return answer.arrayBuffer();
 }
 
@@ -109,14 +109,14 @@ function listen(codec) {
   });
   codec.addEventListener("lost", ({ detail: { message, delay } }) => {
     running?.source.pause();
-    say("bad", `Reconnecting in ${delay / 1000} s: ${message}.`);
+    say("bad", delay === null ? `${message}.` : `Reconnecting in ${delay / 1000} s: ${message}.`);
   });
   return codec;
 }
 
 /** Connect for a moment, to learn what the codec is. */
 function ask() {
-  asking = listen(new ServerCodec());
+  asking = listen(backend.codec(null));
   asking.open();
 }
 
@@ -176,15 +176,13 @@ function showNumbers() {
   if (session.finished) stop();
 }
 
-function onHealth(health) {
-  element("factor").textContent = health?.real_time_factor ? Math.round(health.real_time_factor) : "–";
-  element("streams").textContent = health?.open ?? "–";
-  element("capacity").textContent = health ? `open, of ${health.capacity} on this server` : "open on the server";
+/** unreachable: a sentence, or null when the codec can be reached. */
+function onReach(unreachable) {
   if (running === null && asking === null) {
-    if (health === null) say("bad", "The server does not answer. Trying again…");
+    if (unreachable !== null) say("bad", unreachable);
     else if (away) ask();
   }
-  away = health === null;
+  away = unreachable !== null;
 }
 
 function draw() {
@@ -247,13 +245,23 @@ window.fastmimi = {
   get session() { return running?.session ?? null; },
 };
 
-mix();
-if (window.isSecureContext) {
-  ask();
-  pollHealth(onHealth);
-  requestAnimationFrame(draw);
-  setInterval(showNumbers, 200);
-} else {
-  for (const id of sources) element(id).disabled = true;
-  say("bad", "Browsers let pages process audio only on https or localhost: open this page there.");
+/** backend:
+
+     codec(sampleRate)  a codec, see stream.js; null: for audio of its own rate
+     watch(onreach)     show the backend's numbers, and say whether it can be reached (`onReach`)
+     audio              options of AudioContext
+     opening            what is said while a codec opens */
+export function begin(chosenBackend) {
+  backend = chosenBackend;
+  mix();
+  if (window.isSecureContext) {
+    say("busy", backend.opening);
+    ask();
+    backend.watch(onReach);
+    requestAnimationFrame(draw);
+    setInterval(showNumbers, 200);
+  } else {
+    for (const id of sources) element(id).disabled = true;
+    say("bad", "Browsers let pages process audio only on https or localhost: open this page there.");
+  }
 }

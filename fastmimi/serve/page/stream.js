@@ -11,7 +11,7 @@
      ready   a new stream begins: {model, sampleRate, codecRate, frameRate, numCodebooks, codebookSize}
      codes   {codes, rows, used, firstFrame}: Int16Array of frames of `rows` codes each, the first `used` are decoded
      audio   Float32Array, mono at `sampleRate`, sample by sample what was pushed
-     lost    {message, delay}: the stream has ended, the next begins in `delay` ms at the earliest
+     lost    {message, delay}: the stream has ended, the next begins in `delay` ms at the earliest; null: none does
 
    so that a codec that runs in the browser can take this one's place. */
 
