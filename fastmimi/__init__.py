@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .corpus.detokenize import detokenize
     from .corpus.tokenize import tokenize
     from .errors import InputError
+    from .export.write import export_model
     from .models.config import CodecConfig as CodecConfig
     from .models.config import JodioConfig, MimiCodecConfig
     from .models.continuous import ContinuousMimi, ContinuousMimiConfig
@@ -57,6 +58,7 @@ _MODULES = {
     "StreamState": "runtime.state",
     "detokenize": "corpus.detokenize",
     "explain": "runtime.dispatch",
+    "export_model": "export.write",
     "load": "checkpoints.weights",
     "packing_report": "runtime.packing",
     "read_codes": "corpus.codes",
@@ -69,8 +71,8 @@ _MODULES = {
 __all__ = [
     "AsyncClient", "Client", "CodesDataset", "ContinuousMimi", "ContinuousMimiConfig", "InputError", "JodioConfig",
     "JodioModel", "Mimi", "MimiCodecConfig", "MimiConfig", "MimiDecoderModel", "MimiEncoderModel", "MimiModel",
-    "SlotPool", "StreamPool", "StreamState", "detokenize", "explain", "load", "packing_report", "read_codes",
-    "replace_mimi", "restore_mimi", "save_kyutai", "save_pretrained", "tokenize",
+    "SlotPool", "StreamPool", "StreamState", "detokenize", "explain", "export_model", "load", "packing_report",
+    "read_codes", "replace_mimi", "restore_mimi", "save_kyutai", "save_pretrained", "tokenize",
 ]  # fmt: skip
 
 

@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
     parser.addoption("--threads", type=int, default=1, help="PyTorch's threads per process (default: 1)")
+    parser.addoption("--onnxruntime-web", help="a node_modules folder with it, for the tests of the page in a browser")
     parser.addoption("--native-library", help="a build of the native CPU kernels to test instead of the installed one")
 
 

@@ -82,6 +82,17 @@ Corpus = Annotated[Path, typer.Argument(metavar="CORPUS", help="The output folde
 AudioFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder for the audio.")]
 AudioFormat = Annotated[str, typer.Option("--format", help="flac, wav, ogg...")]
 Tars = Annotated[bool, typer.Option("--webdataset", help="Write a tar for each shard instead of single files.")]
+ModelIn = Annotated[str, typer.Argument(metavar="MODEL", help="A model, as for --model of the other commands.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the files.")]
+FilesFormat = Annotated[str, typer.Option("--format", help="onnx, or pt2: programs of torch.export.")]
+StoredAs = Annotated[
+    str, typer.Option(help="How weights are stored: float32, float16 or int8; all compute in float32.")
+]
+PageWith = Annotated[
+    Path | None,
+    typer.Option("--page", help="Write a page that runs in the browser; a node_modules folder with onnxruntime-web."),
+]
+NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not compare the files with the model.")]
 ExportTarget = Annotated[Path, typer.Argument(metavar="OUT", help="A new folder; for jsonl, a file.")]
 ExportFormat = Annotated[str, typer.Option("--format", help="huggingface, jsonl, lhotse, tokens or webdataset.")]
 Usage = Annotated[Path | None, typer.Option("--plot", help="Draw usage and durations (png, pdf, svg).")]
@@ -233,6 +244,17 @@ def explain(model: OneModel = None, device: Device = "cpu", dtype: Dtype = "floa
 
 app.command()(corpus.tokenize)
 app.add_typer(corpus.app, name="corpus")
+
+
+@app.command("export")
+def export_model(
+    model: ModelIn, out: NewFolder, format: FilesFormat = "onnx", weights: StoredAs = "float32",
+    codebooks: Codebooks = None, page: PageWith = None, no_check: NoCheck = False,
+) -> None:  # fmt: skip
+    """Write a codec as files for other runtimes: whole audio, and steps of streams (pip install 'fastmimi[onnx]')."""
+    from .exporting import export
+
+    export(model, out, format, weights, codebooks, page, not no_check)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from ..checkpoints.weights import random
 from ..errors import InputError
+from ..models.codec import Codec
 from ..models.config import MimiCodecConfig
 from ..models.mimi import Mimi
 from ..models.runner import Pass
@@ -190,7 +191,7 @@ def assert_nearest(codes: Tensor, x: Tensor, codebooks: Tensor) -> None:
             assert (residual.square().sum(dim=1) <= nearest * (1 + 1e-6) + 1e-20).all(), "another entry is nearer"
 
 
-def assert_same_codes(mine: Tensor, theirs: Tensor, latents: Tensor, core: Mimi) -> None:
+def assert_same_codes(mine: Tensor, theirs: Tensor, latents: Tensor, core: Codec) -> None:
     """Assert that codes [B, K, T] are identical, or at the first level where those of a frame differ, a tie.
 
     A tie: in fp64, the squared distances of the two entries to the residual of the `latents` [B, hidden, T] that `core`

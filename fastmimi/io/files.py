@@ -48,11 +48,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     It is renamed to `target` when the block ends, and removed if the block raises. Raises InputError, before anything
     is written, if `target` is there and is not an empty folder, or if the folder that would hold it is not there.
     """
-    target = Path(os.path.realpath(target))
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"cannot write {target}: it exists, and is not an empty folder")
-    if not target.parent.is_dir():
-        raise InputError(f"cannot write {target}: there is no directory {target.parent}")
+    target = check_new_folder(target)
     temporary = target.with_name(f".{secrets.token_hex(6)}.part")
     temporary.mkdir()
     try:
@@ -62,6 +58,16 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_folder(target: str | Path) -> Path:
+    """The real path of `target`, if `new_folder` can write it. Raises InputError otherwise, as that does."""
+    target = Path(os.path.realpath(path_of(target, "a folder to write")))
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"cannot write {target}: it exists, and is not an empty folder")
+    if not target.parent.is_dir():
+        raise InputError(f"cannot write {target}: there is no directory {target.parent}")
+    return target
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import soxr
 import torch
 
 import fastmimi
@@ -74,6 +75,22 @@ def test_stream_file_from_a_microphone(run, tmp_path, monkeypatch):
     printed = run("stream_file.py", "--microphone", "0.4", "decoded.wav")
     assert "5 frames; the codes of one call over the whole clip: True" in printed
     assert soundfile.info(tmp_path / "decoded.wav").frames == 5 * 1920
+
+
+@pytest.mark.slow
+def test_stream_onnx(run, speech, tmp_path):
+    """What it writes is the model's audio, in 16 bits."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model = fastmimi.load("demo", num_codebooks=8)
+    fastmimi.export_model(model, tmp_path / "exported", check=False)
+    clip, rate = soundfile.read(speech, dtype="float32")
+    soundfile.write(speech, soxr.resample(clip, rate, 24_000), 24_000, subtype="PCM_16")
+    run("stream_onnx.py", "exported", speech.name, "decoded.wav")
+    heard, _ = soundfile.read(speech, dtype="float32")
+    want = model.decode(model.encode(torch.from_numpy(heard)[None, None]))[0, 0].numpy()
+    decoded, rate = soundfile.read(tmp_path / "decoded.wav", dtype="float32")
+    assert rate == 24_000 and np.abs(decoded - want.clip(-1, 1)).max() < 1e-4
 
 
 def test_stream_pool(run):

@@ -43,6 +43,7 @@ FLOORS = (
     "io",
     "checkpoints",
     "devtools",
+    "export",
     "compat",
     "serve",
     "corpus",

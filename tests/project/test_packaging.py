@@ -136,6 +136,7 @@ def test_the_wheel_contains_assets_types_and_licence(wheel: Path) -> None:
     data = [path for path in (ROOT / "fastmimi" / "assets").rglob("*") if path.is_file()]
     data += (ROOT / "fastmimi" / "train").glob("*.yaml")
     data += (ROOT / "fastmimi" / "serve" / "page").iterdir()
+    data += (ROOT / "fastmimi" / "export" / "browser").iterdir()
     names = {path.relative_to(ROOT).as_posix() for path in data}
     assert {f"fastmimi/{name}" for name in ("assets/demo/model.safetensors", "train/demo.yaml")} <= names
     assert {f"fastmimi/serve/page/{name}" for name in ("index.html", "main.js")} <= names
