@@ -100,7 +100,7 @@ def repository() -> dict[str, str]:
         if "pyvenv.cfg" in files:
             folders.clear()
             continue
-        skipped = ("build", "dist", "out", "__pycache__")
+        skipped = ("build", "dist", "out", "node_modules", "__pycache__")
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
         for path in (Path(folder, name) for name in files if name.endswith(".py")):
             sources[path.relative_to(ROOT).as_posix()] = path.read_text(encoding="utf-8")
