@@ -69,6 +69,35 @@ def moved_down(x, rows, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
     return tl.gather(x, tl.broadcast_to(i[:, None], [BLOCK_T, BLOCK_H]), axis=0)
 
 
+@triton.jit
+def unit_of_tile(
+    b_x, p_w1, p_b1, p_w2, p_b2, C, H, dilation,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """b2 + w2 elu(b1 + w1 * elu(x)) + x for x [BLOCK_T, BLOCK_C] fp32 that has all C channels.
+
+    Rows below 2 * dilation are arbitrary. Before each tap but the first, the sum so far is moved down by the dilation;
+    three sums that are added in the end would need registers for all three.
+    """
+    dtype: tl.constexpr = p_w1.dtype.element_ty
+    FINE: tl.constexpr = dtype == tl.float32
+    c = tl.arange(0, BLOCK_C)
+    h = tl.arange(0, BLOCK_H)
+    m_w = (h < H)[:, None] & (c < C)[None, :]
+    p_w = p_w1 + (h * (3 * C))[:, None] + c[None, :]  # [H, 3, C]
+    b_e = activate(b_x, "elu", FINE).to(dtype)
+    acc = tl.dot(b_e, tl.trans(tl.load(p_w, mask=m_w, other=0.0)), input_precision=PRECISION)
+    for tap in tl.static_range(1, 3):
+        acc = moved_down(acc, dilation, BLOCK_T, BLOCK_H)
+        b_w = tl.load(p_w + tap * C, mask=m_w, other=0.0)
+        acc = tl.dot(b_e, tl.trans(b_w), acc, input_precision=PRECISION)
+    acc += tl.load(p_b1 + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    b_h = activate(acc, "elu", FINE).to(dtype)  # [BLOCK_T, BLOCK_H]
+    b_w = tl.load(p_w2 + c[:, None] * H + h[None, :], mask=(c < C)[:, None] & (h < H)[None, :], other=0.0)
+    b_y = b_x + tl.load(p_b2 + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    return tl.dot(b_h, tl.trans(b_w), b_y, input_precision=PRECISION)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def resblock_fwd_kernel(
     p_x, p_w1, p_b1, p_w2, p_b2, p_skip, p_history, p_first, p_active, p_state_rows, p_arrivals, p_y,
@@ -96,45 +125,57 @@ def resblock_fwd_kernel(
     h = tl.arange(0, BLOCK_H)
     m_h = (h < H)[:, None]
     p_weights = p_w1 + (h * (3 * C))[:, None]  # [H, 3, C]
-    first = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
-    second = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
-    third = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
     c = tl.arange(0, BLOCK_C)
-    b_x = tl.zeros([BLOCK_T, BLOCK_C], dtype=dtype)
-    for c0 in range(0, 1 if ONCE else C, BLOCK_C):
-        m_c = (c0 + c < C)[None, :]
-        o_x = (c0 + c)[None, :]
-        if STREAM:
-            b_x = load_either(
-                is_past[:, None], p_past[:, None] + o_x, p_rows[:, None] + o_x, m_x[:, None] & m_c, SELECT
-            )
-        else:
-            b_x = tl.load(p_rows[:, None] + o_x, mask=m_x[:, None] & m_c, other=0.0)
-        b_e = activate(b_x.to(tl.float32), "elu", FINE).to(dtype)
-        p_w = p_weights + (c0 + c)[None, :]
-        first = tl.dot(b_e, tl.trans(tl.load(p_w, mask=m_h & m_c, other=0.0)), first, input_precision=PRECISION)
-        second = tl.dot(b_e, tl.trans(tl.load(p_w + C, mask=m_h & m_c, other=0.0)), second, input_precision=PRECISION)
-        third = tl.dot(b_e, tl.trans(tl.load(p_w + 2 * C, mask=m_h & m_c, other=0.0)), third, input_precision=PRECISION)
-    third += moved_down(second, dilation, BLOCK_T, BLOCK_H) + moved_down(first, 2 * dilation, BLOCK_T, BLOCK_H)
-    third += tl.load(p_b1 + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
-    b_h = activate(third, "elu", FINE).to(dtype)  # [BLOCK_T, BLOCK_H]
     i = tl.arange(0, BLOCK_T)
-    m_row = m_row & ((i % (seg + pad) if SHARED else i) >= pad)
+    m_y = m_row & ((i % (seg + pad) if SHARED else i) >= pad)
     t64 = t.to(tl.int64)
     p_skips = p_skip + b * ss_b + t64 * ss_t
     p_results = p_y + b * sy_b + t64 * sy_t
-    for c0 in range(0, 1 if ONCE else C, BLOCK_C):
-        o = c0 + c
-        m_o = o < C
-        m_y = m_row[:, None] & m_o[None, :]
-        b_w = tl.load(p_w2 + o[:, None] * H + h[None, :], mask=m_o[:, None] & (h < H)[None, :], other=0.0)
-        if ONCE:
-            b_y = b_x.to(tl.float32)
+    if ONCE:
+        m_c = (c < C)[None, :]
+        if STREAM:
+            b_x = load_either(
+                is_past[:, None], p_past[:, None] + c[None, :], p_rows[:, None] + c[None, :], m_x[:, None] & m_c, SELECT
+            )
         else:
-            b_y = tl.load(p_skips[:, None] + o[None, :], mask=m_y, other=0.0).to(tl.float32)
-        b_y += tl.load(p_b2 + o, mask=m_o, other=0.0).to(tl.float32)[None, :]
-        b_y = tl.dot(b_h, tl.trans(b_w), b_y, input_precision=PRECISION)
-        tl.store(p_results[:, None] + o[None, :], activate(b_y, POST, FINE).to(dtype), mask=m_y)
+            b_x = tl.load(p_rows[:, None] + c[None, :], mask=m_x[:, None] & m_c, other=0.0)
+        b_y = unit_of_tile(
+            b_x.to(tl.float32), p_w1, p_b1, p_w2, p_b2, C, H, dilation, BLOCK_T, BLOCK_H, BLOCK_C, PRECISION
+        )
+        tl.store(p_results[:, None] + c[None, :], activate(b_y, POST, FINE).to(dtype), mask=m_y[:, None] & m_c)
+    else:
+        first = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
+        second = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
+        third = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
+        for c0 in range(0, C, BLOCK_C):
+            m_c = (c0 + c < C)[None, :]
+            o_x = (c0 + c)[None, :]
+            if STREAM:
+                b_x = load_either(
+                    is_past[:, None], p_past[:, None] + o_x, p_rows[:, None] + o_x, m_x[:, None] & m_c, SELECT
+                )
+            else:
+                b_x = tl.load(p_rows[:, None] + o_x, mask=m_x[:, None] & m_c, other=0.0)
+            b_e = activate(b_x.to(tl.float32), "elu", FINE).to(dtype)
+            p_w = p_weights + o_x
+            w1 = tl.trans(tl.load(p_w, mask=m_h & m_c, other=0.0))
+            w2 = tl.trans(tl.load(p_w + C, mask=m_h & m_c, other=0.0))
+            w3 = tl.trans(tl.load(p_w + 2 * C, mask=m_h & m_c, other=0.0))
+            first = tl.dot(b_e, w1, first, input_precision=PRECISION)
+            second = tl.dot(b_e, w2, second, input_precision=PRECISION)
+            third = tl.dot(b_e, w3, third, input_precision=PRECISION)
+        third += moved_down(second, dilation, BLOCK_T, BLOCK_H) + moved_down(first, 2 * dilation, BLOCK_T, BLOCK_H)
+        third += tl.load(p_b1 + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+        b_h = activate(third, "elu", FINE).to(dtype)  # [BLOCK_T, BLOCK_H]
+        for c0 in range(0, C, BLOCK_C):
+            o = c0 + c
+            m_o = o < C
+            b_w = tl.load(p_w2 + o[:, None] * H + h[None, :], mask=m_o[:, None] & (h < H)[None, :], other=0.0)
+            b_y = tl.load(p_skips[:, None] + o[None, :], mask=m_y[:, None] & m_o[None, :], other=0.0).to(tl.float32)
+            b_y += tl.load(p_b2 + o, mask=m_o, other=0.0).to(tl.float32)[None, :]
+            b_y = tl.dot(b_h, tl.trans(b_w), b_y, input_precision=PRECISION)
+            b_y = activate(b_y, POST, FINE).to(dtype)
+            tl.store(p_results[:, None] + o[None, :], b_y, mask=m_y[:, None] & m_o[None, :])
     if STREAM:
         advance_history(
             p_x, p_history, p_first, p_active, p_state_rows, p_arrivals, group, tl.cdiv(T, seg), B, per_tile,
