@@ -138,6 +138,7 @@ LOOPS: dict[str, Callable[[Values, list[sass.Loop]], list[float]]] = {
     "causal_conv1d_fwd_kernel": _conv,
     "causal_conv_transpose1d_depthwise_kernel": _depthwise,
     "resblock_fwd_kernel": _resblock,
+    "audio_resblock_fwd_kernel": lambda v, loops: [],
     "rvq_encode_fwd_kernel": _search,
     "rvq_decode_fwd_kernel": lambda v, loops: [v["L"]],
     "transformer_layer_linear_kernel": _linear,

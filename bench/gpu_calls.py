@@ -134,9 +134,9 @@ def ops_with(wrap: Wrap, device: str, dtype: torch.dtype) -> Ops:
     """Triton's ops as `dispatch.bind` composes them, each wrapped."""
     chosen = {row.op: row.chosen for row in dispatch.explain(device, dtype, "triton")}
     ops: dict[str, Any] = {op: wrap(op, dispatch.implementation(op, backend)) for op, backend in chosen.items()}
-    for op, backend in chosen.items():
-        if backend == "reference" and (inner := OPS[op].composed_of):
-            ops[op] = partial(dispatch.implementation(op, "reference"), attention=ops[inner])
+    if chosen["transformer_layer"] == "reference":
+        reference = dispatch.implementation("transformer_layer", "reference")
+        ops["transformer_layer"] = partial(reference, attention=ops["window_attention"])
     return Ops(**ops)
 
 

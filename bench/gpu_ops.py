@@ -171,6 +171,8 @@ def eager(workload: Workload, sets: Sets) -> dict[str, list[Call]]:
         calls["cuDNN, two convolutions alone"] = [
             lambda s=s: F.conv1d(F.conv1d(s[0], s[1], s[2], padding=1), s[3], s[4]) for s in sets
         ]
+    elif workload.op == "audio_resblock":
+        calls["cuDNN, three convolutions alone"] = [lambda s=s: convolutions(s, options["after"]) for s in sets]
     elif workload.op == "window_attention" and sets[0][0].shape[2] <= LONGEST_DENSE_MASK:
         length = sets[0][0].shape[2]
         positions = torch.arange(length, device=sets[0][0].device)
@@ -180,6 +182,14 @@ def eager(workload: Workload, sets: Sets) -> dict[str, list[Call]]:
         loops = [transformers_loop(s[1]) for s in sets]
         calls["transformers' loop"] = [lambda s=s, f=f: f(s[0]) for s, f in zip(sets, loops, strict=True)]
     return calls
+
+
+def convolutions(tensors: list[Tensor], after: bool) -> Tensor:
+    """Those of a residual unit and of the convolution before or after it."""
+    x, weight1, bias1, weight2, bias2, weight, bias = tensors
+    x = x if after else F.conv1d(x, weight, bias, padding=weight.shape[2] // 2)
+    x = F.conv1d(F.conv1d(x, weight1, bias1, padding=1), weight2, bias2)
+    return F.conv1d(x, weight, bias, padding=weight.shape[2] // 2) if after else x
 
 
 def transformers_loop(codebooks: Tensor) -> Callable[[Tensor], Tensor]:

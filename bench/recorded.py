@@ -125,6 +125,9 @@ def stage_of(op: str, x: Tensor, *tensors: Tensor, **options: Any) -> str:
         return f"up {stride}"
     if op == "resblock":
         return f"residual unit {x.shape[1]}"
+    if op == "audio_resblock":
+        unit, conv = f"residual unit {tensors[0].shape[1]}", f"conv {x.shape[1]} to {len(tensors[4])}"
+        return f"{unit}, {conv}" if options["after"] else f"{conv}, {unit}"
     return {"transformer_layer": "transformer", "rvq_encode": "RVQ search", "rvq_decode": "RVQ sum"}.get(op, op)
 
 

@@ -60,6 +60,17 @@ def check_resblock(
         raise ValueError(f"the padding must keep the length {x.shape[2]}, got {length}")
 
 
+def check_audio_resblock(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, audio_weight: Tensor,
+    audio_bias: Tensor, after: bool, dilation: int,
+) -> None:  # fmt: skip
+    """Check a residual unit and the convolution before or, with `after`, after it; both keep the length."""
+    conv_length(x, audio_weight, audio_bias, 1, 1, 1, (audio_weight.shape[2] - 1, 0), None, None)
+    inner = x if after else x[:, :1].expand(-1, len(audio_weight), -1)  # of the shape of the unit's input
+    left = (weight1.shape[2] - 1) * dilation
+    check_resblock(inner, weight1, bias1, weight2, bias2, dilation, (left, 0), None, None)
+
+
 def _check_channels(x: Tensor, channels: int, outputs: int, bias: Tensor | None) -> None:
     if x.shape[1] != channels:
         raise ValueError(f"x must have the {channels} channels of the weight, got {x.shape[1]}")

@@ -187,7 +187,7 @@ def dispatch(choices: list[Choice], title: str) -> None:
         table.add_column(column)
     for choice in choices:
         passed_over = "\n".join(f"{name}: {why}" for name, why in choice.passed_over)
-        inside = f"\n{choice.inside[0]} in it: {choice.inside[1]}" if choice.inside is not None else ""
+        inside = "".join(f"\n{op} in it: {backend}" for op, backend in choice.inside)
         table.add_row(choice.op, choice.chosen + inside, choice.reason, passed_over)
     print_table(table)
 

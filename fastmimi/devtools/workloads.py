@@ -56,7 +56,7 @@ class Workload:
             dtype = torch.float32
         made = [noise(*shape, seed=seed + i, scale=0.3 if i == 0 else 0.1).to(dtype)
                 for i, shape in enumerate(shapes)]  # fmt: skip
-        if "conv" in self.op or self.op == "resblock":
+        if "conv" in self.op or "resblock" in self.op:
             made[0] = layout.channels_last(made[0])  # as layers return it
         if self.op == "window_attention":
             made = [t.transpose(1, 2) * 5 for t in made]  # the strides that the projections give
@@ -141,6 +141,16 @@ def _resblock(channels: int, rate: int) -> Workload:
     )  # fmt: skip
 
 
+def _audio_resblock(name: str, channels: tuple[int, int], kernel: int, unit: int) -> Workload:
+    """channels, kernel: of the convolution; it follows the unit if that is what its input comes from."""
+    (c, o), h, after = channels, unit // 2, channels[0] == unit
+    return Workload(
+        "audio_resblock", name, SECONDS * 24_000,
+        lambda n: [(1, c, n), (h, unit, 3), (h,), (unit, h, 1), (unit,), (o, c, kernel), (o,)],
+        {"after": after, "post": "elu"}, 3 * unit, 24_000,
+    )  # fmt: skip
+
+
 def _attention(positions: int, heads: int = 8, dim: int = 64, window: int = 250) -> Workload:
     return Workload(
         "window_attention", f"{positions} positions, {heads} heads of {dim}", positions,
@@ -179,6 +189,8 @@ WORKLOADS: list[Workload] = [  # for 10 s of audio, unless the name says otherwi
     _resblock(64, 24_000),
     _resblock(128, 6_000),
     _resblock(256, 1_200),
+    _audio_resblock("first, 1 to 64, k7, and unit", (1, 64), 7, 64),
+    _audio_resblock("unit and last, 64 to 1, k3", (64, 1), 3, 64),
     _attention(250),
     _attention(3_000),
     _attention(30_000),

@@ -8,7 +8,9 @@ it keeps its number, which is why the numbering of `layers` has gaps.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,6 +117,12 @@ class CausalConv1d(StreamingModule, nn.Module):
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         return self.around.convolve(self.conv, x, context, self.name)
 
+    @property
+    def joins(self) -> bool:
+        """Whether `audio_resblock` can compute it: it is causal, padded with zeros, and nothing is fused into it."""
+        plain = self.conv.bias is not None and self.around == Surroundings(self.conv.kernel_size[0] - 1)
+        return plain and not _has_hooks(self)
+
 
 class CausalConvTranspose1d(StreamingModule, nn.Module):
     """An upsampling transposed convolution, [B, C_in, T] -> [B, C_out, T * stride]; peer: `MimiConvTranspose1d`."""
@@ -162,6 +170,23 @@ class ResBlock(nn.Module):
             shortcut_weight=None if shortcut is None else shortcut.weight,
             shortcut_bias=None if shortcut is None else shortcut.bias,
             **first.around.padding(x, context, first.name),
+        )  # fmt: skip
+
+    @property
+    def joins(self) -> bool:
+        """Whether `audio_resblock` can compute it: it is causal, padded with zeros, and has no shortcut convolution."""
+        first: Any = self.block["1"]
+        left = (first.conv.kernel_size[0] - 1) * first.conv.dilation[0]
+        return self.shortcut is None and first.around == Surroundings(left) and not _has_hooks(self)
+
+    def joined(self, x: Tensor, context: ForwardContext, audio: CausalConv1d, after: bool) -> Tensor:
+        """The unit and the convolution before or `after` it, of a whole signal, as one op."""
+        first: Any = self.block["1"]
+        second: Any = self.block["3"]
+        assert context.ops.audio_resblock is not None and audio.conv.bias is not None
+        return context.ops.audio_resblock(
+            x, first.conv.weight, first.conv.bias, second.conv.weight, second.conv.bias, weight_of(audio.conv),
+            audio.conv.bias, after=after, dilation=first.conv.dilation[0], post=self.post,
         )  # fmt: skip
 
 
@@ -222,7 +247,7 @@ def _run(layers: list[nn.Module], x: Tensor, context: ForwardContext, steps: int
     """
     size = None if steps is None or context.subtile is None or context.state is None else context.subtile * steps
     if size is None or x.shape[-1] <= size:
-        for layer in layers:
+        for layer in _joined(layers, context):
             x = layer(x, context)
         return x
     result, done = None, 0
@@ -237,6 +262,24 @@ def _run(layers: list[nn.Module], x: Tensor, context: ForwardContext, steps: int
         done += y.shape[1]
     assert result is not None and done == result.shape[1], "subtiles are whole positions"
     return result.transpose(1, 2)  # [B, C', T''], channels-last
+
+
+def _joined(layers: list[nn.Module], context: ForwardContext) -> list[Callable[..., Tensor]]:
+    """The layers; offline, a convolution at either end and the residual unit beside it are one if a kernel has both."""
+    steps: list[Callable[..., Tensor]] = list(layers)
+    if context.state is not None or context.ops.audio_resblock is None or len(layers) < 2:
+        return steps
+    first, second, before, last = *layers[:2], *layers[-2:]
+    if isinstance(before, ResBlock) and isinstance(last, CausalConv1d) and before.joins and last.joins:
+        steps[-2:] = [partial(before.joined, audio=last, after=True)]
+    elif isinstance(first, CausalConv1d) and isinstance(second, ResBlock) and first.joins and second.joins:
+        steps[:2] = [partial(second.joined, audio=first, after=False)]
+    return steps
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks, which run only if it is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def fill_tail(x: Tensor, lengths: Tensor, pad_mode: str) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,14 +47,14 @@ class Target:
 class Choice:
     """One row of the table: the backend of an op, and why each earlier candidate was passed over.
 
-    inside: the op that a composed op calls, and that op's backend.
+    inside: the ops that a composed op calls or stands for, and their backends.
     """
 
     op: str
     chosen: str
     reason: str
     passed_over: tuple[tuple[str, str], ...]
-    inside: tuple[str, str] | None = None
+    inside: tuple[tuple[str, str], ...] = ()
 
 
 def check_impl(impl: Impl) -> None:
@@ -84,7 +85,9 @@ def _tabled(device: str, dtype: torch.dtype, impl: Impl) -> str:
     key = f"{device} {dtype} {sorted(impl.items()) if isinstance(impl, dict) else impl}"
     if key not in _tables:
         chosen = {row.op: row.chosen for row in explain(device, dtype, impl)}
-        ops = {op: implementation(op, backend) for op, backend in chosen.items()}
+        ops: dict[str, Any] = {op: implementation(op, backend) for op, backend in chosen.items()}
+        if chosen["audio_resblock"] == "reference":
+            ops["audio_resblock"] = None
         if ops["transformer_layer"] is implementation("transformer_layer", "reference"):
             ops["transformer_layer"] = partial(ops["transformer_layer"], attention=ops["window_attention"])
         _tables[key] = Ops(**ops)
@@ -106,10 +109,9 @@ def explain(device: str = "cpu", dtype: torch.dtype = torch.float32, impl: Impl 
 
 
 def _with_inner(row: Choice, rows: dict[str, Choice]) -> Choice:
-    inner = OPS[row.op].composed_of
-    if inner is None or row.chosen != "reference":
+    if row.chosen != "reference":
         return row
-    return replace(row, inside=(inner, rows[inner].chosen))
+    return replace(row, inside=tuple((inner, rows[inner].chosen) for inner in OPS[row.op].composed_of))
 
 
 def _check_target(device: str, dtype: torch.dtype) -> None:
@@ -169,8 +171,7 @@ def _choose(op: str, target: Target, impl: Impl) -> Choice:
     if sentence is None:
         return Choice(op, wanted, "asked for by impl=", ())
     if wanted == impl and is_absent(op, wanted):  # asked for as a whole, not for this op by name
-        inner = OPS[op].composed_of
-        made_of = "PyTorch's own ops" if inner is None else f"{inner} and PyTorch's own ops"
+        made_of = " and ".join((*OPS[op].composed_of, "PyTorch's own ops"))
         return Choice(op, "reference", f"composed of {made_of}", ((wanted, sentence),))
     raise InputError(f"{op} was asked to run as {wanted!r}, which it cannot: {sentence}")
 

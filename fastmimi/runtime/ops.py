@@ -28,6 +28,7 @@ class Ops(NamedTuple):
     causal_conv1d: signatures.CausalConv1d
     causal_conv_transpose1d: signatures.CausalConvTranspose1d
     resblock: signatures.Resblock
+    audio_resblock: signatures.AudioResblock | None  # None without a kernel: then the two ops that it is composed of
     window_attention: signatures.WindowAttention
     transformer_layer: signatures.TransformerLayer
     rvq_encode: signatures.RvqEncode
@@ -58,7 +59,7 @@ class Op:
     fake: from the arguments, an empty tensor of the result's shape, dtype and strides.
     flops: from the result and the arguments; a multiplication and an addition count as two.
     time: the dimension of the result that is time.
-    composed_of: the op that a backend without this one runs within the reference of this one.
+    composed_of: the ops that run instead where a backend lacks this one, within the reference of this one.
     """
 
     summary: str
@@ -69,7 +70,7 @@ class Op:
     flops: Callable[..., float]
     time: int = 2
     differentiable: bool = True
-    composed_of: str | None = None
+    composed_of: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -119,6 +120,17 @@ def _resblock_flops(
 ) -> float:  # fmt: skip
     weights = weight1.numel() + weight2.numel() + (0 if shortcut_weight is None else shortcut_weight.numel())
     return 2.0 * y.shape[0] * y.shape[2] * weights
+
+
+def _audio_resblock(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, audio_weight: Tensor,
+    audio_bias: Tensor, *, after: bool = False, **_: object,
+) -> Tensor:  # fmt: skip
+    return empty_channels_last(x, len(audio_weight if after else weight2), x.shape[2])
+
+
+def _audio_resblock_flops(y: Tensor, x: Tensor, *weights: Tensor, **_: object) -> float:
+    return 2.0 * y.shape[0] * y.shape[2] * sum(w.numel() for w in weights if w.dim() == 3)
 
 
 def _attention(q: Tensor, *_: object, **__: object) -> Tensor:
@@ -179,6 +191,13 @@ OPS: dict[str, Op] = {
         "int dilation=1, SymInt[2] pad=[0, 0], str pad_mode='constant', str post='none'",
         _HISTORY, _resblock, _resblock_flops,
     ),
+    "audio_resblock": Op(
+        "the residual unit beside the audio and the convolution from or to the audio, of whole signals",
+        "Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor audio_weight, Tensor audio_bias",
+        "bool after=False, int dilation=1, str post='none'",
+        "", _audio_resblock, _audio_resblock_flops,
+        composed_of=("causal_conv1d", "resblock"),
+    ),
     "window_attention": Op(
         "RoPE and causal attention over the last `window` positions, ring KV cache when streaming",
         "Tensor q, Tensor k, Tensor v, Tensor inv_freq",
@@ -192,7 +211,7 @@ OPS: dict[str, Op] = {
         "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? o_bias=None, Tensor? scales=None",
         "int window, float eps, str norm='layer', str activation='gelu', float rope_scale=1.0",
         _RINGS, _layer, _layer_flops, time=1,
-        composed_of="window_attention",
+        composed_of=("window_attention",),
     ),
     "rvq_encode": Op(
         "the residual chain of nearest-entry searches over all levels, in fp32",

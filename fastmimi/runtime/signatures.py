@@ -71,6 +71,13 @@ class Resblock(Protocol):
     ) -> Tensor: ...  # fmt: skip
 
 
+class AudioResblock(Protocol):
+    def __call__(
+        self, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, audio_weight: Tensor,
+        audio_bias: Tensor, *, after: bool = False, dilation: int = 1, post: str = "none",
+    ) -> Tensor: ...  # fmt: skip
+
+
 class WindowAttention(Protocol):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, *, window: int, rope_scale: float = 1.0,

@@ -95,6 +95,7 @@ def is_amd(x: Tensor) -> bool:
 
 
 def for_amd(options: dict[str, Any]) -> dict[str, Any]:
-    """Launch options for AMD GPUs, which have no TF32 and only 64 KiB of shared memory per block."""
+    """Launch options for AMD GPUs, which have no TF32, only 64 KiB of shared memory per block, and other registers."""
     changes = {"PRECISION": "ieee", "SELECT": False, "num_stages": min(2, options.get("num_stages", 2))}
-    return {**options, **{name: value for name, value in changes.items() if name in options}}
+    changed = {**options, **{name: value for name, value in changes.items() if name in options}}
+    return {name: value for name, value in changed.items() if name != "maxnreg"}

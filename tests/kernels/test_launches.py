@@ -82,6 +82,21 @@ def test_a_streamed_frame(ours, batch):
             )  # fmt: skip
 
 
+def test_a_whole_signal(ours):
+    """The convolution from or to the audio is not a launch of its own."""
+    model = Mimi(MimiCodecConfig(), num_codebooks=8).eval().bfloat16().to("meta")
+    audio = torch.empty(2, 1, 4 * model.frame_size, dtype=torch.bfloat16, device="meta")
+    with mock.patch.object(Codec, "ops", kernels()):
+        for call in (
+            lambda: model.encode(audio),
+            lambda: model.decode(torch.empty(2, 8, 4, dtype=torch.int64).to("meta")),
+        ):
+            ours.clear()
+            call()
+            found = Counter(ours)
+            assert found["audio_resblock_fwd_kernel"] == 1 and found["resblock_fwd_kernel"] == 2, found
+
+
 @pytest.mark.kernels
 def test_histories_are_read_alike_where_pointers_cannot_be_selected(monkeypatch):
     """As on AMD GPUs, whose compiler refuses to choose between the addresses of two tensors."""

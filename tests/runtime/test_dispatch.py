@@ -64,7 +64,7 @@ def test_a_composed_op_names_the_kernel_inside(monkeypatch):
     monkeypatch.setattr(dispatch, "is_absent", lambda op, _: op not in kernels)
     rows = {row.op: row for row in dispatch.explain(impl="triton")}
     layer = rows["transformer_layer"]
-    assert (layer.chosen, layer.inside) == ("reference", ("window_attention", "triton"))
+    assert (layer.chosen, layer.inside) == ("reference", (("window_attention", "triton"),))
     assert "composed of window_attention" in layer.reason and layer.passed_over == (("triton", absent),)
     assert {row.reason for op, row in rows.items() if op in kernels} == {"asked for by impl="}
     with pytest.raises(fastmimi.InputError, match="transformer_layer was asked to run as 'triton', which it cannot"):
@@ -73,8 +73,20 @@ def test_a_composed_op_names_the_kernel_inside(monkeypatch):
 
 def test_a_kernel_of_a_composed_op_has_no_other_kernel_inside():
     rows = {impl: dispatch.explain(impl=impl) for impl in ("onednn", "reference")}
-    inside = {impl: {row.inside for row in rows[impl]} for impl in rows}
-    assert inside == {"onednn": {None}, "reference": {None, ("window_attention", "reference")}}
+    inside = {impl: {pair for row in rows[impl] for pair in row.inside} for impl in rows}
+    assert inside == {
+        "onednn": {("causal_conv1d", "onednn"), ("resblock", "onednn")},
+        "reference": {(op, "reference") for op in ("causal_conv1d", "resblock", "window_attention")},
+    }
+
+
+def test_models_call_the_ops_that_a_missing_one_stands_for(monkeypatch):
+    assert dispatch.bind("cpu", torch.float32, "reference").audio_resblock is None
+    kernel = dispatch.implementation("audio_resblock", "reference")
+    monkeypatch.setattr(dispatch, "why_not", lambda candidate, *_: None)
+    monkeypatch.setattr(dispatch, "implementation", lambda op, candidate: kernel)
+    monkeypatch.setattr(dispatch, "_tables", {})
+    assert dispatch.bind("cpu", torch.float32).audio_resblock is kernel
 
 
 def test_a_pytorch_without_onednn_says_so(monkeypatch):
@@ -119,7 +131,8 @@ def arguments(function):
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_backend_has_the_arguments_of_the_signature(op):
-    wanted = arguments(typing.get_type_hints(Ops)[op].__call__)
+    hint = typing.get_type_hints(Ops)[op]
+    wanted = arguments((typing.get_args(hint) or [hint])[0].__call__)  # the first of `X | None`
     schema = OPS[op]
     assert {*schema.names, *schema.state_names} <= wanted.keys()
     for backend, path in dispatch.CANDIDATES.items():
@@ -140,7 +153,8 @@ def test_a_backend_may_lack_an_op(monkeypatch):
         dispatch, "is_absent", lambda op, name: (op, name) == ("resblock", "onednn") or before(op, name)
     )
     rows = {row.op: row for row in dispatch.explain(impl="onednn")}
-    assert {op: row.chosen for op, row in rows.items()} == dict.fromkeys(OPS, "onednn") | {"resblock": "reference"}
+    absent = {"resblock": "reference", "audio_resblock": "reference"}
+    assert {op: row.chosen for op, row in rows.items()} == dict.fromkeys(OPS, "onednn") | absent
     assert rows["resblock"].reason == "composed of PyTorch's own ops"
     assert rows["resblock"].passed_over == (("onednn", "this version of fastmimi has no onednn kernel for resblock"),)
     with pytest.raises(fastmimi.InputError, match="resblock was asked to run as 'onednn', which it cannot"):
