@@ -24,6 +24,7 @@ from ..errors import InputError
 from ..io.audio import AudioWriter, output_format
 from ..io.files import path_of, replacing
 from ..io.transcode import Clock, decode
+from ..models.validation import json_object
 from .codes import CodesTable, Record, Source, samples_of
 from .names import add_member, file_name
 from .shards import Settings
@@ -95,10 +96,8 @@ def _check_settings(folder: Path, settings: dict[str, object]) -> None:
     """Record the settings in a new folder; raise InputError if they are others than the recorded ones."""
     path = folder / SETTINGS
     if path.exists():
-        try:
-            recorded = json.loads(path.read_bytes())
-        except ValueError:
-            raise InputError(f"{path} is damaged: write to another folder, or remove this one") from None
+        if (recorded := json_object(path.read_bytes())) is None:
+            raise InputError(f"{path} is damaged: write to another folder, or remove this one")
         for key, value in settings.items():
             if recorded.get(key) != value:
                 raise InputError(f"{folder} was written with {key} {recorded.get(key)!r}, not {value!r}")

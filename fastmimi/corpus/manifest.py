@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from ..errors import InputError, named, one_line, shown
 from ..io.files import check_input, check_output, path_of, replacing
+from ..models.validation import json_object
 from . import shards
 from .reading import duration_of
 from .rows import Row
@@ -200,11 +201,7 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = None
-            if not isinstance(value, dict):
+            if (value := json_object(line)) is None:
                 raise InputError(f"{path}: line {number} is not a JSON object")
             yield value
 

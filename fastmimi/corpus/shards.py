@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from ..errors import InputError, named, one_line, shown
 from ..io.files import check_input, path_of, replacing
+from ..models.validation import json_object
 
 if TYPE_CHECKING:
     from ..models.codec import Codec
@@ -273,11 +274,7 @@ def read_settings(path: str | Path) -> Settings:
 
 
 def _parsed(text: str | bytes, where: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
+    if (values := json_object(text)) is None:
         raise InputError(f"{where} is damaged: its settings are not a JSON object")
     return values
 

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -24,6 +23,7 @@ import pyarrow as pa
 
 from ..errors import InputError, named, shown
 from ..io.audio import SUFFIXES, files_below
+from ..models.validation import json_object
 from . import embedded, manifest, shards
 from .reading import is_remote
 from .rows import Row, Scalar
@@ -225,10 +225,8 @@ def _members(uri: str) -> Iterator[Row]:
 
 def _told(sample: dict[str, Any], where: str) -> dict[str, Scalar]:
     """What the .json and the .txt of a sample say; of the first, values that are scalars."""
-    try:
-        values = json.loads(sample.get("json", "{}"))
-    except ValueError:
-        raise InputError(f"{where} has a .json that is none") from None
+    if (values := json_object(sample.get("json", "{}"))) is None:
+        raise InputError(f"{where} has a .json that is no JSON object")
     reserved = {*manifest.COLUMNS.names}
     told: dict[str, Scalar] = {
         name: value

@@ -173,6 +173,15 @@ def _check(model: type[BaseModel], values: Json, prefix: str = "") -> Json:
         raise InputError(f"{name} {wanted}, got {shown(first['input'])}") from None
 
 
+def json_object(text: str | bytes) -> Json | None:
+    """The object of a JSON text; None if it is not valid, or is another value."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):  # ValueError also for what is not UTF-8, and integers of thousands of digits
+        return None
+    return values if isinstance(values, dict) else None
+
+
 def read_json(path: str | Path) -> Json:
     """The object in a JSON file. Raises InputError, naming the file, where there is none."""
     if not isinstance(path, str | os.PathLike):

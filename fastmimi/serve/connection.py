@@ -70,7 +70,9 @@ class Connection:
         self._bad = self._sent_frames = self._messages = 0
         self._second = 0.0
         self._sending = 0  # messages
-        self._listening_since = self._sending_since = math.inf  # or the time of the last that was taken
+        self._listening_since = self._sending_since = (
+            math.inf
+        )  # since when it waits for a message, or for one to be taken
 
     async def run(self) -> None:
         stream: Stream | None = None

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 import fastmimi
 
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
+pa = pytest.importorskip("pyarrow", reason="corpora need pyarrow")
+pq = pytest.importorskip("pyarrow.parquet", reason="corpora need pyarrow")
 
 
 def expected(folder: Path) -> list[dict]:

@@ -157,9 +157,10 @@ def test_another_run_into_the_same_folder_is_refused(make_corpus, codec, tmp_pat
     ):
         with pytest.raises(fastmimi.InputError, match=part):
             fastmimi.detokenize(folder, audio, codec, **options)
-    (audio / "detokenize.json").write_text("{")
-    with pytest.raises(fastmimi.InputError, match=r"detokenize\.json is damaged"):
-        fastmimi.detokenize(folder, audio, codec)
+    for damaged in ("{", "[1]"):
+        (audio / "detokenize.json").write_text(damaged)
+        with pytest.raises(fastmimi.InputError, match=r"detokenize\.json is damaged"):
+            fastmimi.detokenize(folder, audio, codec)
     assert files_of(audio) == before
 
 

@@ -16,7 +16,7 @@ from fastmimi.corpus.names import file_name
 from fastmimi.devtools.testing import small_model
 from fastmimi.io.tokens import Tokens
 
-pq = pytest.importorskip("pyarrow.parquet")
+pq = pytest.importorskip("pyarrow.parquet", reason="corpora need pyarrow")
 
 
 def records_of(folder: Path, codebooks: int) -> dict[str, dict[str, Any]]:

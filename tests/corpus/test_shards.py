@@ -11,8 +11,8 @@ import pytest
 
 from fastmimi.errors import InputError
 
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
+pa = pytest.importorskip("pyarrow", reason="corpora need pyarrow")
+pq = pytest.importorskip("pyarrow.parquet", reason="corpora need pyarrow")
 
 from fastmimi.corpus import shards  # noqa: E402 (it needs pyarrow)
 

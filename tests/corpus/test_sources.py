@@ -113,6 +113,13 @@ def test_archives(tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes((tmp_path / "s-0.tar").read_bytes()[:700])
     with pytest.raises(InputError, match=r"t\.tar is not a complete tar file"):
         rows(tmp_path / "t.tar")
+    with tarfile.open(tmp_path / "list.tar", "w") as archive:
+        for name, content in (("x.flac", encoded(0)), ("x.json", b"[1]")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(InputError, match=r"has a \.json that is no JSON object"):
+        rows(tmp_path / "list.tar")
 
 
 @pytest.mark.parametrize("as_struct", [True, False])
