@@ -25,16 +25,6 @@ FORMATS = (("flac", 16_000), ("wav", 24_000), ("mp3", 44_100), ("ogg", 22_050), 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return peers.weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def mimi(folder):
-    return fastmimi.load(folder, num_codebooks=peers.CODEBOOKS)
-
-
-@pytest.fixture(scope="module")
 def speech(tmp_path_factory):
     """A folder of utterances, drawn evenly from 2 to 15 s."""
     folder = tmp_path_factory.mktemp("speech")

@@ -26,11 +26,6 @@ FRAMES, WARM_UP = 60, 8  # of a stream
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return peers.weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
 def codecs(folder):
     found = {name: peers.load(name, folder) for name in peers.NAMES}
     for name in [name for name, codec in found.items() if codec is None]:

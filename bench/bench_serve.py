@@ -26,16 +26,6 @@ SERVED, FRAMES = 12, 25  # streams of a server, and how many frames each sends a
 START_S = 120
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return peers.weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def mimi(folder):
-    return fastmimi.load(folder, num_codebooks=peers.CODEBOOKS)
-
-
 @pytest.fixture(autouse=True)
 def no_gradients():
     with torch.inference_mode():

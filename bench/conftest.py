@@ -6,9 +6,22 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import peers
 import pytest
 
+import fastmimi
 from fastmimi.runtime import packing
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint of random weights, which all peers load."""
+    return peers.weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def mimi(folder):
+    return fastmimi.load(folder, num_codebooks=peers.CODEBOOKS)
 
 
 @pytest.fixture

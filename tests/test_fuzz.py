@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import fastmimi
-from fastmimi import InputError, JodioConfig, Mimi, MimiCodecConfig
+from fastmimi import JodioConfig, Mimi, MimiCodecConfig
 from fastmimi.checkpoints.weights import save_kyutai, save_pretrained
 from fastmimi.cli import app
-from fastmimi.devtools.testing import SMALL, noise, small_model
+from fastmimi.devtools.testing import SMALL, noise, result_or_none, small_model
 from fastmimi.io import audio
 from fastmimi.io.tokens import Tokens
 from fastmimi.models.config import JodioTransformerConfig
@@ -68,16 +68,6 @@ OBJECTS = st.one_of(
     st.complex_numbers(),
     st.sampled_from([torch.float32, torch.device("cpu"), object(), Path("x"), np.float32(1), np.int64(2)]),
 )
-
-
-def result_or_none(make: Callable[[], Any]) -> Any:
-    """The result of `make`, or None if it raises an InputError, whose message must be one line."""
-    try:
-        return make()
-    except InputError as error:
-        sentence = str(error)
-        assert sentence and "\n" not in sentence and len(sentence) < 2000
-        return None
 
 
 def mutated(data: st.DataObject, whole: bytes, header: int | None = None) -> bytes:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,19 @@ FROM_FLAT = (  # flat names -> Kyutai's names, except for SEANet's convolutions,
     (r"\.codebook\.cluster_usage$", "._codebook.cluster_usage"),
     (r"\.codebook\.embed_sum$", "._codebook.embedding_sum"),
 )
+
+
+SEANET = {  # fields of a MimiCodecConfig -> keys of Kyutai's section "seanet"
+    "audio_channels": "channels", "hidden_size": "dimension", "num_filters": "n_filters",
+    "num_residual_layers": "n_residual_layers", "upsampling_ratios": "ratios", "kernel_size": "kernel_size",
+    "last_kernel_size": "last_kernel_size", "residual_kernel_size": "residual_kernel_size",
+    "dilation_growth_rate": "dilation_base", "compress": "compress", "pad_mode": "pad_mode",
+}  # fmt: skip
+
+
+def seanet_fields(seanet: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `MimiCodecConfig` that moshi's and Pocket TTS's configurations hold in the section "seanet"."""
+    return {field: seanet[key] for field, key in SEANET.items()}
 
 
 def is_kyutai(state: Iterable[str]) -> bool:

@@ -308,3 +308,13 @@ def tf32_parts(x: Any) -> tuple[Any, Any]:
     high = rounded(x)
     with np.errstate(invalid="ignore"):
         return high, rounded(x - high)
+
+
+def result_or_none(make: Callable[[], Any]) -> Any:
+    """The result of `make`, or None if it raises an InputError, whose message must be one line."""
+    try:
+        return make()
+    except InputError as error:
+        sentence = str(error)
+        assert sentence and "\n" not in sentence and len(sentence) < 2000
+        return None
