@@ -135,8 +135,7 @@ class Pass:
         if codec.tiling.runs_at_once(frames, len(x), x.device, codec.dtype) or not codec.config.streamable:
             return False
         # state is written in place, which autograd cannot differentiate through
-        trains = x.requires_grad or any(p.requires_grad for p in codec.parameters())
-        return not (torch.is_grad_enabled() and trains)
+        return not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in codec.parameters())))
 
 
 def _counters_of(state: DirectionState) -> AbstractContextManager[None]:
