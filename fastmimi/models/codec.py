@@ -79,7 +79,8 @@ class Codec(Packable):
     ) -> ForwardContext:
         """What a pass over a batch carries: the ops bound for this device and dtype, and the state of streams."""
         first = None if state is None else state.first
-        return ForwardContext(self.ops, state, lengths, self.tiling.positions_per_subtile(batch, self.device), first)
+        subtile = self.tiling.positions_per_subtile(batch, self.device, self.dtype)
+        return ForwardContext(self.ops, state, lengths, subtile, first)
 
     # The passes that are made of them, for `encode` and the like and for pools of streams (fastmimi/serve)
 

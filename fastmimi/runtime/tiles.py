@@ -14,7 +14,7 @@ import torch
 from .cpu_graphs import MOST_FRAMES
 
 TILE_SAMPLES = 480_000  # of all rows of a batch together
-SUBTILE_SAMPLES = 24_960  # 13 frames, so that a clip of a second is not cut
+SUBTILE_SAMPLES = 24_960  # in fp32: 13 frames, so that a clip of a second is not cut
 TILE_SAMPLES_ACCELERATOR = 2_400_000  # at the least
 ACTIVATIONS = 4  # of the layers nearest to the audio that exist at the same time: three, and some space
 SHARE = 0.5  # of the free memory that a tile's activations may take
@@ -44,16 +44,17 @@ class Tiling:
             samples = max(samples, int(SHARE * free_bytes(device)) // per_sample * self._width)
         return max(1, samples // (batch * self.frame_size * self._width))
 
-    def positions_per_subtile(self, batch: int, device: torch.device) -> int | None:
+    def positions_per_subtile(self, batch: int, device: torch.device, dtype: torch.dtype) -> int | None:
         """Transformer positions that the layers near the audio take at once; None: all."""
         if device.type != "cpu":
             return None
         least = MOST_FRAMES * self.positions  # cpu_graphs.py: short steps are not cut
-        return max(least, SUBTILE_SAMPLES * self.positions // (batch * self.frame_size * self._width))
+        samples = SUBTILE_SAMPLES * 4 // dtype.itemsize
+        return max(least, samples * self.positions // (batch * self.frame_size * self._width))
 
     def runs_at_once(self, frames: int, batch: int, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether so many frames need neither tiles nor subtiles."""
-        subtile = self.positions_per_subtile(batch, device)
+        subtile = self.positions_per_subtile(batch, device, dtype)
         most = self.frames_per_tile(frames, batch, device, dtype) if subtile is None else subtile // self.positions
         return frames <= most
 

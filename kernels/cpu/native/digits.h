@@ -63,7 +63,8 @@ INLINE vi multiply_bytes(vi, const uint8_t*, const uint8_t*) { abort(); }
 template <int ROWS>
 INLINE void multiply_digits(const uint8_t* rows, long step, const uint8_t* b, long depth, vf (&total)[ROWS][2]) {
   vi sum[3][ROWS][2] = {};
-  for (long c = 0; c < depth; c += 4, b += 8 * W)
+  for (long c = 0; c < depth; c += 4, b += 8 * W) {
+    prefetch(b, 8 * W);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 3
@@ -72,6 +73,7 @@ INLINE void multiply_digits(const uint8_t* rows, long step, const uint8_t* b, lo
         sum[plane][r][0] = multiply_bytes(sum[plane][r][0], b, digits);
         sum[plane][r][1] = multiply_bytes(sum[plane][r][1], b + 4 * W, digits);
       }
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++) {
     const Trailer* trailer = (const Trailer*)(rows + r * step + 3 * depth);

@@ -27,10 +27,6 @@ constexpr int R = 12;  // of 32 registers
 #else
 constexpr int R = 6;  // of 16
 #endif
-// Distance in bytes from the weights being multiplied to those being prefetched. A panel does not fit in the level-1
-// cache, and at its first use it comes from the level-3 cache or from memory.
-constexpr long PREFETCH_DISTANCE = 2048;
-constexpr size_t CACHE_LINE = 64;
 constexpr long MAX_SINGLE_OUTPUT_DEPTH = 1024;  // channels in multiply_single_output
 
 // The type of a row's values before quantization: that of the row, except for rows of digits
@@ -95,14 +91,6 @@ INLINE vf multiply_pairs(vf sum, const bf16* row, const bf16* weight) {
 #else
 INLINE vf multiply_pairs(vf, const bf16*, const bf16*) { abort(); }  // Pairs is never selected in this variant
 #endif
-
-// Prefetches `count` weights at PREFETCH_DISTANCE bytes after `read`; harmless beyond the last weight, where a prefetch
-// cannot fault
-template <class T>
-INLINE void prefetch(const T* read, long count) {
-  for (size_t byte = 0; byte < count * sizeof(T); byte += CACHE_LINE)
-    __builtin_prefetch((const char*)read + PREFETCH_DISTANCE + byte);
-}
 
 // Channels that are summed before the partial sum is added to the total: shorter chains of fp32 additions have a
 // smaller rounding error
@@ -190,49 +178,85 @@ INLINE void apply_epilogue(vf x, const Output& out, long m, long n, long count) 
     store_up_to((bf16*)out.y + i, x, count);
 }
 
-// A faster epilogue for full panels in fp32 with a bias, an activation known at compile time and an optional residual.
-// It is for the convolutions, whose sums are so short that the epilogue takes a noticeable part of the time.
-template <int POST, bool RESIDUAL>
-INLINE void apply_epilogue_fp32(const vf (*sum)[2], long rows, const Output& out, long m, long n) {
-  vf left = load(out.bias + n), right = load(out.bias + n + W);
-  float* y = (float*)out.y + m * out.row_step + n;
-  const float* residual = (const float*)out.residual + m * out.residual_row_step + n;
+// A faster epilogue for full panels with an activation known at compile time and an optional residual of the output's
+// type. It is for the convolutions, whose sums are so short that the epilogue takes a noticeable part of the time.
+template <class T, int POST, bool RESIDUAL>
+INLINE void apply_fast_epilogue(const vf (*sum)[2], long rows, const Output& out, long m, long n) {
+  vf left = out.bias ? load(out.bias + n) : (vf){}, right = out.bias ? load(out.bias + n + W) : (vf){};
+  T* y = (T*)out.y + m * out.row_step + n;
+  const T* residual = (const T*)out.residual + m * out.residual_row_step + n;
   for (long r = 0; r < rows; r++, y += out.row_step, residual += out.residual_row_step) {
     vf a = sum[r][0] + left, b = sum[r][1] + right;
-    store(y, activate(RESIDUAL ? a + load(residual) : a, POST));
-    store(y + W, activate(RESIDUAL ? b + load(residual + W) : b, POST));
+    if (RESIDUAL) a += load(residual), b += load(residual + W);
+    store_pair(y, activate(a, POST), activate(b, POST));
   }
+}
+
+template <class T>
+INLINE void choose_fast_epilogue(const vf (*sum)[2], long rows, const Output& out, long m, long n) {
+  bool elu = out.post == ELU;
+  if (out.residual)
+    elu ? apply_fast_epilogue<T, ELU, true>(sum, rows, out, m, n)
+        : apply_fast_epilogue<T, NONE, true>(sum, rows, out, m, n);
+  else
+    elu ? apply_fast_epilogue<T, ELU, false>(sum, rows, out, m, n)
+        : apply_fast_epilogue<T, NONE, false>(sum, rows, out, m, n);
 }
 
 // Epilogue of a register tile: outputs [n, n + P), of `width` in all, of rows [m, m + rows). Not inlined, so that it is
 // compiled once and not again in each of the many instances of the micro-kernel, which call it once per tile.
 __attribute__((noinline)) void tile_epilogue(const vf (*sum)[2], long rows, const Output& out, long m, long n,
                                              long width) {
-  if (width - n >= P && out.bias && out.dtype == F32 && !out.scale && !out.dequantize) {
-    if (out.post == NONE && !out.residual) return apply_epilogue_fp32<NONE, false>(sum, rows, out, m, n);
-    if (out.post == ELU && !out.residual) return apply_epilogue_fp32<ELU, false>(sum, rows, out, m, n);
-    if (out.post == NONE && out.residual_dtype == F32) return apply_epilogue_fp32<NONE, true>(sum, rows, out, m, n);
-    if (out.post == ELU && out.residual_dtype == F32) return apply_epilogue_fp32<ELU, true>(sum, rows, out, m, n);
-  }
+  bool plain = width - n >= P && !out.scale && !out.dequantize && (out.post == NONE || out.post == ELU);
+  if (plain && (!out.residual || out.residual_dtype == out.dtype))
+    return out.dtype == F32 ? choose_fast_epilogue<float>(sum, rows, out, m, n)
+                            : choose_fast_epilogue<bf16>(sum, rows, out, m, n);
   for (long r = 0; r < rows; r++) {
     apply_epilogue(sum[r][0], out, m + r, n, width - n);
     if (width - n > W) apply_epilogue(sum[r][1], out, m + r, n + W, width - n - W);
   }
 }
 
-// Product with a single output: vectorized along the channels, since a panel would consist almost entirely of padding
-__attribute__((noinline)) void multiply_single_output(Rows<float> a, long count, const float* packed,
-                                                      const Output& out) {
-  long depth = a.depth;
-  float weight[MAX_SINGLE_OUTPUT_DEPTH];
-  for (long c = 0; c < depth; c++) weight[c] = packed[c * P];
-  for (long m = 0; m < count; m++, a.start += a.row_step) {
-    vf sum[2] = {};
-    for (long c = 0; c < depth; c += 2 * W) {
-      sum[0] += load(a.start + c) * load(weight + c);
-      sum[1] += load(a.start + c + W) * load(weight + c + W);
-    }
-    apply_epilogue(broadcast(sum_lanes(sum[0] + sum[1])), out, m, 0, 1);
+// Sums of the products of `depth` channels, a multiple of 2 W, in W or more parts
+INLINE vf multiply_channels(const float* row, const float* weight, long depth) {
+  vf sum[2] = {};
+  for (long c = 0; c < depth; c += 2 * W) {
+    sum[0] += load(row + c) * load(weight + c);
+    sum[1] += load(row + c + W) * load(weight + c + W);
+  }
+  return sum[0] + sum[1];
+}
+#if defined(__AVX512BF16__)
+INLINE vf multiply_channels(const bf16* row, const bf16* weight, long depth) {
+  vf sum = {};
+  for (long c = 0; c < depth; c += 2 * W)
+    sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(row + c),
+                               (__m512bh)_mm512_loadu_si512(weight + c));
+  return sum;
+}
+#else
+INLINE vf multiply_channels(const bf16*, const bf16*, long) { abort(); }  // Pairs is never selected in this variant
+#endif
+
+INLINE void copy_weight(float& to, float from) { to = from; }
+INLINE void copy_weight(float& to, bf16 from) { to = to_float(from); }
+INLINE void copy_weight(bf16& to, bf16 from) { to = from; }
+
+// Product with a single output: vectorized along the channels, since a panel would consist almost entirely of padding.
+// W rows are reduced together, and the epilogue treats their results as W outputs of one row.
+template <class Kind>
+__attribute__((noinline)) void multiply_single_output(Rows<typename Kind::Row> a, long count,
+                                                      const typename Kind::Weight* packed, Output out) {
+  typename Kind::Row weight[MAX_SINGLE_OUTPUT_DEPTH];
+  for (long c = 0; c < a.depth; c++)
+    copy_weight(weight[c], packed[c / Kind::GROUP * P * Kind::GROUP + c % Kind::GROUP]);
+  float bias = out.bias ? *out.bias : 0.0f;
+  out.bias = nullptr;
+  for (long m = 0; m < count; m += W) {
+    vf sum[W] = {};
+    for (long r = 0; r < min(W, count - m); r++, a.start += a.row_step)
+      sum[r] = multiply_channels(a.start, weight, a.depth);
+    apply_epilogue(sum_lanes_of_each<W>(sum) + bias, out, 0, m, count - m);
   }
 }
 
@@ -266,9 +290,11 @@ __attribute__((noinline)) void micro_kernel(const Rows<typename Kind::Row>& a, c
 template <class Kind>
 void multiply_rows(Rows<typename Kind::Row> a, long count, const void* weights, long first, long last, long width,
                    const Output& out) {
-  if constexpr (__is_same(Kind, Full)) {
-    if (width == 1 && a.taps == 1 && a.depth % (2 * W) == 0 && a.depth <= MAX_SINGLE_OUTPUT_DEPTH)
-      return multiply_single_output(a, count, (const float*)weights, out);
+  if constexpr (sizeof(typename Kind::Weight) > 1) {
+    bool contiguous = out.row_step == 1 && (!out.residual || out.residual_row_step == 1);
+    if (width == 1 && contiguous && !out.scale && a.taps == 1 && a.depth % (2 * W) == 0 &&
+        a.depth <= MAX_SINGLE_OUTPUT_DEPTH)
+      return multiply_single_output<Kind>(a, count, (const typename Kind::Weight*)weights, out);
   }
   const typename Kind::Row* start = a.start;
   for (long panel = first; panel < last; panel++) {

@@ -54,6 +54,19 @@ INLINE vf broadcast(float x) { return x - (vf){}; }
 INLINE vf load(const float* p) { return *(const unaligned_vf*)p; }
 INLINE void store(float* p, vf x) { *(unaligned_vf*)p = x; }
 
+// Distance in bytes from the weights being multiplied to those being prefetched. A panel does not fit in the level-1
+// cache, and at its first use it comes from the level-3 cache or from memory.
+constexpr long PREFETCH_DISTANCE = 4096;
+constexpr size_t CACHE_LINE = 64;
+
+// Prefetches `count` weights at PREFETCH_DISTANCE bytes after `read`; harmless beyond the last weight, where a prefetch
+// cannot fault
+template <class T>
+INLINE void prefetch(const T* read, long count) {
+  for (size_t byte = 0; byte < count * sizeof(T); byte += CACHE_LINE)
+    __builtin_prefetch((const char*)read + PREFETCH_DISTANCE + byte);
+}
+
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(bf16 x) {
   uint32_t bits = (uint32_t)x.bits << 16;
@@ -75,12 +88,27 @@ INLINE vf load(const int8_t* p) {
 INLINE vf load(const int8_t* p) { return __builtin_convertvector(*(const unaligned_vb*)p, vf); }
 #endif
 
-INLINE void store(bf16* p, vf x) {  // rounds to nearest even; a NaN stays a NaN
+// Rounds to nearest even; a NaN stays a NaN
+#if defined(__AVX512BF16__)  // subnormal numbers become 0, as in the processor's products of bf16
+INLINE void store(bf16* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#else
+INLINE void store(bf16* p, vf x) {
   vu bits = (vu)x;
   vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   vi not_nan = x == x;
   *(unaligned_vh*)p = __builtin_convertvector(not_nan ? rounded : (vu){} + 0x7FC0, vh);
 }
+#endif
+
+// Stores x and then y
+INLINE void store_pair(float* p, vf x, vf y) { store(p, x), store(p + W, y); }
+#if defined(__AVX512BF16__)
+INLINE void store_pair(bf16* p, vf x, vf y) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
+}
+#else
+INLINE void store_pair(bf16* p, vf x, vf y) { store(p, x), store(p + W, y); }
+#endif
 
 // Loads and stores of `count` < W elements; the other lanes of a load are 0
 template <class T>
