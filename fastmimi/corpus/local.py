@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock, Semaphore
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -88,10 +89,11 @@ class Limits:
     batch: int
 
     @classmethod
-    def of(cls, codec: Codec, readers: int | None, memory_mb: int) -> Limits:
-        """Raises InputError for numbers that are not positive."""
+    def of(cls, codec: Codec, readers: int | None, memory_mb: int, cores: int | None = None) -> Limits:
+        """For so many cores, by default all of this process. Raises InputError for numbers that are not positive."""
         cpu = codec.device.type == "cpu"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if cores is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         readers = max(1, cores // 4 if cpu else cores - 2) if readers is None else readers
         for name, value in {"readers": readers, "memory_mb": memory_mb}.items():
             if type(value) is not int or value < 1:
@@ -108,29 +110,11 @@ def run(
     """Write those of the shards with these numbers that are not there yet; `out` has its settings already."""
     lengths = plan.lengths(table["duration"].to_numpy(), codec.sample_rate)
     missing, summary = begin(lengths, what, out, numbers)
-    columns = shards.schema(what.settings, shards.carried_of(table.schema))
     progress(summary)
-
-    def work() -> Iterator[_Work]:
-        for number in missing:
-            rows = what.rows_of(number)
-            shard = _Shard(number, table.slice(rows.start, len(rows)), rows.start)
-            as_rows = manifest.rows_of(shard.table)
-            for batch in plan.batches(lengths, rows, limits.batch):
-                yield _Work(shard, batch, [as_rows[row - rows.start] for row in batch.rows])
-
-    batches = sum(1 for shard in missing for _ in plan.batches(lengths, what.rows_of(shard), limits.batch))
-    for item, results in _computed(codec, work(), batches, limits):
-        shard = item.shard
-        shard.results.update(zip(item.batch.rows, results, strict=True))
-        done = [result for result in results if not isinstance(result, str)]
-        summary.rows, summary.errors = summary.rows + len(done), summary.errors + len(results) - len(done)
-        summary.seconds += sum(samples for _, samples in done) / codec.sample_rate
-        if len(shard.results) == shard.table.num_rows:
-            _write(out, shard, columns, codec.sample_rate)
-            summary.finished += 1
-        summary.elapsed = perf_counter() - summary.started
-        progress(summary)
+    if missing:
+        batches = sum(1 for shard in missing for _ in plan.batches(lengths, what.rows_of(shard), limits.batch))
+        with Engine(codec, table, what, out, limits, batches) as engine:
+            engine.run(missing, summary, progress)
     return summary
 
 
@@ -142,34 +126,82 @@ def begin(lengths: np.ndarray, what: shards.Run, out: Path, numbers: Sequence[in
     return missing, Summary(shards=len(numbers), finished=done, total_seconds=seconds)
 
 
-def _computed(
-    codec: Codec, work: Iterable[_Work], batches: int, limits: Limits
-) -> Iterator[tuple[_Work, list[Result]]]:
-    """The work with its results, in order; what comes next is read and computed meanwhile."""
-    if not batches:
-        return
-    with ExitStack() as stack:
-        computing = stack.enter_context(Workers(codec, batches))
-        reading = stack.enter_context(_Readers(codec, limits.readers))  # left first: nobody waits for what is not read
-        streaming = stack.enter_context(_Readers(codec, computing.count))
+class Engine:
+    """Context manager that computes shards of a run; its threads and processes stay from one call to the next.
 
-        def compute(batch: plan.Batch, rows: list[Row], signals: Future[list[np.ndarray | str]] | None) -> list[Result]:
-            if signals is not None:
-                return encoded(codec, signals.result(), limits.batch)
-            with streaming.one() as reader:
-                try:
-                    return [encode_long(codec, reader.blocks(rows[0]))]
-                except InputError as error:
-                    return [str(error)]
+    Calls of several threads take turns: the batches of one begin as soon as none of the one before is left to begin.
+    batches: how many there will be, where that is known.
+    """
 
+    def __init__(
+        self, codec: Codec, table: pa.Table, what: shards.Run, out: Path, limits: Limits, batches: int = MOST_WORKERS
+    ):
+        self.codec, self.table, self.what, self.out, self.limits = codec, table, what, out, limits
+        self.lengths = plan.lengths(table["duration"].to_numpy(), codec.sample_rate)
+        self._columns = shards.schema(what.settings, shards.carried_of(table.schema))
+        with ExitStack() as stack:
+            self._computing = stack.enter_context(Workers(codec, batches))
+            self._reading = stack.enter_context(_Readers(codec, limits.readers))  # left first: nobody waits for more
+            self._streaming = stack.enter_context(_Readers(codec, self._computing.count))
+            self._opened = stack.pop_all()
+        self._turn = Lock()
+        self._room = Semaphore(limits.readers + self._computing.count + 1)  # for batches that are read or computed
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
+
+    def run(self, numbers: Sequence[int], summary: Summary, progress: Progress) -> None:
+        """Compute and write the shards with these numbers."""
+        for item, results in self._computed(self._work(numbers)):
+            shard = item.shard
+            shard.results.update(zip(item.batch.rows, results, strict=True))
+            done = [result for result in results if not isinstance(result, str)]
+            summary.rows, summary.errors = summary.rows + len(done), summary.errors + len(results) - len(done)
+            summary.seconds += sum(samples for _, samples in done) / self.codec.sample_rate
+            if len(shard.results) == shard.table.num_rows:
+                _write(self.out, shard, self._columns, self.codec.sample_rate)
+                summary.finished += 1
+            summary.elapsed = perf_counter() - summary.started
+            progress(summary)
+
+    def _work(self, numbers: Sequence[int]) -> Iterator[_Work]:
+        for number in numbers:
+            rows = self.what.rows_of(number)
+            shard = _Shard(number, self.table.slice(rows.start, len(rows)), rows.start)
+            as_rows = manifest.rows_of(shard.table)
+            for batch in plan.batches(self.lengths, rows, self.limits.batch):
+                yield _Work(shard, batch, [as_rows[row - rows.start] for row in batch.rows])
+
+    def _computed(self, work: Iterable[_Work]) -> Iterator[tuple[_Work, list[Result]]]:
+        """The work with its results, in order; what comes next is read and computed meanwhile."""
         waiting: deque[tuple[_Work, Future[list[Result]]]] = deque()
-        for item in work:
-            signals = None if item.batch.long else reading.submit(item.rows)
-            waiting.append((item, computing.submit(compute, item.batch, item.rows, signals)))
-            if len(waiting) > limits.readers + computing.count:
-                yield waiting[0][0], waiting.popleft()[1].result()
+        with self._turn:
+            for item in work:
+                self._room.acquire()
+                waiting.append((item, self._begin(item)))
+                while waiting and waiting[0][1].done():
+                    yield waiting[0][0], waiting.popleft()[1].result()
         while waiting:
             yield waiting[0][0], waiting.popleft()[1].result()
+
+    def _begin(self, item: _Work) -> Future[list[Result]]:
+        signals = None if item.batch.long else self._reading.submit(item.rows)
+        computing = self._computing.submit(self._compute, item.rows, signals)
+        computing.add_done_callback(lambda _: self._room.release())
+        return computing
+
+    def _compute(self, rows: list[Row], signals: Future[list[np.ndarray | str]] | None) -> list[Result]:
+        """The results of a batch; without signals, of one long row."""
+        if signals is not None:
+            return encoded(self.codec, signals.result(), self.limits.batch)
+        with self._streaming.one() as reader:
+            try:
+                return [encode_long(self.codec, reader.blocks(rows[0]))]
+            except InputError as error:
+                return [str(error)]
 
 
 class _Readers:
