@@ -52,7 +52,7 @@ Engine = Annotated[str, typer.Option(help="local, or ray: actors of a Ray cluste
 Actors = Annotated[
     int | None, typer.Option(help="Number of Ray actors; by default as many as the cluster's resources allow.")
 ]
-Cpus = Annotated[int, typer.Option(help="CPUs of each Ray actor.")]
+Cpus = Annotated[int | None, typer.Option(help="CPUs of each Ray actor; by default a node's, shared by its actors.")]
 Gpus = Annotated[float, typer.Option(help="GPUs of each Ray actor, such as 1 or 0.25; with --device cuda.")]
 Address = Annotated[str | None, typer.Option(help="The Ray cluster; auto is this machine's. By default a new one.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress in the terminal.")]
@@ -70,7 +70,7 @@ def tokenize(
     source: Source, out: Out, model: Model = "kyutai/mimi", codebooks: Codebooks = None, device: Device = "cpu",
     dtype: Dtype = "float32", impl: Impl = "auto", kind: Kind = None, shard: Shard = "0/1",
     rows_per_shard: PerShard = 1000, readers: Readers = None, memory_mb: Memory = 512, threads: Threads = None,
-    engine: Engine = "local", actors: Actors = None, cpus: Cpus = 1, gpus: Gpus = 0.0, address: Address = None,
+    engine: Engine = "local", actors: Actors = None, cpus: Cpus = None, gpus: Gpus = 0.0, address: Address = None,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Encode a corpus to shards of codes in Parquet; run again, it goes on (needs pip install 'fastmimi[corpus]')."""

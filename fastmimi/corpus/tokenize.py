@@ -79,7 +79,7 @@ def tokenize(
             done = local.run(codec, table, what, out, numbers, limits, bars.tokenizing)
         else:
             loading = {"device": device, "dtype": dtype, "impl": impl, "num_codebooks": num_codebooks}
-            done = engine.run(model, loading, table, what, out, numbers, limits, bars.tokenizing)
+            done = engine.run(model, loading, table, what, out, numbers, readers, memory_mb, bars.tokenizing)
         shards.finish(out, what, alone=part.count == 1)
         return done
 

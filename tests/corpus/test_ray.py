@@ -89,6 +89,33 @@ def test_killed_actors(cluster: Any, speech: Path, tmp_path: Path, model: Path) 
 
 
 @pytest.mark.parametrize(
+    ("engine", "nodes", "actors", "cpus"),
+    [
+        (Ray(), [{"CPU": 2}], 1, 2),
+        (Ray(), [{"CPU": 1}, {"CPU": 1}], 2, 1),
+        (Ray(), [{"CPU": 4}, {"CPU": 64}, {"memory": 1e9}], 17, 4),
+        (Ray(cpus=1), [{"CPU": 2}], 2, 1),
+        (Ray(cpus=2), [{"CPU": 3}, {"CPU": 3}], 2, 2),  # a third one would fit on no node
+        (Ray(actors=3), [{"CPU": 8}], 3, 2),
+        (Ray(actors=2), [{"CPU": 8}, {"CPU": 8}], 2, 8),
+        (Ray(gpus=0.5), [{"CPU": 16, "GPU": 1}, {"CPU": 8}], 2, 8),
+        (Ray(gpus=1), [{"CPU": 2, "GPU": 4}], 2, 1),
+        (Ray(gpus=1, cpus=4), [{"CPU": 32, "GPU": 2}], 2, 4),
+    ],
+)  # fmt: skip
+def test_actors_of_nodes(engine: Ray, nodes: list[dict[str, float]], actors: int, cpus: int) -> None:
+    assert engine._fitting(nodes) == (actors, cpus)
+
+
+@pytest.mark.parametrize(
+    ("engine", "nodes"), [(Ray(gpus=1), [{"CPU": 8}]), (Ray(cpus=4), [{"CPU": 2}, {"CPU": 3}]), (Ray(), [])]
+)
+def test_no_node_is_large_enough(engine: Ray, nodes: list[dict[str, float]]) -> None:
+    with pytest.raises(InputError, match=r"^the nodes have \[.*\], an actor needs \d CPUs and \d GPUs$"):
+        engine._fitting(nodes)
+
+
+@pytest.mark.parametrize(
     ("engine", "message"),
     [
         (Ray(actors=0), "actors must be a positive integer, got 0"),
