@@ -24,17 +24,22 @@ CLIP = Path(fastmimi.__file__).parent / "assets" / "198-209-0000.ogg"
 FORMATS = (("flac", 16_000), ("wav", 24_000), ("mp3", 44_100), ("ogg", 22_050), ("flac", 48_000))
 
 
-@pytest.fixture(scope="module")
-def speech(tmp_path_factory):
-    """A folder of utterances, drawn evenly from 2 to 15 s."""
-    folder = tmp_path_factory.mktemp("speech")
+def write_utterances(folder, count):
+    """Utterances of 2 to 15 s, evenly drawn."""
+    folder.mkdir()
     clip, rate = soundfile.read(CLIP, dtype="float32")
     draw = np.random.default_rng(0)
-    for i in range(UTTERANCES):
+    for i in range(count):
         suffix, to = FORMATS[i % len(FORMATS)]
         length = int(draw.uniform(2, 15) * rate)
         cut = np.resize(np.roll(clip, -int(draw.integers(len(clip)))), length)
         soundfile.write(folder / f"{i:04}.{suffix}", soxr.resample(cut, rate, to).clip(-1, 1), to)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "speech"
+    write_utterances(folder, UTTERANCES)
     return folder
 
 
