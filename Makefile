@@ -55,10 +55,10 @@ peer-tests: $(VENV)/stamp-test  ## run transformers' own common model tests on i
 fuzz: $(VENV)/stamp-test  ## mutated files and arguments for ten minutes, others at each run; prints what it finds
 	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
-bench: $(VENV)/stamp-test  ## run the benchmarks: ratios to the reference and to the peers
+bench: $(VENV)/stamp-bench  ## run the benchmarks: ratios to the reference and to the peers
 	$(PY) -m pytest bench/ --benchmark-only
 
-bench-report: $(VENV)/stamp-test  ## run the end-to-end benchmarks with two allocators: bench/results/cpu.{json,md,png}
+bench-report: $(VENV)/stamp-bench  ## run the end-to-end benchmarks with two allocators: bench/results/cpu.{json,md,png}
 	$(PY) bench/report.py
 
 native: $(VENV)/stamp-test  ## build the native kernels again and run their tests
@@ -101,6 +101,10 @@ $(VENV)/stamp-demo: $(VENV)/stamp-venv $(PACKAGE)
 $(VENV)/stamp-test: $(VENV)/stamp-venv $(PACKAGE) Makefile
 	$(INSTALL) -e '.[test]' rustymimi $(PEERS_NEED)
 	$(INSTALL) --no-deps moshi pocket-tts
+	touch $@
+
+$(VENV)/stamp-bench: $(VENV)/stamp-test
+	$(INSTALL) openvino
 	touch $@
 
 $(VENV)/stamp-uv: $(VENV)/stamp-venv

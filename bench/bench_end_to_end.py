@@ -1,4 +1,4 @@
-"""End-to-end time beside transformers, moshi and rustymimi with the same weights: offline, streaming, cold start.
+"""End-to-end time beside its peers (peers.py) with the same weights: offline, streaming, cold start.
 
 The rounds of all codecs alternate in one process, so that other load on the machine affects all alike, and their
 results are checked to be equal (if they are not, `bench/report.py` writes no report). Long clips and cold starts run in
@@ -18,20 +18,52 @@ import torch
 
 from fastmimi.devtools.testing import noise, relative_error
 
-OFFLINE = {"1 x 10 s": (1, 7), "8 x 10 s": (8, 2)}  # batch, rounds
-LONG = {"1 x 10 min": ("encode", 600, ["transformers"]), "1 x 60 s": ("decode", 60, ["transformers", "moshi"])}
-EXACT = ("transformers", "moshi")  # peers that must give the same results
+THREADS = torch.get_num_threads()
+OFFLINE = {  # batch, seconds, threads, rounds
+    "1 x 1 s, 1 thread": (1, 1, 1, 9),
+    "1 x 10 s, 1 thread": (1, 10, 1, 3),
+    "1 x 1 s": (1, 1, THREADS, 9),
+    "1 x 10 s": (1, 10, THREADS, 5),
+    "8 x 1 s": (8, 1, THREADS, 3),
+    "8 x 10 s": (8, 10, THREADS, 2),
+}
+EXACT = ("onnxruntime", "openvino", "transformers", "moshi")  # peers that must give the same results
+LONG = {  # seconds, peers, directions
+    "1 x 60 s": (60, EXACT, ("encode", "decode")),
+    "1 x 3 min": (180, ("transformers",), ("encode",)),
+}
 SLOW = {"rustymimi"}  # takes some 2 s for 10 s of audio, and one row only
 FRAMES, WARM_UP = 60, 8  # of a stream
 
 
 @pytest.fixture(scope="module")
-def codecs(folder):
-    found = {name: peers.load(name, folder) for name in peers.NAMES}
-    for name in [name for name, codec in found.items() if codec is None]:
-        print(f"{name} is not installed and is left out")
-        del found[name]
-    return found
+def loaded(folder):
+    """A function that loads all codecs for a number of threads, and lets go of those for another number."""
+    found = {}
+
+    def load(threads):
+        if threads not in found:
+            found.clear()
+            torch.set_num_threads(threads)
+            codecs = {name: peers.load(name, folder) for name in peers.NAMES}
+            for name in [name for name, codec in codecs.items() if codec is None]:
+                print(f"{name} is not installed and is left out")
+                del codecs[name]
+            found[threads] = codecs
+        return found[threads]
+
+    return load
+
+
+@pytest.fixture
+def codecs(loaded):
+    return loaded(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def all_threads():
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
@@ -42,16 +74,19 @@ def no_gradients():
 
 @pytest.mark.parametrize("case", OFFLINE)
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-def bench_offline(in_turn, codecs, case, direction):
-    batch, rounds = OFFLINE[case]
-    names = [name for name in codecs if batch == 1 or name not in SLOW]
-    audio = noise(batch, 1, 240_000, scale=0.1)
+def bench_offline(in_turn, loaded, case, direction):
+    batch, seconds, threads, rounds = OFFLINE[case]
+    codecs = loaded(threads)
+    torch.set_num_threads(threads)
+    names = [name for name in codecs if case == "1 x 10 s" or name not in SLOW]
+    frames = -(-seconds * 24_000 // peers.FRAME)  # whole ones: peers complete the last frame in other ways
+    audio = noise(batch, 1, frames * peers.FRAME, scale=0.1)
     codes = codecs["fastmimi"].encode(audio)
     inputs = audio if direction == "encode" else codes
     calls = {name: lambda name=name: getattr(codecs[name], direction)(inputs) for name in names}
     for name in names:
         if name not in SLOW:
-            calls[name]()  # a warm-up, which packs weights
+            calls[name]()  # a warm-up, which packs weights and plans memory
     results = in_turn(f"{direction} {case}", calls, rounds)
     for name in EXACT:
         if name in results:
@@ -66,10 +101,10 @@ def assert_same(theirs, mine, name):
         assert (theirs == mine).float().mean() > 0.9999, f"the codes of {name} differ"
 
 
-@pytest.mark.parametrize("case", LONG)
-def bench_long(benchmark, codecs, folder, case):
+@pytest.mark.parametrize("direction, case", [(way, case) for case, (*_, ways) in LONG.items() for way in ways])
+def bench_long(benchmark, codecs, folder, direction, case):
     """Each codec in a process of its own: its time, and its peak memory beyond that of the loaded model."""
-    direction, seconds, compared = LONG[case]
+    seconds, compared, _ = LONG[case]
 
     def run(name):
         script = str(Path(__file__).with_name("long.py"))

@@ -24,6 +24,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from peers import open_in_onnxruntime, open_in_openvino, stateful
 
 import fastmimi
 from fastmimi.devtools.testing import noise, relative_error
@@ -42,46 +43,6 @@ IN_CHROMIUM = """async (samples) => {
     });
 }"""
 Work = dict[str, Callable[[], object]]
-
-
-def onnx_runtime(folder: Path, files: dict[str, Any], threads: int) -> Callable[[str], Callable[[Any], Any]]:
-    import onnxruntime
-
-    def function(name: str) -> Callable[[Any], Any]:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(folder / files[name]["file"], options)
-        return stateful(files[name], lambda inputs: session.run(None, inputs))
-
-    return function
-
-
-def openvino(folder: Path, files: dict[str, Any], threads: int) -> Callable[[str], Callable[[Any], Any]]:
-    import openvino
-
-    core = openvino.Core()
-    hints = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-
-    def function(name: str) -> Callable[[Any], Any]:
-        compiled = core.compile_model(folder / files[name]["file"], "CPU", hints)
-        return stateful(files[name], lambda inputs: [*compiled(inputs).values()])
-
-    return function
-
-
-def stateful(file: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> Callable[[Any], Any]:
-    """A function of the input alone; the state is kept."""
-    state = {
-        port["name"]: torch.zeros([1, *port["shape"][1:]], dtype=getattr(torch, port["dtype"])).numpy()
-        for port in file.get("state", ())
-    }
-
-    def call(x: Any) -> Any:
-        y, *new = run({file["input"]["name"]: x, **state})
-        state.update(zip(state, new, strict=True))
-        return y
-
-    return call
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -158,10 +119,12 @@ def main() -> None:
     audio = noise(1, 1, SECONDS * model.sample_rate)
     codes = model.encode(audio)
     everything = {"native": works(native(model), audio, codes, model.frame_size)}
-    for name, opened in (("onnxruntime", onnx_runtime), ("openvino", openvino)):
+    for name, open_file in (("onnxruntime", open_in_onnxruntime), ("openvino", open_in_openvino)):
         if find_spec(name) is not None:
-            open_file = opened(args.folder, description["files"], args.threads)
-            runs = {file: open_file(file) for file in description["files"]}
+            runs = {
+                file: stateful(described, open_file(args.folder / described["file"], args.threads))
+                for file, described in description["files"].items()
+            }
             equal = (torch.from_numpy(runs["encoder"](audio.numpy())) == codes).float().mean()
             error = relative_error(torch.from_numpy(runs["decoder"](codes.numpy())), model.decode(codes))
             print(f"{name}: {equal:.2%} of the codes equal, audio to {error:.0e} of the peak", flush=True)

@@ -31,7 +31,8 @@ RESULTS = ROOT / "bench" / "results"
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": "268435456"}
 GFLOP = 5.3  # per second of audio, in each direction
 WEIGHTS_OF_A_FRAME = {"encode": 0.173, "decode": 0.161}  # GB in fp32 that one frame of a stream reads, with 8 codebooks
-PACKAGES = ("torch", "transformers", "moshi", "rustymimi")
+PACKAGES = ("torch", "onnxruntime", "openvino", "transformers", "moshi", "rustymimi")
+ONE_THREAD = ", 1 thread"  # in the names of cases
 
 
 def run(environment: dict[str, str], output: Path) -> dict[str, Any]:
@@ -53,16 +54,25 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def percent_of_roofline(case: dict[str, Any], ceilings: dict[str, float]) -> str:
+def percent_of_roofline(case: dict[str, Any], data: dict[str, Any]) -> str:
     """The lower bound that the measured peak rates set, as a percentage of the time; "" if no bound is known."""
-    name = case["case"]
+    name = case["case"].removesuffix(ONE_THREAD)
+    peak = data["ceilings" if name == case["case"] else "ceilings of one thread"]
     found = re.match(r"(encode|decode) (\d+) x (\d+) (s|min)$", name)
     if found is not None:
         audio = int(found[2]) * int(found[3]) * (60 if found[4] == "min" else 1)
-        return f"{audio * GFLOP / ceilings['fp32 GFLOP/s'] / case['seconds']:.0%}"
+        return f"{audio * GFLOP / peak['fp32 GFLOP/s'] / case['seconds']:.0%}"
     if name.startswith("stream, 1 x"):
-        return f"{WEIGHTS_OF_A_FRAME[name.split()[-1]] / ceilings['read GB/s'] / case['seconds']:.0%}"
+        return f"{WEIGHTS_OF_A_FRAME[name.split()[-1]] / peak['read GB/s'] / case['seconds']:.0%}"
     return ""
+
+
+def ceilings_of(threads: int) -> dict[str, float]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = ceilings()
+    torch.set_num_threads(before)
+    return found
 
 
 def commit() -> str:
@@ -86,7 +96,7 @@ def table(data: dict[str, Any]) -> str:
     text = [
         f"{data['processor']}, {data['threads']} threads; "
         + ", ".join(f"{value:.0f} {name}" for name, value in data["ceilings"].items())
-        + "; "
+        + f" (one thread: {data['ceilings of one thread']['fp32 GFLOP/s']:.0f} fp32 GFLOP/s); "
         + ", ".join(f"{name} {value}" for name, value in data["versions"].items())
         + f"; commit {data['commit']}.",
         "",
@@ -98,7 +108,7 @@ def table(data: dict[str, Any]) -> str:
         text += ["|---" * (len(peers) + 3) + "|"]
         for case in sorted(cases, key=lambda case: case["case"]):
             ratios = (f"{case['ratios'][name]:.2f}" if name in case["ratios"] else "-" for name in peers)
-            roofline = percent_of_roofline(case, data["ceilings"])
+            roofline = percent_of_roofline(case, data)
             text.append(f"| {case['case']} | {case['seconds'] * 1e3:.1f} ms | {roofline} | {' | '.join(ratios)} |")
         for case in cases:
             if "MiB" in case:
@@ -153,8 +163,9 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         accuracies = accuracy(peers.weights(Path(folder)))
     data = {
-        "processor": processor(), "threads": torch.get_num_threads(), "ceilings": ceilings(), "versions": versions(),
-        "commit": commit(), "allocators": allocators, "accuracy": accuracies,
+        "processor": processor(), "threads": torch.get_num_threads(), "ceilings": ceilings(),
+        "ceilings of one thread": ceilings_of(1), "versions": versions(), "commit": commit(),
+        "allocators": allocators, "accuracy": accuracies,
     }  # fmt: skip
     (RESULTS / "cpu.json").write_text(json.dumps(data, indent=1) + "\n")
     (RESULTS / "cpu.md").write_text(table(data))
