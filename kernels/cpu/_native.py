@@ -9,6 +9,7 @@ them.
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from _ctypes import CFuncPtr
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from functools import cache, partial
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ._abi import DTYPES, ENTRIES, differences
 from ._variants import VARIANTS
@@ -91,6 +94,31 @@ def library_path() -> Path:
     return Path(__file__).parent / "native" / "libfastmimi.so"
 
 
+class SymbolInfo(ctypes.Structure):
+    """What dladdr(3) says of an address, its Dl_info."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("symbol", ctypes.c_char_p), ("address", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+def openmp_of_pytorch() -> str | None:
+    """Path of the OpenMP runtime that PyTorch's operations run on; None if they run without."""
+    operations = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # already loaded
+    if not hasattr(operations, "GOMP_parallel"):
+        return None
+    info = SymbolInfo()
+    ctypes.CDLL(None).dladdr(ctypes.cast(operations.GOMP_parallel, ctypes.c_void_p), ctypes.byref(info))
+    return str(info.file.decode())
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Open the native library, after making OpenMP's symbols visible to it: PyTorch's wheels do so on x86-64 alone."""
+    if sys.platform == "linux" and not hasattr(ctypes.CDLL(None), "GOMP_parallel") and (runtime := openmp_of_pytorch()):
+        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(path))
+
+
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library and "", or None and one sentence that says why there is none."""
@@ -100,7 +128,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             "without it PyTorch's own operations run, about 1.4 times slower on a whole clip and 3 times on a stream"
         )
     try:
-        library = ctypes.CDLL(str(library_path()))
+        library = _open(library_path())
     except OSError as error:
         return None, f"its native library does not load ({error})"
     if different := differences(declarations(library, "portable")):

@@ -214,6 +214,13 @@ def test_every_op_has_a_cpu_kernel():
     assert chosen == {**dict.fromkeys(NATIVE, "cpu"), "audio_resblock": "reference"}
 
 
+def test_the_openmp_runtime_is_that_of_pytorch():
+    """Where PyTorch does not make its symbols visible to other libraries (AArch64), it is found and made visible."""
+    runtime = _native.openmp_of_pytorch()
+    assert runtime is None or hasattr(ctypes.CDLL(runtime), "GOMP_parallel")
+    assert (runtime is None) == ("ATen parallel backend: OpenMP" not in torch.__config__.parallel_info())
+
+
 def test_the_library_declares_what_python_declares(variant):
     assert _abi.differences(_native.declarations(_native._load()[0], variant)) == []
 
