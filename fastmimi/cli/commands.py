@@ -232,14 +232,17 @@ def info(source: AnyIn, device: Device = "cpu") -> None:
 @app.command()
 def explain(model: OneModel = None, device: Device = "cpu", dtype: Dtype = "float32", impl: Impl = "auto") -> None:
     """Show which implementation runs each op, why, and why others are not used."""
-    from ..runtime.dispatch import explain
+    from ..runtime.dispatch import explain, native_variant
     from . import report, work
 
     kind, title = work.device_type(device), f"{device}, {dtype}, impl={impl}"
     if model is None:  # without loading a model: the device need not exist
-        report.dispatch(explain(kind, work.dtype_of(dtype), impl), title)
+        choices = explain(kind, work.dtype_of(dtype), impl)
     else:
-        report.dispatch(work.load(model, device, dtype, impl).explain(), f"{model}, {title}")
+        choices, title = work.load(model, device, dtype, impl).explain(), f"{model}, {title}"
+    if any(choice.chosen == "cpu" for choice in choices):
+        title += f"; cpu: the {native_variant()} variant of the native kernels"
+    report.dispatch(choices, title)
 
 
 app.command()(corpus.tokenize)

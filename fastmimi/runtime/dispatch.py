@@ -163,6 +163,13 @@ def recorder(ops: Ops) -> ModuleType | None:
     return _program
 
 
+def native_variant() -> str | None:
+    """The variant of the native CPU kernels that this processor runs, such as "avx2"; None if they are not built."""
+    from ..kernels.cpu import _native
+
+    return next(iter(_native.variants()), None)
+
+
 def _choose(op: str, target: Target, impl: Impl) -> Choice:
     wanted = impl.get(op, "auto") if isinstance(impl, dict) else impl
     if wanted == "auto":

@@ -213,6 +213,8 @@ def test_explain(here: Path) -> None:
     for device in ("cpu", "cuda"):
         printed = run("explain", "--device", device, "--dtype", "bfloat16").stdout
         assert f"{device}, bfloat16, impl=auto" in printed
+        variant = f"cpu: the {fastmimi.runtime.dispatch.native_variant()} variant of the native kernels"
+        assert (variant in printed) == (device == "cpu" and fastmimi.runtime.dispatch.native_variant() is not None)
 
 
 def test_explain_a_model(here: Path, models: dict[str, str]) -> None:
