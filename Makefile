@@ -25,7 +25,7 @@ SHORT := tests/compat tests/models/test_parity_transformers.py tests/project/tes
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo check test test-oldest test-newest test-newest-short peer-tests fuzz bench bench-report \
-	native native-sanitize numerics kernels-report docs lint types clean
+	native native-sanitize native-arm numerics kernels-report docs lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ native: $(VENV)/stamp-test  ## build the native kernels again and run their test
 
 native-sanitize: $(VENV)/stamp-test  ## build the native kernels with sanitizers and run their tests
 	$(PY) tests/native_sanitize.py
+
+native-arm: $(VENV)/stamp-test $(VENV)/stamp-uv  ## cross-compile the native kernels for AArch64 and run their tests under qemu-user
+	$(PY) tests/native_arm.py
 
 numerics: $(VENV)/stamp-test  ## run the ops' tests with PyTorch's other CPU kernels; how near errors come to their bound
 	$(PY) tests/numerics_sweep.py

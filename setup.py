@@ -7,8 +7,8 @@ any Python 3, of one platform with the library and of any without.
 
 from __future__ import annotations
 
-import platform
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from runpy import run_path
@@ -19,12 +19,9 @@ from setuptools.command.build_ext import build_ext
 
 LIBRARY = "fastmimi.kernels.cpu.native.libfastmimi"
 NATIVE = Path("fastmimi", "kernels", "cpu", "native")
-# Of each variant, the compiler's options for its instruction sets
-VARIANTS = {
-    name: [f"-m{instructions}" for instructions in sets] + ["-mprefer-vector-width=512"] * ("avx512f" in sets)
-    for name, sets in run_path(str(NATIVE.parent / "_variants.py"))["VARIANTS"].items()
-    if not sets or platform.machine() in ("x86_64", "AMD64")
-}
+# The platform is the one that is built for: a cross build sets _PYTHON_HOST_PLATFORM=linux-aarch64, as for any wheel.
+MACHINE = sysconfig.get_platform().rpartition("-")[2]
+VARIANTS = run_path(str(NATIVE.parent / "_variants.py"))["compiler_options"](MACHINE)
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wno-psabi"]
 # Linked without -fopenmp: OpenMP's symbols are bound, when the library is opened, to the runtime that PyTorch brought.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []

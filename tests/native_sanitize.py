@@ -6,6 +6,7 @@ The library is built beside the usual one, in a temporary folder, and takes its 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "kernels" / "cpu" / "native"
 FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-Wno-psabi"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-VARIANTS = run_path(str(NATIVE.parent / "_variants.py"))["VARIANTS"]
+VARIANTS = run_path(str(NATIVE.parent / "_variants.py"))["compiler_options"](platform.machine())
 TESTS = [
     "tests/kernels/test_native.py",
     "tests/runtime/test_quantized.py",
@@ -29,8 +30,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         objects = [build(Path(folder, "library.o"), "library.cpp", [])]
         objects += [
-            build(Path(folder, f"{name}.o"), "variant.cpp", [f"-DVARIANT={name}", *(f"-m{option}" for option in sets)])
-            for name, sets in VARIANTS.items()
+            build(Path(folder, f"{name}.o"), "variant.cpp", [f"-DVARIANT={name}", *options])
+            for name, options in VARIANTS.items()
         ]
         library = Path(folder, "libfastmimi.so")
         subprocess.run(["g++", "-shared", *SANITIZERS, "-o", library, *objects], check=True)

@@ -1,6 +1,7 @@
 """The native library: every variant that this processor runs, threads, alignment, scratch memory, its absence."""
 
 import ctypes
+import platform
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ import fastmimi
 from fastmimi.devtools import workloads
 from fastmimi.devtools.testing import assert_as_exact, assert_nearest, noise, small_model
 from fastmimi.kernels.cpu import _abi, _native
+from fastmimi.kernels.cpu._variants import compiler_options
 from fastmimi.runtime import dispatch, quantized
 from fastmimi.runtime.ops import OPS
 
@@ -18,7 +20,7 @@ NATIVE = [op for op in OPS if op != "audio_resblock"]  # on a CPU models call th
 ROWS = {"rvq_encode": [1, 37], "rvq_decode": [5]}  # in tests of the models' shapes; other ops have 3 and 61
 
 
-@pytest.fixture(params=_native.VARIANTS)
+@pytest.fixture(params=compiler_options(platform.machine()))
 def variant(request):
     if request.param not in _native.variants():
         pytest.skip(f"this processor, or the compiler that built the library, has no {request.param}")
@@ -219,6 +221,12 @@ def test_the_openmp_runtime_is_that_of_pytorch():
     runtime = _native.openmp_of_pytorch()
     assert runtime is None or hasattr(ctypes.CDLL(runtime), "GOMP_parallel")
     assert (runtime is None) == ("ATen parallel backend: OpenMP" not in torch.__config__.parallel_info())
+
+
+def test_variants_of_other_machines_are_not_compiled():
+    assert list(compiler_options("x86_64")) == ["avx512bf16", "avx512", "avx2", "portable"]
+    assert list(compiler_options("aarch64")) == ["neon", "portable"]
+    assert list(compiler_options("riscv64")) == ["portable"]
 
 
 def test_the_library_declares_what_python_declares(variant):

@@ -118,7 +118,7 @@ Span<T> at_column(Span<T> span, long d) {
 template <int COUNT, class T>
 void sum_values(float* y, const float* weights, long score_step, const Span<T> (&spans)[3], int span_count,
                 long padded_dim, long first, long last) {
-  constexpr int V = W == 16 ? 4 : 2;  // COUNT * V accumulators stay in registers
+  constexpr int V = VECTOR_REGISTERS == 32 ? 4 : 2;  // COUNT * V accumulators stay in registers
   for (long d = 0; d < padded_dim;) {
     Span<T> columns[3] = {at_column(spans[0], d), at_column(spans[1], d), at_column(spans[2], d)};
     if (d + V * W <= padded_dim) {

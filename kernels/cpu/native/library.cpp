@@ -17,6 +17,8 @@ EXPORT int has(const char* instructions) {
   HAS("avx512vl");
   HAS("avx512bf16");
   HAS("avx512vnni");
+#elif defined(__aarch64__)
+  if (!strcmp(instructions, "neon")) return 1;  // part of the architecture
 #endif
   return 0;
 }

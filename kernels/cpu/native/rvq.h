@@ -138,7 +138,7 @@ void encode_rows(const T* x, long x_step, long rows, long dim, long levels, long
   }
 }
 
-constexpr int SUMS = W == 16 ? 16 : 8;  // accumulators of rvq_decode, in vectors
+constexpr int SUMS = VECTOR_REGISTERS == 32 ? 16 : 8;  // accumulators of rvq_decode, in vectors
 
 // codes [L, N] with the given steps, codebooks [L, S, D] -> y [N, D]; levels are added in order
 template <class T>

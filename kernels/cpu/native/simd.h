@@ -11,6 +11,8 @@
 #include <cstring>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(NEON)  // of the variants for AArch64, the one with intrinsics; `portable` can do without
+#include <arm_neon.h>
 #endif
 
 #include "abi.h"
@@ -23,6 +25,11 @@ constexpr int W = 16;  // floats in a vector
 constexpr int W = 8;
 #else
 constexpr int W = 4;
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int VECTOR_REGISTERS = 32;
+#else
+constexpr int VECTOR_REGISTERS = 16;
 #endif
 
 typedef float vf __attribute__((vector_size(4 * W)));
@@ -75,14 +82,26 @@ INLINE float to_float(bf16 x) {
   return y;
 }
 
+// GCC does not generate the widening and narrowing instructions from __builtin_convertvector: on x86 those of bytes, on
+// AArch64 any.
+#if defined(NEON)
+INLINE vf load(const bf16* p) { return (vf)vshll_n_u16((uint16x4_t) * (const unaligned_vh*)p, 16); }
+#else
 INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const unaligned_vh*)p, vu) << 16); }
-#if defined(__AVX512F__)  // GCC does not generate the widening instructions from __builtin_convertvector
+#endif
+#if defined(__AVX512F__)
 INLINE vf load(const int8_t* p) {
   return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 #elif defined(__AVX2__)
 INLINE vf load(const int8_t* p) {
   return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+#elif defined(NEON)
+INLINE vf load(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8((int8x8_t)vdup_n_s32(four)))));
 }
 #else
 INLINE vf load(const int8_t* p) { return __builtin_convertvector(*(const unaligned_vb*)p, vf); }
@@ -96,7 +115,12 @@ INLINE void store(bf16* p, vf x) {
   vu bits = (vu)x;
   vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   vi not_nan = x == x;
-  *(unaligned_vh*)p = __builtin_convertvector(not_nan ? rounded : (vu){} + 0x7FC0, vh);
+  vu kept = not_nan ? rounded : (vu){} + 0x7FC0;
+#if defined(NEON)
+  *(unaligned_vh*)p = (vh)vmovn_u32((uint32x4_t)kept);
+#else
+  *(unaligned_vh*)p = __builtin_convertvector(kept, vh);
+#endif
 }
 #endif
 
@@ -108,6 +132,23 @@ INLINE void store_pair(bf16* p, vf x, vf y) {
 }
 #else
 INLINE void store_pair(bf16* p, vf x, vf y) { store(p, x), store(p + W, y); }
+#endif
+
+#if defined(NEON)
+// Loads 4 W elements
+template <class T>
+INLINE void load_four(const T* p, vf (&x)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) x[i] = load(p + i * W);
+}
+INLINE void load_four(const int8_t* p, vf (&x)[4]) {
+  int8x16_t bytes = vld1q_s8(p);
+  int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+  x[0] = (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
+  x[1] = (vf)vcvtq_f32_s32(vmovl_high_s16(low));
+  x[2] = (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
+  x[3] = (vf)vcvtq_f32_s32(vmovl_high_s16(high));
+}
 #endif
 
 // Loads and stores of `count` < W elements; the other lanes of a load are 0
@@ -136,6 +177,8 @@ INLINE float max_lane(vf x) {
 INLINE bool any_lane(vi x) { return _mm512_movepi32_mask((__m512i)x); }
 #elif defined(__AVX2__)
 INLINE bool any_lane(vi x) { return _mm256_movemask_ps((__m256)x); }
+#elif defined(NEON)
+INLINE bool any_lane(vi x) { return vmaxvq_u32((uint32x4_t)x); }
 #else
 INLINE bool any_lane(vi x) {
   int any = 0;
@@ -146,6 +189,8 @@ INLINE bool any_lane(vi x) {
 
 #if defined(__AVX512F__)
 INLINE float sum_lanes(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+#elif defined(NEON)
+INLINE float sum_lanes(vf x) { return vaddvq_f32((float32x4_t)x); }
 #else
 INLINE float sum_lanes(vf x) {
   float buffer[W];
@@ -157,18 +202,23 @@ INLINE float sum_lanes(vf x) {
 #endif
 
 // Reduces N vectors to one: lane k of the result is the sum of the lanes of x[k]. Each recursion step adds the halves
-// of two vectors and interleaves them into one. Overwrites x.
+// of two vectors and interleaves them into one, or on NEON adds neighbouring lanes. Overwrites x.
 template <int N>
 INLINE vf sum_lanes_of_each(vf* x) {
   if constexpr (N == 1) {
     return x[0];
   } else {
+#if defined(NEON)
+#pragma GCC unroll 8
+    for (int k = 0; k < N / 2; k++) x[k] = (vf)vpaddq_f32((float32x4_t)x[2 * k], (float32x4_t)x[2 * k + 1]);
+#else
     vi low, high;
 #pragma GCC unroll 16
     for (int i = 0; i < W; i++) low[i] = i / 2 + i % 2 * W, high[i] = low[i] + W / 2;
 #pragma GCC unroll 8
     for (int k = 0; k < N / 2; k++)
       x[k] = __builtin_shuffle(x[k], x[k + N / 2], low) + __builtin_shuffle(x[k], x[k + N / 2], high);
+#endif
     return sum_lanes_of_each<N / 2>(x);
   }
 }
@@ -178,6 +228,9 @@ INLINE vf sum_lanes_of_each(vf* x) {
 #if defined(__AVX512F__)
 INLINE vf clamp_min(float bound, vf x) { return (vf)_mm512_max_ps((__m512)broadcast(bound), (__m512)x); }
 INLINE vf clamp_max(float bound, vf x) { return (vf)_mm512_min_ps((__m512)broadcast(bound), (__m512)x); }
+#elif defined(NEON)  // whose instructions propagate any NaN
+INLINE vf clamp_min(float bound, vf x) { return (vf)vmaxq_f32(vdupq_n_f32(bound), (float32x4_t)x); }
+INLINE vf clamp_max(float bound, vf x) { return (vf)vminq_f32(vdupq_n_f32(bound), (float32x4_t)x); }
 #else
 INLINE vf clamp_min(float bound, vf x) { return x < bound ? broadcast(bound) : x; }
 INLINE vf clamp_max(float bound, vf x) { return x > bound ? broadcast(bound) : x; }
