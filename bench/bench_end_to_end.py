@@ -25,15 +25,20 @@ OFFLINE = {  # batch, seconds, threads, rounds
     "1 x 1 s": (1, 1, THREADS, 9),
     "1 x 10 s": (1, 10, THREADS, 5),
     "8 x 1 s": (8, 1, THREADS, 3),
-    "8 x 10 s": (8, 10, THREADS, 2),
+    "8 x 10 s": (8, 10, THREADS, 1),
 }
-EXACT = ("onnxruntime", "openvino", "transformers", "moshi")  # peers that must give the same results
-LONG = {  # seconds, peers, directions
-    "1 x 60 s": (60, EXACT, ("encode", "decode")),
-    "1 x 3 min": (180, ("transformers",), ("encode",)),
-}
+PAUSE_S = 0.1  # between codecs: the threads of a runtime go on waiting busily after its call
+RUNTIMES = ("onnxruntime", "openvino")
+EXACT = (*RUNTIMES, "transformers", "moshi")  # peers that must give the same results
+LONG = 60  # seconds
 SLOW = {"rustymimi"}  # takes some 2 s for 10 s of audio, and one row only
-FRAMES, WARM_UP = 60, 8  # of a stream
+FRAMES, WARM_UP = 40, 8  # of a stream
+STREAMS = {  # batch, threads
+    "1 x 80 ms": (1, THREADS),
+    "4 x 80 ms": (4, THREADS),
+    "16 x 80 ms": (16, THREADS),
+    "1 x 80 ms on 1 thread": (1, 1),  # with the runtimes, whose threads would disturb the next codec's frame
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +84,8 @@ def bench_offline(in_turn, loaded, case, direction):
     codecs = loaded(threads)
     torch.set_num_threads(threads)
     names = [name for name in codecs if case == "1 x 10 s" or name not in SLOW]
+    if batch * seconds > LONG:  # runtimes keep the memory of their largest input, here 10 GB
+        names = [name for name in names if name not in RUNTIMES]
     frames = -(-seconds * 24_000 // peers.FRAME)  # whole ones: peers complete the last frame in other ways
     audio = noise(batch, 1, frames * peers.FRAME, scale=0.1)
     codes = codecs["fastmimi"].encode(audio)
@@ -87,28 +94,28 @@ def bench_offline(in_turn, loaded, case, direction):
     for name in names:
         if name not in SLOW:
             calls[name]()  # a warm-up, which packs weights and plans memory
-    results = in_turn(f"{direction} {case}", calls, rounds)
+    results = in_turn(f"{direction} {case}", calls, rounds, pause=PAUSE_S)
     for name in EXACT:
         if name in results:
             assert_same(results[name], results["fastmimi"], name)
 
 
 def assert_same(theirs, mine, name):
-    """Assert that more than 99.99% of codes are equal (rounding decides ties), or audio to 1e-5 of its peak."""
+    """Assert that more than 99.9% of codes are equal (rounding decides ties), or audio to 1e-5 of its peak."""
     if mine.is_floating_point():
         assert relative_error(theirs, mine) < 1e-5, f"the audio of {name} differs"
     else:
-        assert (theirs == mine).float().mean() > 0.9999, f"the codes of {name} differ"
+        assert (theirs == mine).float().mean() > 0.999, f"the codes of {name} differ"
 
 
-@pytest.mark.parametrize("direction, case", [(way, case) for case, (*_, ways) in LONG.items() for way in ways])
-def bench_long(benchmark, codecs, folder, direction, case):
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def bench_long(benchmark, codecs, folder, direction):
     """Each codec in a process of its own: its time, and its peak memory beyond that of the loaded model."""
-    seconds, compared, _ = LONG[case]
+    case = f"1 x {LONG} s"
 
     def run(name):
         script = str(Path(__file__).with_name("long.py"))
-        command = [sys.executable, script, name, str(folder), direction, str(seconds), str(folder / name)]
+        command = [sys.executable, script, name, str(folder), direction, str(LONG), str(folder / name)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             print(f"{name} did not finish {direction} {case}: {done.stderr.strip() or 'killed'}")
@@ -116,7 +123,7 @@ def bench_long(benchmark, codecs, folder, direction, case):
 
     benchmark.group = f"{direction} {case}"
     mine = benchmark.pedantic(run, args=("fastmimi",), rounds=1)
-    runs = {name: result for name in compared if name in codecs and (result := run(name)) is not None}
+    runs = {name: result for name in EXACT if name in codecs and (result := run(name)) is not None}
     for name in runs:
         assert_same(torch.load(folder / name), torch.load(folder / "fastmimi"), name)
     benchmark.extra_info["own"] = mine["seconds"]
@@ -125,9 +132,14 @@ def bench_long(benchmark, codecs, folder, direction, case):
     benchmark.extra_info["ratios"] = {name: run["seconds"] / mine["seconds"] for name, run in runs.items()}
 
 
-@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("case", STREAMS)
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-def bench_stream(benchmark, record, codecs, batch, direction):
+def bench_stream(benchmark, record, loaded, case, direction):
+    batch, threads = STREAMS[case]
+    codecs = loaded(threads)
+    torch.set_num_threads(threads)
+    if threads > 1:
+        codecs = {name: codec for name, codec in codecs.items() if name not in RUNTIMES}
     audio = noise(batch, 1, peers.FRAME * FRAMES, scale=0.1)
     codes = codecs["fastmimi"].encode(audio)
     inputs = (audio if direction == "encode" else codes).split(peers.FRAME if direction == "encode" else 1, dim=-1)
@@ -153,7 +165,7 @@ def bench_stream(benchmark, record, codecs, batch, direction):
             step(*others()[0])
         for taken in times.values():
             taken.clear()
-        benchmark.group = f"stream, {batch} x 80 ms, {direction}"
+        benchmark.group = f"stream, {case}, {direction}"
         benchmark.pedantic(step, setup=others, rounds=FRAMES - WARM_UP)
     whole = torch.cat(results["fastmimi"], dim=-1)
     if direction == "encode":

@@ -64,10 +64,13 @@ def record(benchmark) -> Callable[[dict[str, list[float]]], None]:
 def in_turn(benchmark, record) -> Callable[..., dict[str, Any]]:
     """A function that times several calls in alternation and returns their results.
 
-    pytest-benchmark times the call `ours`; all others are timed once before each of its rounds.
+    pytest-benchmark times the call `ours`; all others are timed once before each of its rounds, with a pause of so many
+    seconds after each.
     """
 
-    def run(group: str, calls: dict[str, Callable[[], Any]], rounds: int, ours: str = "fastmimi") -> dict[str, Any]:
+    def run(
+        group: str, calls: dict[str, Callable[[], Any]], rounds: int, ours: str = "fastmimi", pause: float = 0.0
+    ) -> dict[str, Any]:
         times: dict[str, list[float]] = {name: [] for name in calls if name != ours}
         results = {}
 
@@ -76,6 +79,7 @@ def in_turn(benchmark, record) -> Callable[..., dict[str, Any]]:
                 start = time.perf_counter()
                 results[name] = calls[name]()
                 taken.append(time.perf_counter() - start)
+                time.sleep(pause)
 
         benchmark.group = group
         results[ours] = benchmark.pedantic(calls[ours], setup=others, rounds=rounds)

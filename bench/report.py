@@ -32,7 +32,7 @@ TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": "268435456"}
 GFLOP = 5.3  # per second of audio, in each direction
 WEIGHTS_OF_A_FRAME = {"encode": 0.173, "decode": 0.161}  # GB in fp32 that one frame of a stream reads, with 8 codebooks
 PACKAGES = ("torch", "onnxruntime", "openvino", "transformers", "moshi", "rustymimi")
-ONE_THREAD = ", 1 thread"  # in the names of cases
+ONE_THREAD = re.compile(", 1 thread| on 1 thread")  # in the names of cases
 
 
 def run(environment: dict[str, str], output: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def percent_of_roofline(case: dict[str, Any], data: dict[str, Any]) -> str:
     """The lower bound that the measured peak rates set, as a percentage of the time; "" if no bound is known."""
-    name = case["case"].removesuffix(ONE_THREAD)
+    name = ONE_THREAD.sub("", case["case"])
     peak = data["ceilings" if name == case["case"] else "ceilings of one thread"]
     found = re.match(r"(encode|decode) (\d+) x (\d+) (s|min)$", name)
     if found is not None:
