@@ -92,7 +92,7 @@ def evaluate(
             sounds[f"{count} codebooks"] = _mono(decoded)
         if on_file is not None:
             on_file(name, codes[0].cpu().numpy(), sounds)
-    means = [_mean([r for r in results if r.codebooks == count], count) for count in counts]
+    means = [mean_of([r for r in results if r.codebooks == count], count) for count in counts]
     return Evaluation(model, results, means, usage_from_histograms(histograms))
 
 
@@ -152,7 +152,7 @@ def _pesq(original: np.ndarray, decoded: np.ndarray, rate: int) -> float | None:
     return sum(scores) / len(scores) if scores else None
 
 
-def _mean(results: Sequence[Result], count: int) -> Result:
+def mean_of(results: Sequence[Result], count: int) -> Result:
     def mean(name: str) -> float | None:
         values = [getattr(r, name) for r in results if getattr(r, name) is not None]
         return sum(values) / len(values) if values else None
