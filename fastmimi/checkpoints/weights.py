@@ -32,7 +32,7 @@ from ..models.mimi import Mimi
 from ..models.registry import ARCHITECTURES, MODEL_TYPES, architecture_of, build, config_from_json
 from ..models.validation import read_json
 from ..runtime import dispatch, quantized
-from . import kyutai, shapes
+from . import int8, kyutai, shapes
 
 State = dict[str, Tensor]
 
@@ -190,7 +190,7 @@ def read_checkpoint(source: str | Path) -> tuple[AnyConfig, State]:
     state: State = {}
     for file in files:
         state |= read_safetensors(file)
-    state = kyutai.mimi_of(state)
+    state = kyutai.mimi_of(int8.dequantize(state))
     kind = _model_type(config_file)
     config = None if kind is None or kind not in MODEL_TYPES else config_from_json(config_file)
     if config is not None:

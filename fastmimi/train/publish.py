@@ -1,9 +1,10 @@
-"""Publish a model that was trained in one or more consecutive runs: fp16 weights and a record of the training.
+"""Publish a model that was trained in one or more consecutive runs: small weights and a record of the training.
 
     python -m fastmimi.train.publish out/demo out/demo_finish fastmimi/assets/demo
 
-writes config.json, model.safetensors (fp16; `fastmimi.load` converts to fp32 by default), training.json (configuration,
-final losses and machine of each run) and training.png (training curves). The weights are those of the last run.
+writes config.json, model.safetensors (fp16, or with `--int8` int8 and scales; `fastmimi.load` converts to fp32 by
+default), training.json (configuration, final losses and machine of each run) and training.png (training curves). The
+weights are those of the last run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 import typer
 from safetensors.torch import save_file
+from torch import nn
 
+from ..checkpoints.int8 import quantize
 from ..checkpoints.weights import load
 from ..errors import InputError
 from ..io import plot
@@ -31,7 +34,7 @@ CURVES = ("mel", "l1", "features", "adversarial", "discriminator", "cosine", "co
 SMOOTHED_POINTS = 50  # of a smoothed curve in the picture
 
 
-def publish(runs: Sequence[Path], target: Path) -> None:
+def publish(runs: Sequence[Path], target: Path, int8: bool = False) -> None:
     """Write the averaged codec of the last run, and the record of all runs, to the folder `target`."""
     plot.check(target / "training.png")
     for run in runs:
@@ -39,15 +42,13 @@ def publish(runs: Sequence[Path], target: Path) -> None:
             raise InputError(f"{run} is not a training run with a checkpoint: it has no folder `model`")
     codec, configs = load(runs[-1] / "model"), [TrainConfig.read(run / "config.yaml") for run in runs]
     if not isinstance(codec.config, MimiCodecConfig):
-        raise InputError(
-            f"only a Mimi can be published in half precision, and {runs[-1]} trained a {type(codec).__name__}"
-        )
+        raise InputError(f"only a Mimi can be published, and {runs[-1]} trained a {type(codec).__name__}")
     curves = [read_curves(run) for run in runs]
     target.mkdir(parents=True, exist_ok=True)
     with replacing(target / "config.json") as part:
         part.write_text(json.dumps(codec.config.to_dict(), indent=2) + "\n")
     with replacing(target / "model.safetensors") as part:
-        save_file(half_precision_state(codec), part, {"format": "pt"})
+        save_file(small_state(codec, int8), part, {"format": "pt"})
     with replacing(target / "training.json") as part:
         machines = [json.loads((run / "machine.json").read_text()) for run in runs]
         summaries = [summary(*run) for run in zip(configs, curves, machines, strict=True)]
@@ -56,18 +57,26 @@ def publish(runs: Sequence[Path], target: Path) -> None:
         draw(part, concatenate_curves(curves))
 
 
-def half_precision_state(codec: Codec) -> dict[str, torch.Tensor]:
-    """The state dict in fp16. Each codebook entry is stored as `embed_sum`, with a `cluster_usage` of 1."""
-    state = dict(codec.state_dict())
+def small_state(codec: Codec, int8: bool) -> dict[str, torch.Tensor]:
+    """The state dict in fp16. Each codebook entry is stored as `embed_sum`, with a `cluster_usage` of 1.
+
+    With `int8`, codebooks, with a scale for each entry, and weights, with one for each output channel, are int8.
+    """
+    state, channels = dict(codec.state_dict()), {}
     for part, _ in codec.quantizer.parts(codec.total_codebooks):
         prefix = _name_of(codec, part)
         for level, entries in enumerate(part.codebooks()):
             state[f"{prefix}.layers.{level}.codebook.embed_sum"] = entries
             state[f"{prefix}.layers.{level}.codebook.cluster_usage"] = torch.ones(len(entries))
-    return {name: tensor.half().contiguous() for name, tensor in state.items()}
+            channels[f"{prefix}.layers.{level}.codebook.embed_sum"] = 0
+    for name, module in codec.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.ConvTranspose1d):
+            # of a grouped transposed convolution, the output channels are not one dimension
+            channels[f"{name}.weight"] = int(isinstance(module, nn.ConvTranspose1d) and module.groups == 1)
+    return quantize(state, channels if int8 else {})
 
 
-def _name_of(codec: Codec, module: torch.nn.Module) -> str:
+def _name_of(codec: Codec, module: nn.Module) -> str:
     return next(name for name, other in codec.named_modules() if other is module)
 
 
@@ -146,8 +155,9 @@ def draw(path: Path, curves: dict[str, Curve]) -> None:
 def _main(
     runs: Annotated[list[Path], typer.Argument(help="Folders of training runs, in order.")],
     target: Annotated[Path, typer.Argument(help="Output folder.")],
+    int8: Annotated[bool, typer.Option(help="Store weights as int8 and scales, not as fp16.")] = False,
 ) -> None:
-    publish(runs, target)
+    publish(runs, target, int8)
 
 
 if __name__ == "__main__":

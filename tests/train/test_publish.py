@@ -22,6 +22,20 @@ def speech(tmp_path):
 
 
 @pytest.mark.slow
+def test_published_int8_weights_load_to_the_same_bits(tiny_training, speech, tmp_path):
+    model = train(tiny_training(folder=speech, steps=1))
+    publish([tmp_path / "run"], tmp_path / "published", int8=True)
+    whole, small = fastmimi.load(model), fastmimi.load(tmp_path / "published")
+    codes = torch.randint(32, (1, 4, 9), generator=torch.Generator().manual_seed(0))
+    assert relative_error(small.dequantize(codes), whole.dequantize(codes)) < 2e-2
+    fastmimi.save_pretrained(small, tmp_path / "again")
+    again = fastmimi.load(tmp_path / "again")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in small.state_dict().items())
+    sizes = [(path / "model.safetensors").stat().st_size for path in (tmp_path / "published", model)]
+    assert sizes[0] < 0.45 * sizes[1]  # a quarter, and in a model this small the header and scales
+
+
+@pytest.mark.slow
 def test_published_half_precision_weights_are_close_to_the_trained_ones(tiny_training, speech, tmp_path):
     config = tiny_training(folder=speech, steps=3)
     model = train(config)
@@ -52,7 +66,7 @@ def test_runs_that_cannot_be_published(tiny_training, speech, tmp_path):
     with pytest.raises(ValueError, match="is not a training run with a checkpoint"):
         publish([tmp_path], tmp_path / "published")
     train(tiny_training(folder=speech, steps=1, architecture="jodio"))
-    with pytest.raises(ValueError, match=r"only a Mimi can be published in half .* trained a JodioModel"):
+    with pytest.raises(ValueError, match=r"only a Mimi can be published, .* trained a JodioModel"):
         publish([tmp_path / "run"], tmp_path / "published")
     assert not (tmp_path / "published").exists()
 
