@@ -78,9 +78,8 @@ class Codec(Packable):
         self, batch: int, state: DirectionState | None = None, lengths: Tensor | None = None
     ) -> ForwardContext:
         """What a pass over a batch carries: the ops bound for this device and dtype, and the state of streams."""
-        first = None if state is None else state.first
         subtile = self.tiling.positions_per_subtile(batch, self.device, self.dtype)
-        return ForwardContext(self.ops, state, lengths, subtile, first)
+        return ForwardContext(self.ops, state, lengths, subtile, None if state is None else state.first)
 
     # The passes that are made of them, for `encode` and the like and for pools of streams (fastmimi/serve)
 

@@ -143,7 +143,7 @@ def read(path: Path) -> tuple[np.ndarray, int]:
     """A recording as mono float32 [N], and its sample rate; ffmpeg decodes what libsndfile does not."""
     source: Path | io.BytesIO = path
     if path.suffix == ".g722":
-        command = ["ffmpeg", "-v", "error", "-i", path, "-f", "wav", "-"]
+        command: list[str | Path] = ["ffmpeg", "-v", "error", "-i", path, "-f", "wav", "-"]
         source = io.BytesIO(subprocess.run(command, capture_output=True, check=True).stdout)
     audio, rate = soundfile.read(source, dtype="float32", always_2d=True)
     return audio.mean(axis=1), rate
