@@ -64,8 +64,8 @@ def record(benchmark) -> Callable[[dict[str, list[float]]], None]:
 def in_turn(benchmark, record) -> Callable[..., dict[str, Any]]:
     """A function that times several calls in alternation and returns their results.
 
-    pytest-benchmark times the call `ours`; all others are timed once before each of its rounds, with a pause of so many
-    seconds after each.
+    pytest-benchmark times the call `ours`; all others are timed once before each of its rounds, each followed by a
+    pause of `pause` seconds.
     """
 
     def run(

@@ -2,7 +2,7 @@
 
     python bench/ray_corpus.py [--utterances 400] [--rows-per-shard 25] [--rounds 2] [--ray "--actors 2 --cpus 1"]
 
-The same with one utterance says what it costs to start. Tables of the two engines are compared.
+A corpus of one utterance measures the time to start. The tables of the two engines must be equal.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     numbers of missing shards -> map_batches over a pool of actors -> what each has done
 
-An actor is a local engine that stays: it loads the weights once, reads audio itself and writes shards to the output
-folder. Ray Data hands it two at a time, so that the second is read while the first one's last batches are computed, and
+An actor keeps one local engine: it loads the weights once, reads audio itself and writes shards to the output folder.
+Ray Data gives it two shards at a time, so that the second is read while the first one's last batches are computed, and
 cores do not wait between shards. Files, resumption and results are those of the local engine, row for row: a shard that
 exists is finished, one whose actor or driver died is computed again, and rows that cannot be read are in its errors.
 Through Ray go numbers of shards alone; a `write_parquet` of rows would leave open which of a shard's rows are there.

@@ -5,8 +5,8 @@
 
 Packages are fetched by name with apt-get and unpacked into the folder `--packages`; none is installed. Clips without
 energy above 5.5 kHz are left out, since they were recorded or stored at 8 kHz; so is silence. The clips of one voice
-are joined to files of about 15 s, mono FLAC at 24 kHz, and each file is written several times, all but the first with
-another pitch and vocal tract, room and noise. manifest.jsonl lists every file with its package, licence, language,
+are joined to files of about 15 s, mono FLAC at 24 kHz. Each file has augmented copies, with shifted pitch and formants,
+reverberation and background noise. manifest.jsonl lists every file with its package, licence, language,
 voice and seconds; README.md the hours by package, voice and licence.
 """
 
@@ -204,7 +204,7 @@ def join(clips: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 def vary(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Speech [N] with another pitch and vocal tract, as by resampling, and recorded in another room."""
+    """Augment speech [N]: pitch and formants shifted by resampling, then reverberation and background noise."""
     resampled = soxr.resample(audio, RATE, RATE * np.exp(rng.uniform(-0.16, 0.16)))
     return simulate_recording(rng, resampled.astype(np.float64), RATE).astype(np.float32)
 
@@ -270,7 +270,7 @@ def summarize(entries: list[Entry]) -> str:
 def _main(
     folder: Annotated[Path, typer.Argument(help="Output folder for the FLAC files.")],
     packages: Annotated[Path, typer.Option(help="Folder for the unpacked packages.")] = Path("out/debian"),
-    variants: Annotated[int, typer.Option(help="How often each file is written, all but once in another voice.")] = 3,
+    variants: Annotated[int, typer.Option(help="Copies of each file, of which all but one are augmented.")] = 3,
     seed: Annotated[int, typer.Option(help="Random seed of the variants.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
 ) -> None:
