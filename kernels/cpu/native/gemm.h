@@ -12,6 +12,7 @@
 // Strides in memory are called steps here, because `stride` is that of a convolution. They are counted in elements.
 #pragma once
 #include <climits>
+#include <type_traits>
 #include <utility>
 
 #include "digits.h"
@@ -28,6 +29,7 @@ constexpr int R = 12;  // of 32 registers
 constexpr int R = 6;  // of 16
 #endif
 constexpr long MAX_SINGLE_OUTPUT_DEPTH = 1024;  // channels in multiply_single_output
+constexpr int MAX_SHALLOW_DEPTH = 8;            // values of a row in multiply_shallow
 
 // The type of a row's values before quantization: that of the row, except for rows of digits
 template <class Row>
@@ -314,6 +316,32 @@ __attribute__((noinline)) void micro_kernel(const Rows<typename Kind::Row>& a, c
   tile_epilogue(sum, ROWS, out, m, n, width);
 }
 
+// Product with a panel where a row has at most MAX_SHALLOW_DEPTH values, as in a convolution of mono audio: the weights
+// stay in registers from row to row
+template <int DEPTH>
+__attribute__((noinline)) void multiply_shallow(const Rows<float>& a, long count, const float* b, const Output& out,
+                                                long n, long width) {
+  vf weight[DEPTH][2];
+#pragma GCC unroll 8
+  for (int c = 0; c < DEPTH; c++) weight[c][0] = load(b + c * P), weight[c][1] = load(b + c * P + W);
+  const float* row = a.start;
+  for (long m = 0; m < count; m += R) {
+    long rows = min(R, count - m);
+    vf sum[R][2];
+    for (long r = 0; r < rows; r++, row += a.row_step) {
+      vf left = {}, right = {};
+#pragma GCC unroll 8
+      for (int c = 0; c < DEPTH; c++) {
+        vf x = broadcast(row[c]);
+        left += x * weight[c][0];
+        right += x * weight[c][1];
+      }
+      sum[r][0] = left, sum[r][1] = right;
+    }
+    tile_epilogue(sum, rows, out, m, n, width);
+  }
+}
+
 // Multiplies rows [0, count) with panels [first, last) of weights with `width` outputs in all, and applies the epilogue
 template <class Kind>
 void multiply_rows(Rows<typename Kind::Row> a, long count, const void* weights, long first, long last, long width,
@@ -327,6 +355,13 @@ void multiply_rows(Rows<typename Kind::Row> a, long count, const void* weights, 
   const typename Kind::Row* start = a.start;
   for (long panel = first; panel < last; panel++) {
     const auto* b = (const typename Kind::Weight*)weights + panel * a.taps * a.depth * P;
+    if constexpr (std::is_same_v<Kind, Full>)
+      if (a.taps == 1 && a.depth <= MAX_SHALLOW_DEPTH) {
+        with_constant(
+            a.depth, [&](auto depth) { multiply_shallow<depth.value>(a, count, b, out, panel * P, width); },
+            std::make_integer_sequence<int, MAX_SHALLOW_DEPTH>());
+        continue;
+      }
     for_each_tile<Kind::ROWS>(count, [&](auto rows, long m) {
       a.start = start + m * a.row_step;
       micro_kernel<Kind, rows.value>(a, b, out, m, panel * P, width);
