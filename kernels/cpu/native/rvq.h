@@ -140,20 +140,22 @@ void encode_rows(const T* x, long x_step, long rows, long dim, long levels, long
 
 constexpr int SUMS = VECTOR_REGISTERS == 32 ? 16 : 8;  // accumulators of rvq_decode, in vectors
 
-// codes [L, N] with the given steps, codebooks [L, S, D] -> y [N, D]; levels are added in order
+// codes [L, N] with the given steps, codebooks [L, S, D] -> y [N, D]; levels are added in order. The entries of the next
+// row are prefetched: the codebooks of many levels are larger than the caches, and the processor cannot foresee entries.
 template <class T>
 void decode_rows(const int64_t* codes, long level_step, long row_step, const float* codebooks, long levels, long rows,
                  long size, long dim, T* y, int threads) {
 #pragma omp parallel for num_threads(rows* dim < 4096 ? 1 : threads)
   for (long m = 0; m < rows; m++) {
-    const int64_t* code = codes + m * row_step;
+    const int64_t *code = codes + m * row_step, *following = m + 1 < rows ? code + row_step : code;
     for (long d = 0; d < dim; d += SUMS * W) {
       if (dim - d >= SUMS * W) {
         vf sum[SUMS] = {};
         for (long level = 0; level < levels; level++) {
           const float* entry = codebooks + (level * size + code[level * level_step]) * dim + d;
+          const float* next = codebooks + (level * size + following[level * level_step]) * dim + d;
 #pragma GCC unroll 16
-          for (int i = 0; i < SUMS; i++) sum[i] += load(entry + i * W);
+          for (int i = 0; i < SUMS; i++) __builtin_prefetch(next + i * W), sum[i] += load(entry + i * W);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < SUMS; i++) store(y + m * dim + d + i * W, sum[i]);
