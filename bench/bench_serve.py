@@ -20,7 +20,7 @@ from fastmimi.devtools.testing import noise
 from fastmimi.serve import protocol
 from fastmimi.serve.client import AsyncClient, Client, ServerError
 
-ROUNDS = 40
+ROUNDS = 20
 ACTIVE, LARGE = 4, 64
 SERVED, FRAMES = 12, 25  # streams of a server, and how many frames each sends at once; 50 may wait
 START_S = 120
@@ -142,7 +142,7 @@ def bench_a_server_costs_little_more_than_its_pool(benchmark, in_turn, mimi, ser
             "fastmimi": lambda: loop.run_until_complete(through_server(served, audio)),
             "pool": lambda: through_pool(pool, bare, audio),
         }
-        results = in_turn(f"{SERVED} duplex streams of {FRAMES} frames", calls, 10)
+        results = in_turn(f"{SERVED} duplex streams of {FRAMES} frames", calls, 5)
     finally:
         loop.run_until_complete(connections.aclose())
         loop.close()
