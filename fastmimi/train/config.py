@@ -75,6 +75,7 @@ class ModelConfig:
     load: str | None = None  # initial weights, anything that `fastmimi.load` accepts; None: random weights
     architecture: str = "mimi"  # architecture of a new codec: "mimi" or "jodio"
     changes: Json = field(default_factory=dict)  # fields of a new codec's MimiCodecConfig or JodioConfig
+    widen: Json = field(default_factory=dict)  # fields of a loaded Mimi's configuration, with more channels (widen.py)
     freeze: list[str] = field(default_factory=list)  # names of modules that are not trained: encoder, quantizer, ...
     impl: str = "auto"  # implementation of the ops, as for `fastmimi.load`
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from ..checkpoints.weights import load
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..models.codec import Codec
 from ..models.config import AnyConfig
 from ..models.registry import ARCHITECTURES, build
@@ -27,6 +27,7 @@ from .distillation import Distillation, Teacher
 from .distributed import rank_and_world_size
 from .initialization import variance_preserving_init_
 from .quantizer import Quantized, TrainedQuantizer
+from .widen import widen
 
 
 class GeneratorOutput(NamedTuple):
@@ -86,7 +87,12 @@ class Generator(nn.Module):
 def build_codec(config: ModelConfig) -> Codec:
     """The codec to train, loaded or new; codebooks and frozen modules do not require gradients."""
     if config.load is not None:
-        codec = load(config.load, impl=config.impl).requires_grad_(True)
+        codec = load(config.load, impl=config.impl)
+        if config.widen:
+            codec = widen(codec, config.widen, config.impl)
+        codec.requires_grad_(True)
+    elif config.widen:
+        raise InputError(f"model.widen needs model.load, the codec to widen, got {shown(config.widen)}")
     else:
         architecture = ARCHITECTURES[config.architecture]
         codec = build(_build_codec_config(architecture.config, config.changes), impl=config.impl)

@@ -23,6 +23,8 @@ from fastmimi.cli import app
 from fastmimi.corpus import shards
 from fastmimi.devtools.testing import noise
 from fastmimi.models.config import MimiCodecConfig
+from fastmimi.train.config import TrainConfig
+from fastmimi.train.step import build_codec
 
 ROOT = Path(__file__).resolve().parents[2]
 README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
@@ -143,7 +145,7 @@ def test_the_training_example(folder, tiny_training):
         (folder / name).mkdir()
         shutil.copy(ROOT / "tests" / "data" / "synthetic.ogg", folder / name)
     fastmimi.save_pretrained(random(MimiCodecConfig(**tiny.model.changes)), folder / "tiny")
-    for name, config in zip(("speech.yaml", "decoder.yaml"), blocks(TRAINING, "yaml"), strict=True):
+    for name, config in zip(("speech.yaml", "decoder.yaml", "wide.yaml"), blocks(TRAINING, "yaml"), strict=True):
         config = config.replace("kyutai/mimi", "tiny").replace("microsoft/wavlm-large", "wavlm.json")
         (folder / name).write_text(config)
     small = ["steps=2", "data.seconds=0.5", "data.batch_size=2", "data.workers=0", "discriminator.filters=2",
@@ -156,6 +158,7 @@ def test_the_training_example(folder, tiny_training):
     audio = noise(1, 1, 24_000)
     before, after = (fastmimi.load(name).encode(audio) for name in ("tiny", "runs/decoder/model"))
     assert torch.equal(before, after), "a better decoder for the same codes"
+    assert build_codec(TrainConfig.read(folder / "wide.yaml").model).config.num_filters == 32
 
 
 def test_links_of_the_readme_resolve():
