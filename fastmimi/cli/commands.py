@@ -204,7 +204,7 @@ def roundtrip(
         report.input_rows(file), report.codes_rows(encoded.tokens), report.tokens_rows(encoded.tokens, tokens),
         report.speed_rows("encode", encoded.clock, encoded.tokens, stream),
         report.speed_rows("decode", decoded.clock, encoded.tokens, stream), report.output_rows(target, encoded.tokens),
-        report.picture_rows(plot),
+        report.quality_rows(model, source), report.picture_rows(plot),
     )  # fmt: skip
     report.note_model(model)
 

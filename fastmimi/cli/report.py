@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -44,7 +45,7 @@ def note_model(model: str) -> None:
     """For a demonstration or random model, say what its audio sounds like and how to get the trained model."""
     if model == "demo":
         note(
-            "demo is a small demonstration model, trained on synthetic speech; for Mimi's own quality pass "
+            "demo is a small demonstration model (docs/training.md); for Mimi's own quality pass "
             "--model kyutai/mimi (or no --model), which fetches trained weights"
         )
     if re.fullmatch(r"(\w+-)?random(:\d+)?", model):
@@ -90,6 +91,20 @@ def speed_rows(label: str, clock: Clock, tokens: Tokens, stream: bool) -> Rows:
 
 def output_rows(path: Path, tokens: Tokens) -> Rows:
     return [("output", f"{path}: {tokens.duration:.2f} s, {tokens.sample_rate} Hz, {_size(path)}")]
+
+
+def quality_rows(model: str, source: Path) -> Rows:
+    """What was measured when the model `demo` was published, for a clip that was used for it; else nothing."""
+    from ..checkpoints.weights import DEMO
+
+    measured = json.loads((DEMO / "evaluation.json").read_text())["files"] if model == "demo" else []
+    texts = [
+        f"{row['codebooks']:>2} codebooks: STOI {row['stoi']:.2f}, ESTOI {row['estoi']:.2f}, PESQ {row['pesq']:.2f}, "
+        f"SI-SDR {row['si_sdr']:.1f} dB"
+        for row in measured
+        if row["file"] == source.name
+    ]
+    return [("" if i else "quality", text) for i, text in enumerate(texts)]
 
 
 def picture_rows(path: Path | None) -> Rows:

@@ -1,10 +1,12 @@
 """Publish a model that was trained in one or more consecutive runs: small weights and a record of the training.
 
-    python -m fastmimi.train.publish out/demo out/demo_finish fastmimi/assets/demo
+    fastmimi evaluate held-out --model out/demo_finish/model --codebooks 8 --codebooks 16 --json evaluation.json
+    python -m fastmimi.train.publish out/demo out/demo_finish fastmimi/assets/demo --evaluation evaluation.json
 
 writes config.json, model.safetensors (fp16, or with `--int8` int8 and scales; `fastmimi.load` converts to fp32 by
 default), training.json (configuration, final losses and machine of each run) and training.png (training curves). The
-weights are those of the last run.
+weights are those of the last run. The evaluation is copied beside them; `fastmimi roundtrip --model demo` shows it for
+a clip that it names.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from ..checkpoints.int8 import quantize
 from ..checkpoints.weights import load
 from ..errors import InputError
 from ..io import plot
-from ..io.files import replacing
+from ..io.files import check_input, replacing
 from ..models.codec import Codec
 from ..models.config import MimiCodecConfig
 from .config import TrainConfig
@@ -34,8 +36,12 @@ CURVES = ("mel", "l1", "features", "adversarial", "discriminator", "cosine", "co
 SMOOTHED_POINTS = 50  # of a smoothed curve in the picture
 
 
-def publish(runs: Sequence[Path], target: Path, int8: bool = False) -> None:
-    """Write the averaged codec of the last run, and the record of all runs, to the folder `target`."""
+def publish(runs: Sequence[Path], target: Path, int8: bool = False, evaluation: Path | None = None) -> None:
+    """Write the averaged codec of the last run, and the record of all runs, to the folder `target`.
+
+    `evaluation` is the JSON of `fastmimi evaluate`. Without it, one of earlier weights in the folder is removed.
+    """
+    measured = None if evaluation is None else check_input(evaluation).read_text()
     plot.check(target / "training.png")
     for run in runs:
         if not (run / "model").is_dir():
@@ -53,6 +59,9 @@ def publish(runs: Sequence[Path], target: Path, int8: bool = False) -> None:
         machines = [json.loads((run / "machine.json").read_text()) for run in runs]
         summaries = [summary(*run) for run in zip(configs, curves, machines, strict=True)]
         part.write_text(json.dumps(summaries, indent=1) + "\n")
+    (target / "evaluation.json").unlink(missing_ok=True)
+    if measured is not None:
+        (target / "evaluation.json").write_text(measured)
     with replacing(target / "training.png") as part:
         draw(part, concatenate_curves(curves))
 
@@ -156,8 +165,9 @@ def _main(
     runs: Annotated[list[Path], typer.Argument(help="Folders of training runs, in order.")],
     target: Annotated[Path, typer.Argument(help="Output folder.")],
     int8: Annotated[bool, typer.Option(help="Store weights as int8 and scales, not as fp16.")] = False,
+    evaluation: Annotated[Path | None, typer.Option(help="JSON of `fastmimi evaluate`, to be copied.")] = None,
 ) -> None:
-    publish(runs, target, int8)
+    publish(runs, target, int8, evaluation)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The demonstration model that comes with the package: its size, its quality, and that it loads like any Mimi."""
 
 import json
+import re
+import zlib
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 import fastmimi
 from fastmimi.checkpoints.weights import DEMO
 from fastmimi.cli import app
-from fastmimi.train.evaluate import measures
+from fastmimi.train.evaluate import audio_files, evaluate, measures
 
 CLIPS = [
     *(Path(__file__).resolve().parents[1] / "data" / "audio").glob("*.ogg"),
@@ -44,7 +46,7 @@ def test_real_speech_is_intelligible(demo):
 
 
 def test_it_is_small_and_has_mimis_frame_rate_and_codebook_size(demo):
-    assert sum(path.stat().st_size for path in DEMO.glob("*.safetensors")) <= 12e6
+    assert len(zlib.compress((DEMO / "model.safetensors").read_bytes())) <= 12e6  # as in a wheel
     assert (demo.sample_rate, demo.frame_rate, demo.frame_size) == (24_000, 12.5, 1920)
     assert demo.total_codebooks == 16 and demo.config.codebook_size == 2048
     assert demo.config.num_semantic_quantizers == 1
@@ -67,11 +69,12 @@ def test_streaming_equals_one_call(demo):
     assert (streamed - whole).abs().max() < 1e-5
 
 
-def test_transformers_loads_it_and_gives_the_same_results(demo):
+def test_transformers_loads_it_and_gives_the_same_results(demo, tmp_path):
     """With trained weights there are no near ties in the search: all codes are equal."""
     import transformers
 
-    peer = transformers.MimiModel.from_pretrained(DEMO, dtype=torch.float32).eval()
+    fastmimi.save_pretrained(demo, tmp_path)  # the package's file may hold int8 and scales
+    peer = transformers.MimiModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     audio = clip(CLIPS[0], 4.0)
     with torch.no_grad():
         codes = peer.encode(audio, num_quantizers=16).audio_codes
@@ -85,4 +88,14 @@ def test_the_command_line_notes_that_it_is_a_demonstration_model(tmp_path):
     arguments = ["roundtrip", str(tmp_path / "a.wav"), str(tmp_path / "b.wav"), "--model", "demo"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0 and "demo is a small demonstration model" in result.stderr
-    assert "--model kyutai/mimi" in result.stderr
+    assert "--model kyutai/mimi" in result.stderr and "quality" not in result.stdout
+
+
+def test_the_command_line_shows_the_published_quality_of_its_clip(tmp_path):
+    """The figures are those that `evaluate` gives for the shipped weights."""
+    path = DEMO.parent / "198-209-0000.ogg"
+    result = CliRunner().invoke(app, ["roundtrip", str(path), str(tmp_path / "b.wav"), "--model", "demo"])
+    [row] = evaluate(fastmimi.load("demo"), "demo", audio_files(path), [8]).files
+    shown = re.search(r"8 codebooks: STOI (.*), ESTOI (.*), PESQ (.*), SI-SDR (.*) dB", result.stdout)
+    measured = [row.stoi, row.estoi, row.pesq, row.si_sdr]
+    assert [float(text) for text in shown.groups()] == pytest.approx(measured, abs=0.06)

@@ -39,6 +39,9 @@ def test_published_int8_weights_load_to_the_same_bits(tiny_training, speech, tmp
 def test_published_half_precision_weights_are_close_to_the_trained_ones(tiny_training, speech, tmp_path):
     config = tiny_training(folder=speech, steps=3)
     model = train(config)
+    (tmp_path / "measured.json").write_text("{}")
+    publish([tmp_path / "run"], tmp_path / "published", evaluation=tmp_path / "measured.json")
+    assert (tmp_path / "published" / "evaluation.json").read_text() == "{}"
     publish([tmp_path / "run"], tmp_path / "published")
     whole, half = fastmimi.load(model), fastmimi.load(tmp_path / "published")
     latents, codes = noise(1, 32, 9), torch.randint(32, (1, 4, 9), generator=torch.Generator().manual_seed(0))
