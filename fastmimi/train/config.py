@@ -96,8 +96,9 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, for the codec and for the discriminators."""
+    """The optimizers of the codec and of the discriminators; those of the discriminators are always AdamW."""
 
+    kind: str = "adamw"  # of the codec: adamw, or muon (muon.py), which takes longer for a step and needs fewer
     lr: float = 8e-4
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
     weight_decay: float = 5e-2  # applied to the transformers' parameters only
@@ -184,6 +185,7 @@ class TrainConfig:
         with_codes = [name for name, entry in ARCHITECTURES.items() if entry.codes]
         _check_choice("model.architecture", self.model.architecture, with_codes)
         _check_choice("mixed_precision", self.mixed_precision, [None, "no", "bf16", "fp16"])
+        _check_choice("optimizer.kind", optimizer.kind, ["adamw", "muon"])
         _check_choice("optimizer.schedule", optimizer.schedule, SCHEDULES)
         for name, value in self._flat().items():
             if name in LIMITS and not LIMITS[name][0] <= value <= LIMITS[name][1]:

@@ -26,6 +26,7 @@ from .discriminators import MultiScaleSTFTDiscriminator
 from .distillation import Distillation, Teacher
 from .distributed import rank_and_world_size
 from .initialization import variance_preserving_init_
+from .muon import Muon
 from .quantizer import Quantized, TrainedQuantizer
 from .widen import widen
 
@@ -154,9 +155,10 @@ def parameter_groups(generator: Generator, config: OptimizerConfig) -> list[dict
     return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def build_optimizer(groups: list[dict[str, object]], config: OptimizerConfig) -> AdamW:
-    """AdamW for parameter groups, with the learning rate and betas of the configuration."""
-    return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+def build_optimizer(groups: list[dict[str, object]], config: OptimizerConfig, kind: str) -> AdamW:
+    """AdamW or Muon for parameter groups, with the learning rate and betas of the configuration."""
+    optimizer = {"adamw": AdamW, "muon": Muon}[kind]
+    return optimizer(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
 
 
 class TrainingStep:
@@ -174,13 +176,14 @@ class TrainingStep:
             {name: weight for name, weight in weights.items() if weight}, config.losses.norm,
             config.losses.balancer_decay,
         ).to(accelerator.device)  # fmt: skip
-        optimizer = build_optimizer(parameter_groups(generator, config.optimizer), config.optimizer)
+        groups = parameter_groups(generator, config.optimizer)
+        optimizer = build_optimizer(groups, config.optimizer, config.optimizer.kind)
         self.generator, self.optimizer = accelerator.prepare(generator, optimizer)
         self.discriminators = self.discriminator_optimizer = None
         if weights["adversarial"] or weights["features"]:
             discriminators = MultiScaleSTFTDiscriminator(config.discriminator, self.codec.config.audio_channels)
             groups = [{"params": list(discriminators.parameters()), "weight_decay": 0.0}]
-            optimizer = build_optimizer(groups, config.optimizer)
+            optimizer = build_optimizer(groups, config.optimizer, "adamw")
             self.discriminators, self.discriminator_optimizer = accelerator.prepare(discriminators, optimizer)
 
     @property
