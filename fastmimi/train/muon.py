@@ -72,5 +72,6 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
 def _fast_dtype(device: torch.device) -> torch.dtype:
     """bf16, which is exact enough, where the device multiplies it."""
-    supported = device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.bfloat16 if supported else torch.float32
+    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    fast = device.type == "cuda" or (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
