@@ -228,7 +228,7 @@ def tiny_training(tmp_path, wavlm_config):
 SECTIONS = {  # sections of a training configuration, and the fields that tests set by name alone
     "model": ("impl", "freeze", "load"),
     "data": ("folder", "seconds", "batch_size", "workers"),
-    "optimizer": ("lr", "betas", "ema"),
+    "optimizer": ("kind", "lr", "betas", "ema"),
     "quantizer": ("raw", "dropout", "replace_every", "begin", "kmeans_latents"),
     "losses": ("adversarial", "features", "mel", "l1"),
     "distillation": ("teacher",),

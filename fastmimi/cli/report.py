@@ -99,8 +99,8 @@ def quality_rows(model: str, source: Path) -> Rows:
 
     measured = json.loads((DEMO / "evaluation.json").read_text())["files"] if model == "demo" else []
     texts = [
-        f"{row['codebooks']:>2} codebooks: STOI {row['stoi']:.2f}, ESTOI {row['estoi']:.2f}, PESQ {row['pesq']:.2f}, "
-        f"SI-SDR {row['si_sdr']:.1f} dB"
+        f"{row['codebooks']:>2} codebooks, as published: STOI {row['stoi']:.2f}, ESTOI {row['estoi']:.2f}, "
+        f"PESQ {row['pesq']:.2f}, SI-SDR {row['si_sdr']:.1f} dB"
         for row in measured
         if row["file"] == source.name
     ]

@@ -61,7 +61,8 @@ def publish(runs: Sequence[Path], target: Path, int8: bool = False, evaluation: 
         part.write_text(json.dumps(summaries, indent=1) + "\n")
     (target / "evaluation.json").unlink(missing_ok=True)
     if measured is not None:
-        (target / "evaluation.json").write_text(measured)
+        with replacing(target / "evaluation.json") as part:
+            part.write_text(measured)
     with replacing(target / "training.png") as part:
         draw(part, concatenate_curves(curves))
 

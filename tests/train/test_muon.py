@@ -1,11 +1,13 @@
 """Muon: what it orthogonalizes, which parameters it updates, and that a resumed run goes on alike."""
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 
 from fastmimi.train import muon
 from fastmimi.train.muon import Muon, orthogonalized
+from fastmimi.train.step import TrainingStep
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (40, 200), (200, 40)])
@@ -45,6 +47,12 @@ def test_matrices_are_updated_by_muon_and_the_rest_as_by_adamw():
     start = layers().state_dict()["1.weight"]
     update = (first["1.weight"] - start * (1 - 1e-4)).flatten(1)
     assert 0.6 < torch.linalg.svdvals(update / (1e-3 * 0.2 * 80**0.5)).max() < 1.3
+
+
+def test_the_configuration_chooses_it_for_the_codec_only(tiny_training):
+    step = TrainingStep(tiny_training(kind="muon"), accelerate.Accelerator(cpu=True))
+    assert type(step.optimizer.optimizer) is Muon
+    assert type(step.discriminator_optimizer.optimizer) is torch.optim.AdamW
 
 
 def test_a_saved_optimizer_goes_on_alike(tmp_path):
