@@ -112,7 +112,7 @@ class CpuGraphs:
         recorder = dispatch.recorder(ops)
         while self._count.get(key, 0) < threads:
             packing.count_preparation()
-            if recorder is None or any(t.is_inference() for t in self._watch.tensors):  # whose edits are not counted
+            if recorder is None or not self._watch.counts_edits():
                 step(examples[0], state.clone())
                 return
             recorded = _record(recorder, step, examples, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class Watch:
             self._owners += filter(None, (m._modules, m._parameters, m._buffers))
         self._owned = self._owned_now()
         self.tensors = [x for x in self._owned if isinstance(x, Tensor)]
+        self._counted = [x for x in self.tensors if not x.is_inference()]
         self._states, self._modes = self._states_now(), self._modes_now()
         self._generation = packing.generation()
 
@@ -49,16 +50,23 @@ class Watch:
         same = same and self._generation == packing.generation() and self._modes_now() == self._modes
         return same and self._states_now() == self._states
 
+    def counts_edits(self) -> bool:
+        """Whether PyTorch counts the edits of all weights: not of those that were made in inference mode."""
+        return len(self._counted) == len(self.tensors)
+
     def has_hooks(self) -> bool:
         """Whether a module has hooks now, which a recorded step would not call."""
         return any(self._hooks)
 
+    # Called at every step, hence without a Python loop
+
     def _owned_now(self) -> list[object]:
-        """All modules, parameters and buffers, in order; called at every step, hence without a Python loop."""
+        """All modules, parameters and buffers, in order."""
         return [*chain.from_iterable(map(dict.values, self._owners))]
 
     def _modes_now(self) -> list[bool]:
-        return [module.training for module in self._modules]
+        return [*map(attrgetter("training"), self._modules)]
 
-    def _states_now(self) -> list[tuple[int, int]]:
-        return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self.tensors]
+    def _states_now(self) -> list[int]:
+        """The versions of the tensors that have one, and the addresses of all."""
+        return [*map(attrgetter("_version"), self._counted), *map(Tensor.data_ptr, self.tensors)]

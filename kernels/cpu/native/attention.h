@@ -32,9 +32,10 @@ INLINE long state_row(const Attention& a, long b) { return a.rows ? a.rows[b] : 
 
 thread_local Arena attention_scratch;
 
-// RoPE of one head: x [D] is rotated by the angles whose cosines [D / 2], followed by their sines [D / 2], are given
+// RoPE of one head: x [D] is rotated by the angles whose cosines [D / 2], followed by their sines [D / 2], are given. The
+// result must not overlap them: else the compiler could not vectorize.
 template <class T>
-void rotate(float* to, const T* x, const float* cosines, long dim, bool interleaved) {
+void rotate(float* __restrict__ to, const T* x, const float* cosines, long dim, bool interleaved) {
   const float* sines = cosines + dim / 2;
   for (long i = 0; i < dim / 2; i++) {
     long left = interleaved ? 2 * i : i, right = interleaved ? 2 * i + 1 : i + dim / 2;
@@ -262,7 +263,8 @@ void fill_angles(float* angles, const Attention& a, long t) {
 
 void attend_head(const Attention& a, long b, long kv_head, const float* angles) {
   if (a.dtype == F32) return attend<float, float>(a, b, kv_head, angles);
-  if (a.offset) return attend<bf16, bf16>(a, b, kv_head, angles);
+  // Many queries read each key often: then widening it once costs less than reading the ring in place saves
+  if (a.offset && a.length <= 2 * QUERIES) return attend<bf16, bf16>(a, b, kv_head, angles);
   attend<bf16, float>(a, b, kv_head, angles);
 }
 
