@@ -1,9 +1,8 @@
 """How much audio passes through a codec at once: long audio runs in tiles with streaming state, in bounded memory.
 
 On an accelerator kernels should run long, so a tile takes what memory there is. On a CPU the layers near the audio take
-a tile in subtiles, whose widest activation (13 MB in fp32) stays in a level-3 cache; the slow layers, whose weights are
-large, take all of it. Lengths are those of 64 channels near the audio: with more channels, they are shorter. Shorter
-subtiles spend more of the time in Python between the kernels.
+a tile in subtiles, whose widest activation (6 MB in fp32) stays in a level-3 cache; the slow layers, whose weights are
+large, take all of it. Lengths are those of 64 channels near the audio: with more channels, they are shorter.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from .cpu_graphs import MOST_FRAMES
 
 TILE_SAMPLES = 480_000  # of all rows of a batch together
-SUBTILE_SAMPLES = 49_920  # in fp32: 26 frames, so that a clip of two seconds is not cut
+SUBTILE_SAMPLES = 24_960  # in fp32: 13 frames, so that a clip of a second is not cut
 TILE_SAMPLES_ACCELERATOR = 2_400_000  # at the least
 ACTIVATIONS = 4  # of the layers nearest to the audio that exist at the same time: three, and some space
 SHARE = 0.5  # of the free memory that a tile's activations may take
