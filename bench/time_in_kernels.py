@@ -23,7 +23,7 @@ from fastmimi.devtools.testing import noise
 from fastmimi.kernels.cpu._native import native
 
 WARM_UP, SECONDS = 5, 4.0  # passes; to measure a case
-CODEBOOKS, FRAME = 8, 1920
+MODEL, CODEBOOKS, FRAME = "random:0", 8, 1920
 
 
 class Stopwatch:
@@ -52,11 +52,11 @@ def measure(stopwatch: Stopwatch, call: Callable[[], object]) -> dict[str, float
     end = time.perf_counter() + SECONDS
     while (start := time.perf_counter()) < end:
         stopwatch.taken.clear()
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         call()
         total = time.perf_counter() - start
         kernels = {name: seconds * 1e3 for name, seconds in stopwatch.taken.items()}
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         python = total * 1e3 - sum(kernels.values())
         rows.append({"in all": total * 1e3, **kernels, "Python": python, "page faults": faults})
     return {name: median(row.get(name, 0.0) for row in rows) for name in rows[-1]}
@@ -88,7 +88,7 @@ def main() -> None:
     stopwatch, rows = Stopwatch(), {}
     with torch.inference_mode():
         for dtype in chosen.dtype:
-            mimi = fastmimi.load("random:0", num_codebooks=CODEBOOKS, dtype=getattr(torch, dtype))
+            mimi = fastmimi.load(MODEL, num_codebooks=CODEBOOKS, dtype=getattr(torch, dtype))
             for threads in chosen.threads:
                 torch.set_num_threads(threads)
                 for name, call in passes(mimi, chosen.seconds).items():
