@@ -5,6 +5,7 @@ import time
 
 import pytest
 import time_in_kernels
+import torch
 
 import fastmimi
 from fastmimi.devtools.testing import noise
@@ -20,7 +21,9 @@ def stopwatch(monkeypatch):
     monkeypatch.setattr(time_in_kernels, "native", lambda: variant)
     monkeypatch.setattr(_native, "_variant", lambda _: variant)
     monkeypatch.setattr(time_in_kernels, "SECONDS", 0.1)
-    return time_in_kernels.Stopwatch()
+    threads = torch.get_num_threads()
+    yield time_in_kernels.Stopwatch()
+    torch.set_num_threads(threads)
 
 
 def test_times_add_up(stopwatch):
