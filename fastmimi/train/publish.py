@@ -36,12 +36,20 @@ CURVES = ("mel", "l1", "features", "adversarial", "discriminator", "cosine", "co
 SMOOTHED_POINTS = 50  # of a smoothed curve in the picture
 
 
-def publish(runs: Sequence[Path], target: Path, int8: bool = False, evaluation: Path | None = None) -> None:
+def publish(
+    runs: Sequence[Path],
+    target: Path,
+    int8: bool = False,
+    evaluation: Path | None = None,
+    earlier: Path | None = None,
+) -> None:
     """Write the averaged codec of the last run, and the record of all runs, to the folder `target`.
 
     `evaluation` is the JSON of `fastmimi evaluate`. Without it, one of earlier weights in the folder is removed.
+    `earlier` is the training.json of the model that the first run loaded: its runs come first in the record.
     """
     measured = None if evaluation is None else check_input(evaluation).read_text()
+    before = [] if earlier is None else json.loads(check_input(earlier).read_text())
     plot.check(target / "training.png")
     for run in runs:
         if not (run / "model").is_dir():
@@ -58,7 +66,7 @@ def publish(runs: Sequence[Path], target: Path, int8: bool = False, evaluation: 
     with replacing(target / "training.json") as part:
         machines = [json.loads((run / "machine.json").read_text()) for run in runs]
         summaries = [summary(*run) for run in zip(configs, curves, machines, strict=True)]
-        part.write_text(json.dumps(summaries, indent=1) + "\n")
+        part.write_text(json.dumps(before + summaries, indent=1) + "\n")
     (target / "evaluation.json").unlink(missing_ok=True)
     if measured is not None:
         with replacing(target / "evaluation.json") as part:
@@ -167,8 +175,9 @@ def _main(
     target: Annotated[Path, typer.Argument(help="Output folder.")],
     int8: Annotated[bool, typer.Option(help="Store weights as int8 and scales, not as fp16.")] = False,
     evaluation: Annotated[Path | None, typer.Option(help="JSON of `fastmimi evaluate`, to be copied.")] = None,
+    earlier: Annotated[Path | None, typer.Option(help="training.json of the model that the first run loaded.")] = None,
 ) -> None:
-    publish(runs, target, int8, evaluation)
+    publish(runs, target, int8, evaluation, earlier)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ PACKAGES = [
     Package("asterisk-core-sounds-en-g722", "CC-BY-SA-3.0", _ASTERISK, "en"),
     Package("asterisk-core-sounds-es-g722", "CC-BY-SA-3.0", _ASTERISK, "es"),
     Package("asterisk-core-sounds-fr-g722", "CC-BY-SA-3.0", _ASTERISK, "fr"),
-    Package("asterisk-core-sounds-it-g722", "CC-BY-SA-3.0", _ASTERISK, "it"),
+    Package("asterisk-core-sounds-it-g722", "CC-BY-3.0", _ASTERISK, "it"),
     Package("asterisk-core-sounds-ru-g722", "CC-BY-3.0", _ASTERISK, "ru"),
     Package("festvox-ru", "BSD-like", r"voices/russian/(?P<voice>\w+)/wav/[^/]+\.wav", "ru"),
     Package("fillets-ng-data-cs", "GPL-2", r"/cs/[^/]*?-(?P<voice>\w+)-[^/]+\.ogg", "cs"),

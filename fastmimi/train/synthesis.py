@@ -1,6 +1,7 @@
 """Synthetic training speech: free speech synthesizers read free texts, in many voices, rates, pitches and rooms.
 
-    apt-get install espeak-ng flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts fortunes
+    apt-get install espeak-ng flite festival festvox-{kallpc16k,kdlpc16k,us-slt-hts} fortunes
+    apt-get install festvox-{czech-dita,czech-krb,czech-machac,czech-ph,italp16k,itapc16k,suopuhe-lj,suopuhe-mv}
     python -m fastmimi.train.synthesis speech --hours 6 --texts /usr/share/games/fortunes
 
 Each utterance has its own random seed: the same arguments give the same data set wherever the same synthesizers are
@@ -61,7 +62,7 @@ def _flite(rng: np.random.Generator, text: Path, wave: Path) -> list[str]:
 
 
 def _festival(rng: np.random.Generator, text: Path, wave: Path) -> list[str]:
-    voices = sorted(path.name for path in Path("/usr/share/festival/voices").glob("*/*") if path.is_dir())
+    voices = sorted(path.parent.name for path in Path("/usr/share/festival/voices").glob("*/*/festvox"))
     if not voices:
         raise InputError("festival has no voices: apt-get install festvox-kallpc16k festvox-us-slt-hts")
     voice, stretch = rng.choice(voices), rng.uniform(0.8, 1.3)
@@ -70,9 +71,9 @@ def _festival(rng: np.random.Generator, text: Path, wave: Path) -> list[str]:
 
 
 SYNTHESIZERS = [
-    Synthesizer("espeak-ng", 0.35, _espeak),
-    Synthesizer("flite", 0.4, _flite),
-    Synthesizer("text2wave", 0.25, _festival),
+    Synthesizer("espeak-ng", 0.2, _espeak),
+    Synthesizer("flite", 0.3, _flite),
+    Synthesizer("text2wave", 0.5, _festival),  # most of its voices join recordings of people
 ]
 
 
@@ -117,9 +118,9 @@ def simulate_recording(rng: np.random.Generator, audio: np.ndarray, rate: int) -
         tilt = rng.uniform(-0.5, 0.5)
         audio = lfilter([1], [1, -tilt], audio) if tilt > 0 else lfilter([1, tilt], [1], audio)
     level = np.sqrt(np.mean(audio**2)) + 1e-9
-    if rng.random() < 0.7:
+    if rng.random() < 0.4:
         hiss = lfilter([1], [1, -rng.uniform(0, 0.95)], rng.standard_normal(len(audio)))
-        audio = audio + hiss / hiss.std() * level * 10 ** (-rng.uniform(15, 50) / 20)
+        audio = audio + hiss / hiss.std() * level * 10 ** (-rng.uniform(20, 55) / 20)
     audio = audio * 10 ** (rng.uniform(-32, -16) / 20) / level
     return audio * min(1, 0.95 / np.abs(audio).max())
 

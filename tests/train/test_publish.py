@@ -54,6 +54,9 @@ def test_published_half_precision_weights_are_close_to_the_trained_ones(tiny_tra
     assert summary["machine"].keys() == {"versions", "device", "processes", "threads"}
     assert summary["steps"] == 3 and summary["configuration"]["losses"]["mel"] == 1.0
     assert summary["at the end"].keys() >= {"mel", "discriminator", "explained"}
+    record = tmp_path / "published" / "training.json"
+    publish([tmp_path / "run"], tmp_path / "published", earlier=record)
+    assert json.loads(record.read_text()) == [summary, summary]
     assert fastmimi.MimiModel.from_pretrained(tmp_path / "published").config.codebook_size == 32
 
 
