@@ -116,6 +116,9 @@ def test_models_made_or_moved_in_inference_mode_pack_once(make, impl, tmp_path):
         warnings.simplefilter("error", UserWarning)
         model = make(tmp_path)
         assert not any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
+        dtype = next(model.parameters()).dtype
+        if impl == "onednn" and (why := why_not(impl, "causal_conv1d", Target("cpu", dtype))) is not None:
+            pytest.skip(why)
         getattr(model, "core", model).impl = impl
         frame = noise(1, 1, 1920)
         for _ in range(2):
