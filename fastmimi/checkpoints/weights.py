@@ -273,7 +273,8 @@ def save_pretrained(model: Codec, directory: str | Path) -> None:
     directory = path_of(directory, "directory")
     directory.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    _write(fold_weight_norm(state) if architecture_of(model.config).flat else state, directory / "model.safetensors")
+    state = fold_weight_norm(state) if architecture_of(model.config).flat else state
+    write_safetensors(state, directory / "model.safetensors")
     with replacing(directory / "config.json") as temporary:
         temporary.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
 
@@ -287,7 +288,7 @@ def save_kyutai(model: Codec, path: str | Path) -> None:
     _check_model(model)
     if not isinstance(model.config, MimiCodecConfig):
         raise InputError(f"only a Mimi can be saved in Kyutai's layout, got a {type(model).__name__}")
-    _write(kyutai.from_flat(fold_weight_norm(model.state_dict()), model.config), path_of(path, "path"))
+    write_safetensors(kyutai.from_flat(fold_weight_norm(model.state_dict()), model.config), path_of(path, "path"))
 
 
 def _check_model(model: object) -> None:
@@ -326,11 +327,14 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write(state: State, path: Path) -> None:
-    """Write a safetensors file atomically."""
+def write_safetensors(state: State, path: Path) -> None:
+    """Write a safetensors file atomically, with the permissions of any new file."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, {"format": "pt"})
+        temporary.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
 
 
 def _files_in_directory(path: Path) -> tuple[list[Path], Path]:

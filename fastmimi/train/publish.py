@@ -20,11 +20,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from safetensors.torch import save_file
 from torch import nn
 
 from ..checkpoints.int8 import quantize
-from ..checkpoints.weights import load
+from ..checkpoints.weights import load, write_safetensors
 from ..errors import InputError
 from ..io import plot
 from ..io.files import check_input, replacing
@@ -61,8 +60,7 @@ def publish(
     target.mkdir(parents=True, exist_ok=True)
     with replacing(target / "config.json") as part:
         part.write_text(json.dumps(codec.config.to_dict(), indent=2) + "\n")
-    with replacing(target / "model.safetensors") as part:
-        save_file(small_state(codec, int8), part, {"format": "pt"})
+    write_safetensors(small_state(codec, int8), target / "model.safetensors")
     with replacing(target / "training.json") as part:
         machines = [json.loads((run / "machine.json").read_text()) for run in runs]
         summaries = [summary(*run) for run in zip(configs, curves, machines, strict=True)]

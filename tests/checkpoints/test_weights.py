@@ -42,6 +42,8 @@ def test_save_and_load_a_directory(name, tmp_path):
     assert again.config == model.config
     assert_same_results(again, model)
     assert not any(p.requires_grad for p in again.parameters()) and not again.training
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1  # also of model.safetensors, to which safetensors gives its own
 
 
 @pytest.mark.parametrize("name", ["small", "ratios", "residual_layers", "shortcut", "semantic", "stereo"])
