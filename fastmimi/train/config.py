@@ -56,6 +56,7 @@ LIMITS = {  # field: (smallest, largest) allowed value
     "quantizer.replace_below": FRACTION,
     "quantizer.replace_every": (1, MANY),
     "quantizer.raw": FRACTION,
+    "losses.mel_floor": (TINY, 1),
     "losses.norm": (TINY, MANY),
     "losses.balancer_decay": FRACTION,
     "discriminator.filters": (1, 4096),
@@ -133,6 +134,7 @@ class LossConfig:
     features: float = 4.0  # feature matching
     l1: float = 0.0  # of the waveform
     mel: float = 0.0  # multi-scale log-mel distance
+    mel_floor: float = 1e-5  # magnitude below which its bands all count as silence
     # norm of the balanced gradient with respect to the audio of one window; the commitment and distillation losses are
     # not balanced, and are weighted relative to it
     norm: float = 1.0

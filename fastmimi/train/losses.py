@@ -12,7 +12,7 @@ from .distributed import all_reduce_sum, rank_and_world_size
 
 # STFT window length: number of mel bands (arXiv 2306.06546, section 3.5)
 MEL_SCALES = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}
-MIN_BAND = 1e-5  # mel bands are clamped to this magnitude before the logarithm
+MEL_FLOOR = 1e-5  # magnitude to which mel bands are clamped before the logarithm
 SILENCE = 1e-3  # mean magnitude below which features are those of silence; speech gives some hundredths
 
 Features = list[list[Tensor]]  # by scale, then by layer
@@ -49,20 +49,20 @@ def _window_and_filters(window: int, rate: int, device: torch.device) -> tuple[T
         return torch.hann_window(window, device=device), torch.tensor(filters, dtype=torch.float32, device=device)
 
 
-def log_mel(audio: Tensor, window: int, rate: int) -> Tensor:
-    """Audio [B, C, N] -> log10 of its mel bands [B * C, bands, frames]."""
+def log_mel(audio: Tensor, window: int, rate: int, floor: float = MEL_FLOOR) -> Tensor:
+    """Audio [B, C, N] -> log10 of its mel bands [B * C, bands, frames], which are at least `floor`."""
     hann, filters = _window_and_filters(window, rate, audio.device)
     flat = audio.flatten(0, 1).float()
     with torch.autocast(audio.device.type, enabled=False):
         spectrum = torch.stft(flat, window, window // 4, window=hann, normalized=True, return_complex=True)
         power = torch.view_as_real(spectrum).square().sum(dim=-1)
-        return (filters.T @ (power + 1e-12).sqrt()).clamp(min=MIN_BAND).log10()
+        return (filters.T @ (power + 1e-12).sqrt()).clamp(min=floor).log10()
 
 
-def mel_distance(real: Tensor, fake: Tensor, rate: int) -> Tensor:
+def mel_distance(real: Tensor, fake: Tensor, rate: int, floor: float = MEL_FLOOR) -> Tensor:
     """Multi-scale mel loss: mean absolute difference of the log-mel spectra of audio [B, C, N], over `MEL_SCALES`."""
-    scales = [(log_mel(real, window, rate) - log_mel(fake, window, rate)).abs().mean() for window in MEL_SCALES]
-    return torch.stack(scales).mean()
+    spectra = ([log_mel(audio, window, rate, floor) for audio in (real, fake)] for window in MEL_SCALES)
+    return torch.stack([(a - b).abs().mean() for a, b in spectra]).mean()
 
 
 class Balancer(nn.Module):

@@ -257,7 +257,7 @@ class TrainingStep:
         if "l1" in weights:
             found["l1"] = F.l1_loss(fake, real)
         if "mel" in weights:
-            found["mel"] = losses.mel_distance(real, fake, self.rate)
+            found["mel"] = losses.mel_distance(real, fake, self.rate, self.config.losses.mel_floor)
         return found
 
 

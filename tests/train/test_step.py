@@ -273,6 +273,11 @@ def test_mel_distance_is_logarithmic():
     assert losses.mel_distance(audio, 10 * audio, RATE).item() == pytest.approx(1, rel=1e-3)
 
 
+def test_mel_distance_of_sounds_below_the_floor_is_0():
+    quiet = 1e-2 * noise(1, 1, 9600)
+    assert losses.mel_distance(quiet, 0 * quiet, RATE, floor=1e-2).item() == 0 < losses.mel_distance(quiet, 0 * quiet, RATE)
+
+
 def test_mel_distance_has_a_gradient_after_an_evaluation():
     losses._window_and_filters.cache_clear()
     audio = noise(1, 1, 9600)
