@@ -45,7 +45,7 @@ def note_model(model: str) -> None:
     """For a demonstration or random model, say what its audio sounds like and how to get the trained model."""
     if model == "demo":
         note(
-            "demo is a small demonstration model (docs/training.md); for Mimi's own quality pass "
+            "demo is a small demonstration model (docs/demo.md); for Mimi's own quality pass "
             "--model kyutai/mimi (or no --model), which fetches trained weights"
         )
     if re.fullmatch(r"(\w+-)?random(:\d+)?", model):
