@@ -94,9 +94,14 @@ def serve():
 
 
 @pytest.fixture
-def server(codec):
-    """A server of 4 streams, which is impatient with slow clients, and takes its time with those that send much."""
-    limits = ConnectionLimits(messages_per_s=200, send_s=0.5, stalled_s=1.0)
+def server(codec, request):
+    """A server of 4 streams, which is impatient with slow clients, and takes its time with those that send much.
+
+    Its parameter, if there is one, changes limits of its connections.
+    """
+    limits = ConnectionLimits(
+        **{"messages_per_s": 200, "send_s": 0.5, "stalled_s": 1.0} | getattr(request, "param", {})
+    )
     with running(StreamPool(codec, 4, warm_up=False), Settings(model="small", connection=limits)) as found:
         yield found
 

@@ -227,6 +227,7 @@ def test_a_step_that_fails(healthy, server, raw, codec, all_gone, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("server", [{"idle_s": 1e6, "send_s": 1e6}], indirect=True)  # a jump exceeds shorter ones
 def test_a_clock_that_jumps(healthy, server, raw, monkeypatch):
     """More messages than in a second may come, so that a second that never ended would hold them back."""
     client, jump, most = raw(), 0.0, server.service.settings.connection.messages_per_s
