@@ -182,7 +182,8 @@ def test_fused_ops_give_the_reference_gradients(make_training_step, kind, reques
     for name in logged[0]:
         assert logged[1][name].item() == pytest.approx(logged[0][name].item(), rel=1e-4, abs=1e-6), name
     largest = max(gradient.abs().max() for gradient in gradients[0].values())
-    # Rounding may change the sign of a feature's difference, and with it a gradient by a thousandth.
+    # Rounding may cross a kink of a loss or an activation: of three batches on one processor, gradients differed by
+    # 1.7e-3, 2e-4 and 2e-6.
     for name, gradient in gradients[0].items():
         assert (gradients[1][name] - gradient).abs().max() < 1e-2 * gradient.abs().max() + 1e-6 * largest, name
 
