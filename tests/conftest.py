@@ -230,6 +230,6 @@ SECTIONS = {  # sections of a training configuration, and the fields that tests 
     "data": ("folder", "seconds", "batch_size", "workers"),
     "optimizer": ("kind", "lr", "betas", "ema"),
     "quantizer": ("raw", "dropout", "replace_every", "begin", "kmeans_latents"),
-    "losses": ("adversarial", "features", "mel", "l1"),
+    "losses": ("adversarial", "features", "mel", "l1", "spectrum"),
     "distillation": ("teacher",),
 }

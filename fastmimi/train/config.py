@@ -23,6 +23,7 @@ from ..io.files import check_input, path_of
 from ..models.registry import ARCHITECTURES
 from ..models.validation import Json, naming
 
+AUDIO_LOSSES = ("adversarial", "features", "l1", "mel", "spectrum")  # fields of LossConfig that are weights
 # names for transformers' `get_scheduler`, limited to schedules whose only parameters are numbers of steps
 SCHEDULES = ["constant_with_warmup", "linear", "cosine", "polynomial"]
 # fields that may differ when a run is resumed; all others must equal those of the run that is resumed
@@ -135,6 +136,7 @@ class LossConfig:
     l1: float = 0.0  # of the waveform
     mel: float = 0.0  # multi-scale log-mel distance
     mel_floor: float = 1e-5  # magnitude below which its bands all count as silence
+    spectrum: float = 0.0  # of complex spectra with compressed magnitudes, at several scales
     # norm of the balanced gradient with respect to the audio of one window; the commitment and distillation losses are
     # not balanced, and are weighted relative to it
     norm: float = 1.0
@@ -179,7 +181,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         losses, data, optimizer = self.losses, self.data, self.optimizer
-        weights = {name: getattr(losses, name) for name in ("adversarial", "features", "l1", "mel")}
+        weights = {name: getattr(losses, name) for name in AUDIO_LOSSES}
         if not all(0 <= weight <= MANY for weight in weights.values()) or not any(weights.values()):
             raise InputError(f"losses must lie in [0, {MANY:g}] and not all be 0, got {weights}")
         if (data.folder is None) == (data.dataset is None):

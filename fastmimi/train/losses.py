@@ -12,6 +12,8 @@ from .distributed import all_reduce_sum, rank_and_world_size
 
 # STFT window length: number of mel bands (arXiv 2306.06546, section 3.5)
 MEL_SCALES = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}
+SPECTRUM_SCALES = (128, 512, 2048)  # STFT window lengths of the loss on complex spectra
+COMPRESSION = 0.3  # exponent of their magnitudes, as is usual in speech enhancement (arXiv 2009.12286)
 MEL_FLOOR = 1e-5  # magnitude to which mel bands are clamped before the logarithm
 SILENCE = 1e-3  # mean magnitude below which features are those of silence; speech gives some hundredths
 
@@ -41,21 +43,31 @@ def feature_matching_loss(real: Features, fake: Features) -> Tensor:
 
 
 @cache
-def _window_and_filters(window: int, rate: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The Hann window [window] and the mel filters [bins, bands]."""
+def _window(length: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it is cached: a later call may need it for autograd
+        return torch.hann_window(length, device=device)
+
+
+@cache
+def _mel_filters(window: int, rate: int, device: torch.device) -> Tensor:
+    """The mel filters [bins, bands]."""
     bins = window // 2 + 1
     filters = mel_filter_bank(bins, MEL_SCALES[window], 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
-    with torch.inference_mode(False):  # they are cached: a later call may need them for autograd
-        return torch.hann_window(window, device=device), torch.tensor(filters, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor(filters, dtype=torch.float32, device=device)
+
+
+def _spectrum(audio: Tensor, window: int) -> Tensor:
+    """Audio [B, C, N] -> its STFT [B * C, bins, frames, 2] in fp32: real and imaginary parts."""
+    flat, hann = audio.flatten(0, 1).float(), _window(window, audio.device)
+    return torch.view_as_real(torch.stft(flat, window, window // 4, window=hann, normalized=True, return_complex=True))
 
 
 def log_mel(audio: Tensor, window: int, rate: int, floor: float = MEL_FLOOR) -> Tensor:
     """Audio [B, C, N] -> log10 of its mel bands [B * C, bands, frames], which are at least `floor`."""
-    hann, filters = _window_and_filters(window, rate, audio.device)
-    flat = audio.flatten(0, 1).float()
     with torch.autocast(audio.device.type, enabled=False):
-        spectrum = torch.stft(flat, window, window // 4, window=hann, normalized=True, return_complex=True)
-        power = torch.view_as_real(spectrum).square().sum(dim=-1)
+        power = _spectrum(audio, window).square().sum(dim=-1)
+        filters = _mel_filters(window, rate, audio.device)
         return (filters.T @ (power + 1e-12).sqrt()).clamp(min=floor).log10()
 
 
@@ -63,6 +75,22 @@ def mel_distance(real: Tensor, fake: Tensor, rate: int, floor: float = MEL_FLOOR
     """Multi-scale mel loss: mean absolute difference of the log-mel spectra of audio [B, C, N], over `MEL_SCALES`."""
     spectra = ([log_mel(audio, window, rate, floor) for audio in (real, fake)] for window in MEL_SCALES)
     return torch.stack([(a - b).abs().mean() for a, b in spectra]).mean()
+
+
+def spectrum_distance(real: Tensor, fake: Tensor) -> Tensor:
+    """Mean absolute difference of the complex spectra of audio [B, C, N], over `SPECTRUM_SCALES`.
+
+    The magnitudes are raised to the power of `COMPRESSION`, so that quiet frequencies count too; phases are kept.
+    """
+    spectra = ([_compressed_spectrum(audio, window) for audio in (real, fake)] for window in SPECTRUM_SCALES)
+    return torch.stack([(a - b).abs().mean() for a, b in spectra]).mean()
+
+
+def _compressed_spectrum(audio: Tensor, window: int) -> Tensor:
+    with torch.autocast(audio.device.type, enabled=False):
+        spectrum = _spectrum(audio, window)
+        power = spectrum.square().sum(dim=-1, keepdim=True) + 1e-8  # below a magnitude of 1e-4 spectra are linear
+        return spectrum * power ** ((COMPRESSION - 1) / 2)
 
 
 class Balancer(nn.Module):

@@ -29,9 +29,9 @@ from ..io import plot
 from ..io.files import check_input, replacing
 from ..models.codec import Codec
 from ..models.config import MimiCodecConfig
-from .config import TrainConfig
+from .config import AUDIO_LOSSES, TrainConfig
 
-CURVES = ("mel", "l1", "features", "adversarial", "discriminator", "cosine", "commitment", "explained", "used")
+CURVES = (*AUDIO_LOSSES, "discriminator", "cosine", "commitment", "explained", "used")
 SMOOTHED_POINTS = 50  # of a smoothed curve in the picture
 
 

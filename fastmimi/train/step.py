@@ -20,7 +20,7 @@ from ..models.config import AnyConfig
 from ..models.registry import ARCHITECTURES, build
 from ..models.validation import Json
 from . import losses
-from .config import ModelConfig, OptimizerConfig, TrainConfig
+from .config import AUDIO_LOSSES, ModelConfig, OptimizerConfig, TrainConfig
 from .data import Batch
 from .discriminators import MultiScaleSTFTDiscriminator
 from .distillation import Distillation, Teacher
@@ -171,7 +171,7 @@ class TrainingStep:
             self.teacher = Teacher(config.distillation.teacher, config.distillation.normalize, accelerator.device)
         generator = Generator(config, None if self.teacher is None else self.teacher.width)
         self.rate = generator.codec.sample_rate
-        weights = {name: getattr(config.losses, name) for name in ("adversarial", "features", "l1", "mel")}
+        weights = {name: getattr(config.losses, name) for name in AUDIO_LOSSES}
         self.balancer = losses.Balancer(
             {name: weight for name, weight in weights.items() if weight}, config.losses.norm,
             config.losses.balancer_decay,
@@ -258,6 +258,8 @@ class TrainingStep:
             found["l1"] = F.l1_loss(fake, real)
         if "mel" in weights:
             found["mel"] = losses.mel_distance(real, fake, self.rate, self.config.losses.mel_floor)
+        if "spectrum" in weights:
+            found["spectrum"] = losses.spectrum_distance(real, fake)
         return found
 
 

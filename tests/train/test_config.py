@@ -3,7 +3,7 @@
 import pytest
 
 from fastmimi import InputError
-from fastmimi.train.config import LIMITS, DiscriminatorConfig, TrainConfig
+from fastmimi.train.config import AUDIO_LOSSES, LIMITS, DiscriminatorConfig, TrainConfig
 from fastmimi.train.step import Generator
 
 
@@ -12,7 +12,7 @@ def test_defaults_are_those_of_the_paper():
     optimizer, data, losses, quantizer = config.optimizer, config.data, config.losses, config.quantizer
     assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.ema) == (8e-4, [0.5, 0.9], 0.05, 0.99)
     assert (config.steps, data.seconds, data.batch_size) == (4_000_000, 12.0, 128)
-    assert (losses.l1, losses.mel) == (0, 0) and losses.adversarial and losses.features
+    assert (losses.l1, losses.mel, losses.spectrum) == (0, 0, 0) and losses.adversarial and losses.features
     assert config.discriminator == DiscriminatorConfig([2048, 1024, 512, 256, 128], 32)
     assert (quantizer.decay, quantizer.raw, quantizer.dropout) == (0.99, 0.5, True)
     assert config.distillation.teacher == "microsoft/wavlm-large"
@@ -118,7 +118,7 @@ def test_every_number_has_limits():
     """Except betas and n_ffts, which are lists, and the losses, which are checked together."""
     config = TrainConfig.of({"data": {"folder": "x"}})
     numbers = {name for name, value in config._flat().items() if type(value) in (int, float)}
-    assert LIMITS.keys() == numbers - {f"losses.{name}" for name in ("adversarial", "features", "l1", "mel")}
+    assert LIMITS.keys() == numbers - {f"losses.{name}" for name in AUDIO_LOSSES}
 
 
 @pytest.mark.parametrize(

@@ -250,62 +250,18 @@ def test_a_step_is_skipped_if_the_generators_gradient_overflows(tiny_training, m
     assert moved is result.skipped is ("gradient" not in result.metrics) is (overflowing == "generator")
 
 
-# The losses
-
-
-def test_hinge_losses():
-    real, fake = [torch.tensor([2.0, 0.5])], [torch.tensor([-3.0, 0.0])]
-    assert losses.discriminator_hinge_loss(real, fake).item() == pytest.approx(0.25 + 0.5)
-    assert losses.generator_hinge_loss(fake).item() == pytest.approx((4 + 1) / 2)
-
-
-def test_feature_matching_is_relative():
-    real, fake = [[torch.full((2, 3), 4.0), torch.ones(1)]], [[torch.full((2, 3), 5.0), torch.ones(1)]]
-    assert losses.feature_matching_loss(real, fake).item() == pytest.approx(0.125)
-
-
-def test_feature_matching_of_silence_is_finite():
-    """Relative to features of magnitude 0, the distance would be infinite."""
-    assert losses.feature_matching_loss([[torch.zeros(2, 3)]], [[torch.full((2, 3), 1e-3)]]).item() == pytest.approx(1)
-
-
-def test_mel_distance_is_logarithmic():
-    audio = noise(2, 1, 9600)
-    assert losses.mel_distance(audio, audio, RATE).item() == 0
-    assert losses.mel_distance(audio, 10 * audio, RATE).item() == pytest.approx(1, rel=1e-3)
-
-
-def test_mel_distance_of_sounds_below_the_floor_is_0():
-    quiet = 1e-2 * noise(1, 1, 9600)
-    assert losses.mel_distance(quiet, 0 * quiet, RATE) > 0.1
-    assert losses.mel_distance(quiet, 0 * quiet, RATE, floor=1e-2).item() == 0
-
-
 def test_a_step_has_the_configured_mel_floor(make_training_step):
     training_step, audio = make_training_step(), batch().audio
     training_step.config.losses.mel_floor = 1.0  # all of the audio is below it
     assert training_step._audio_losses(audio, (2 * audio).requires_grad_())["mel"] == 0
 
 
-def test_mel_distance_has_a_gradient_after_an_evaluation():
-    losses._window_and_filters.cache_clear()
-    audio = noise(1, 1, 9600)
-    with torch.inference_mode():
-        losses.mel_distance(audio, 2 * audio, RATE)
-    other = noise(1, 1, 9600, seed=1).requires_grad_()
-    losses.mel_distance(audio, other, RATE).backward()
-    assert other.grad.any()
+def test_a_step_has_the_spectrum_loss_if_it_has_a_weight(make_training_step):
+    assert "spectrum" in make_training_step(spectrum=0.5)(batch(), 0).losses
+    assert "spectrum" not in make_training_step()(batch(), 0).losses
 
 
-def test_the_balancer_weights_gradients_by_their_norms():
-    balancer = losses.Balancer({"a": 1.0, "b": 3.0}, norm=2.0, decay=0.5)
-    audio = noise(4, 1, 100).requires_grad_()
-    first, second = torch.zeros(4, 1, 100), torch.zeros(4, 1, 100)
-    first[..., :50], second[..., 50:] = 1e-4, 1e5
-    for _ in range(3):
-        gradient = balancer({"a": (audio * first).sum(), "b": (audio * second).sum()}, audio)
-    norms = gradient.flatten(1)[:, :50].norm(dim=1), gradient.flatten(1)[:, 50:].norm(dim=1)
-    assert norms[0].tolist() == pytest.approx([0.5] * 4) and norms[1].tolist() == pytest.approx([1.5] * 4)
+# The discriminators
 
 
 def test_discriminators_have_several_scales():
