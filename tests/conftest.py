@@ -229,7 +229,7 @@ SECTIONS = {  # sections of a training configuration, and the fields that tests 
     "model": ("impl", "freeze", "load"),
     "data": ("folder", "seconds", "batch_size", "workers"),
     "optimizer": ("kind", "lr", "betas", "ema"),
-    "quantizer": ("raw", "dropout", "replace_every", "begin", "kmeans_latents"),
+    "quantizer": ("raw", "dropout", "kept_levels", "replace_every", "begin", "kmeans_latents"),
     "losses": ("adversarial", "features", "mel", "l1", "spectrum"),
     "distillation": ("teacher",),
 }

@@ -57,6 +57,7 @@ LIMITS = {  # field: (smallest, largest) allowed value
     "quantizer.replace_below": FRACTION,
     "quantizer.replace_every": (1, MANY),
     "quantizer.raw": FRACTION,
+    "quantizer.kept_levels": (1, 65_536),
     "losses.mel_floor": (TINY, 1),
     "losses.norm": (TINY, MANY),
     "losses.balancer_decay": FRACTION,
@@ -124,6 +125,7 @@ class QuantizerConfig:
     replace_below: float = 0.1  # replace entries whose count is below this fraction of the mean count
     replace_every: int = 5  # steps between replacements
     dropout: bool = True  # quantizer dropout: decode each sequence from a random number of levels
+    kept_levels: int = 1  # the smallest such number
     raw: float = 0.5  # fraction of sequences whose latents bypass the quantizer
 
 

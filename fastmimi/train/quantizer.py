@@ -113,6 +113,8 @@ class TrainedQuantizer(nn.Module):
         super().__init__()
         self.config = config
         self.levels = codec.config.num_quantizers
+        if config.kept_levels > self.levels:
+            raise InputError(f"quantizer.kept_levels must be at most {self.levels}, got {config.kept_levels}")
         self.means: Any = nn.ModuleList(
             CodebookEMA(part, config, part in frozen) for part, _ in codec.quantizer.parts(self.levels)
         )
@@ -160,11 +162,11 @@ class TrainedQuantizer(nn.Module):
         return Quantized(total, decoded[0], torch.cat(codes, dim=1), commitment, 1 - unexplained[-1], statistics)
 
     def _draw_kept_levels(self, batch: int, device: torch.device) -> Tensor:
-        """Quantizer dropout: a random number of levels for each sequence [B], at least the semantic ones."""
+        """Quantizer dropout: a random number of levels for each sequence [B], always with the semantic ones."""
         if not self.config.dropout:
             return torch.full((batch,), self.levels, device=device)
-        semantic = len(self.means[0].usage)
-        return torch.randint(semantic, self.levels + 1, (batch,), device=device)
+        least = max(self.config.kept_levels, len(self.means[0].usage))
+        return torch.randint(least, self.levels + 1, (batch,), device=device)
 
     @torch.no_grad()
     def update(self, codec: Codec, batch: Sequence[Statistics], step: int) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastmimi import InputError
 from fastmimi.devtools.testing import noise, relative_error
 from fastmimi.train.quantizer import kmeans
 from fastmimi.train.step import Generator
@@ -36,8 +37,9 @@ def test_quantized_sequences_equal_the_decoded_codes(tiny_training, architecture
     )
 
 
-def test_levels_are_dropped_for_each_sequence(tiny_training):
-    codec, trained, latents = quantizer_of(tiny_training(raw=0.0))
+@pytest.mark.parametrize("kept_levels", [1, 3])
+def test_levels_are_dropped_for_each_sequence(tiny_training, kept_levels):
+    codec, trained, latents = quantizer_of(tiny_training(raw=0.0, kept_levels=kept_levels))
     kept = set()
     for seed in range(12):
         torch.manual_seed(seed)
@@ -46,7 +48,12 @@ def test_levels_are_dropped_for_each_sequence(tiny_training):
             fits = [n for n in range(1, 5) if relative_error(row, codec.dequantize(codes[None, :n])[0]) < 1e-5]
             assert fits
             kept.add(fits[0])
-    assert kept == {1, 2, 3, 4}
+    assert kept == set(range(kept_levels, 5))
+
+
+def test_dropout_cannot_keep_more_levels_than_there_are(tiny_training):
+    with pytest.raises(InputError, match=r"quantizer\.kept_levels must be at most 4, got 5"):
+        quantizer_of(tiny_training(kept_levels=5))
 
 
 def test_half_of_the_sequences_bypass_the_quantizer_if_raw_is_0_5(tiny_training):
