@@ -48,8 +48,32 @@ def causal_conv1d(
     else:
         x = pad1d(with_history(x, history, first, active, rows, pad_mode), (0, pad[1]), pad_mode)
     with ieee_convolutions(x):
-        y = F.conv1d(ACTIVATIONS[pre](x), weight, bias, stride=stride, dilation=dilation, groups=groups)
+        x = ACTIVATIONS[pre](x)
+        if is_bf16_on_cpu(x):
+            y = F.conv2d(as_image(x), weight.unsqueeze(2), bias, (1, stride), 0, (1, dilation), groups).squeeze(2)
+        else:
+            y = F.conv1d(x, weight, bias, stride=stride, dilation=dilation, groups=groups)
     return ACTIVATIONS[post](y if residual is None else y + residual)
+
+
+def is_bf16_on_cpu(x: Tensor) -> bool:
+    """Whether a convolution of x runs in bf16 on a CPU, as in training with mixed precision.
+
+    oneDNN computes those channels-last. F.conv1d has the usual layout and transposes before and after, which takes as
+    long as the convolution; F.conv2d does not, nor do the activations between, for a tensor that is channels-last.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return dtype == torch.bfloat16
+
+
+def as_image(x: Tensor) -> Tensor:
+    """[B, C, T] -> [B, C, 1, T], channels-last."""
+    image = x.unsqueeze(2)
+    if x.shape[1] == 1:  # any layout is contiguous: only a copy has the strides that make the result channels-last
+        return image.clone(memory_format=torch.channels_last)
+    return image.contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
@@ -103,6 +127,8 @@ def pad1d(x: Tensor, pad: tuple[int, int], mode: str) -> Tensor:
     """
     if pad == (0, 0):
         return x
+    if mode == "constant" and is_bf16_on_cpu(x):
+        return F.pad(as_image(x), pad).squeeze(2)
     missing = max(pad) - x.shape[-1] + 1 if mode == "reflect" else 0
     if missing <= 0:
         return F.pad(x, pad, mode)

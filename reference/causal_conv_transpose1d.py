@@ -14,7 +14,7 @@ calls contribute: they are kept in `history`, updated in place for the active ba
 import torch.nn.functional as F
 from torch import Tensor
 
-from .causal_conv1d import ACTIVATIONS, ieee_convolutions, with_history
+from .causal_conv1d import ACTIVATIONS, as_image, ieee_convolutions, is_bf16_on_cpu, with_history
 
 
 def causal_conv_transpose1d(
@@ -37,6 +37,10 @@ def causal_conv_transpose1d(
         x = with_history(x, history, first, active, rows, "constant")
         left, right = stride * history.shape[1], weight.shape[2] - stride
     x = ACTIVATIONS[pre](x)
+    more = max(0, -right)
     with ieee_convolutions(x):
-        y = F.conv_transpose1d(x, weight, bias, stride=stride, groups=groups, output_padding=max(0, -right))
+        if is_bf16_on_cpu(x):
+            y = F.conv_transpose2d(as_image(x), weight.unsqueeze(2), bias, (1, stride), 0, (0, more), groups).squeeze(2)
+        else:
+            y = F.conv_transpose1d(x, weight, bias, stride=stride, groups=groups, output_padding=more)
     return y[..., left : y.shape[-1] - max(0, right)]

@@ -138,3 +138,20 @@ def test_gradients_of_the_reference(shape):
     x, weight, bias, options, tail = case(shape, 3, batch=1)
     inputs = [t.double().requires_grad_() for t in (x, weight, bias)]
     assert torch.autograd.gradcheck(lambda *a: reference(*a, trim=(0, tail), **options), inputs)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("onednn", [True, False])
+def test_gradients_of_the_reference_in_mixed_precision(shape, onednn):
+    """In bf16 on a CPU it computes channels-last, and keeps tensors so."""
+    x, weight, bias, options, tail = case(shape, 12)
+    results = []
+    for bf16, dtype in ((True, torch.float32), (False, torch.float64)):
+        inputs = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight, bias)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.backends.mkldnn.flags(enabled=onednn):
+            y = reference(*inputs, trim=(0, tail), pre="elu", **options)
+            results.append([y, *torch.autograd.grad(y, inputs, noise(*y.shape, seed=5).bfloat16().to(y.dtype))])
+    for mine, truth in zip(*results, strict=True):
+        assert mine.shape == truth.shape and relative_error(mine.double(), truth) < 1e-2
+    y = results[0][0]
+    assert y.dtype == torch.bfloat16 and (y.stride(1) == 1 or y.shape[1] == 1)
