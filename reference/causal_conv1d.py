@@ -22,6 +22,9 @@ from torch import Tensor
 
 ACTIVATIONS = {"none": lambda x: x, "elu": F.elu, "silu": F.silu}  # all map 0 to 0: padding before or after is the same
 
+# In bf16, oneDNN's strided convolutions of fewer channels are wrong on processors with AMX (PyTorch 2.6 to 2.14).
+FEW_CHANNELS = 32
+
 
 def causal_conv1d(
     x: Tensor,  # [B, C, T]
@@ -47,12 +50,16 @@ def causal_conv1d(
         x = pad1d(x, pad, pad_mode)
     else:
         x = pad1d(with_history(x, history, first, active, rows, pad_mode), (0, pad[1]), pad_mode)
+    x = ACTIVATIONS[pre](x)
     with ieee_convolutions(x):
-        x = ACTIVATIONS[pre](x)
-        if is_bf16_on_cpu(x):
-            y = F.conv2d(as_image(x), weight.unsqueeze(2), bias, (1, stride), 0, (1, dilation), groups).squeeze(2)
+        if not is_bf16_on_cpu(x):
+            y = F.conv1d(x, weight, bias, stride, 0, dilation, groups)
+        elif stride > 1 and groups == 1 and x.shape[1] < FEW_CHANNELS:
+            with torch.autocast("cpu", enabled=False):
+                bias = None if bias is None else bias.float()
+                y = F.conv1d(x.float(), weight.float(), bias, stride, 0, dilation).bfloat16()
         else:
-            y = F.conv1d(x, weight, bias, stride=stride, dilation=dilation, groups=groups)
+            y = F.conv2d(as_image(x), weight.unsqueeze(2), bias, (1, stride), 0, (1, dilation), groups).squeeze(2)
     return ACTIVATIONS[post](y if residual is None else y + residual)
 
 
@@ -70,10 +77,9 @@ def is_bf16_on_cpu(x: Tensor) -> bool:
 
 def as_image(x: Tensor) -> Tensor:
     """[B, C, T] -> [B, C, 1, T], channels-last."""
-    image = x.unsqueeze(2)
-    if x.shape[1] == 1:  # any layout is contiguous: only a copy has the strides that make the result channels-last
-        return image.clone(memory_format=torch.channels_last)
-    return image.contiguous(memory_format=torch.channels_last)
+    # one channel is contiguous in any layout; strides [T, 1, 1] say that the result is to be channels-last
+    last = x.squeeze(1).unsqueeze(2) if x.shape[1] == 1 else x.transpose(1, 2).contiguous()  # [B, T, C]
+    return last.transpose(1, 2).unsqueeze(2)
 
 
 @contextmanager

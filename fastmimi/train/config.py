@@ -125,7 +125,7 @@ class QuantizerConfig:
     replace_below: float = 0.1  # replace entries whose count is below this fraction of the mean count
     replace_every: int = 5  # steps between replacements
     dropout: bool = True  # quantizer dropout: decode each sequence from a random number of levels
-    kept_levels: int = 1  # the smallest such number
+    kept_levels: int = 1  # the smallest such number; the semantic levels are always kept
     raw: float = 0.5  # fraction of sequences whose latents bypass the quantizer
 
 

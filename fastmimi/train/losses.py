@@ -78,7 +78,8 @@ def mel_distance(real: Tensor, fake: Tensor, rate: int, floor: float = MEL_FLOOR
 
 
 def spectrum_distance(real: Tensor, fake: Tensor) -> Tensor:
-    """Mean absolute difference of the complex spectra of audio [B, C, N], over `SPECTRUM_SCALES`.
+    """Mean absolute difference of the complex spectra of audio [B, C, N], real and imaginary parts apart, over
+    `SPECTRUM_SCALES`.
 
     The magnitudes are raised to the power of `COMPRESSION`, so that quiet frequencies count too; phases are kept.
     """

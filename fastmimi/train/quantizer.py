@@ -113,7 +113,7 @@ class TrainedQuantizer(nn.Module):
         super().__init__()
         self.config = config
         self.levels = codec.config.num_quantizers
-        if config.kept_levels > self.levels:
+        if config.dropout and config.kept_levels > self.levels:
             raise InputError(f"quantizer.kept_levels must be at most {self.levels}, got {config.kept_levels}")
         self.means: Any = nn.ModuleList(
             CodebookEMA(part, config, part in frozen) for part, _ in codec.quantizer.parts(self.levels)
@@ -162,7 +162,7 @@ class TrainedQuantizer(nn.Module):
         return Quantized(total, decoded[0], torch.cat(codes, dim=1), commitment, 1 - unexplained[-1], statistics)
 
     def _draw_kept_levels(self, batch: int, device: torch.device) -> Tensor:
-        """Quantizer dropout: a random number of levels for each sequence [B], always with the semantic ones."""
+        """Quantizer dropout: the number of levels of each sequence [B], at least `kept_levels`, semantic ones too."""
         if not self.config.dropout:
             return torch.full((batch,), self.levels, device=device)
         least = max(self.config.kept_levels, len(self.means[0].usage))

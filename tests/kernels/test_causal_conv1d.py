@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastmimi.devtools.testing import assert_as_exact, noise, relative_error
 from fastmimi.reference.causal_conv1d import causal_conv1d as reference
-from fastmimi.reference.causal_conv1d import ieee_convolutions
+from fastmimi.reference.causal_conv1d import ieee_convolutions, pad1d
 
 SHAPES = [  # channels in and out, kernel, stride, dilation, groups
     (1, 8, 7, 1, 1, 1),
@@ -189,22 +189,50 @@ def test_gradients_of_the_reference(shape):
     assert torch.autograd.gradcheck(lambda *a: reference(*a, pad=(left, 0), pre="elu", **options), inputs)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mode", ["constant", "replicate"])
+@pytest.mark.parametrize("shape", [*SHAPES, (16, 8, 8, 4, 1, 1), (4, 8, 16, 8, 1, 1), (32, 8, 8, 4, 1, 1)])
+@pytest.mark.parametrize("mode", ["constant", "replicate", "reflect"])
 @pytest.mark.parametrize("onednn", [True, False])
 def test_gradients_of_the_reference_in_mixed_precision(shape, mode, onednn):
     """In bf16 on a CPU it computes channels-last, and keeps tensors so."""
-    x, weight, bias, options, left = case(shape, 24)
-    results = []
-    for bf16, dtype in ((True, torch.float32), (False, torch.float64)):
-        inputs = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight, bias)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.backends.mkldnn.flags(enabled=onednn):
-            y = reference(*inputs, pad=(left, 0), pad_mode=mode, pre="elu", **options)
-            results.append([y, *torch.autograd.grad(y, inputs, noise(*y.shape, seed=5).bfloat16().to(y.dtype))])
-    for mine, truth in zip(*results, strict=True):
-        assert mine.shape == truth.shape and relative_error(mine.double(), truth) < 1e-2
-    y = results[0][0]
-    assert y.dtype == torch.bfloat16 and (y.stride(1) == 1 or y.shape[1] == 1)
+    for length in (24, 67):
+        x, weight, bias, options, left = case(shape, length)
+        results = []
+        for bf16, dtype in ((True, torch.float32), (False, torch.float64)):
+            inputs = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight, bias)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.backends.mkldnn.flags(enabled=onednn):
+                y = reference(*inputs, pad=(left, 1), pad_mode=mode, pre="elu", **options)
+                grad = noise(*y.shape, seed=5).bfloat16().to(y.dtype)
+                results.append([y, *torch.autograd.grad(y, inputs, grad)])
+        for mine, truth in zip(*results, strict=True):
+            assert mine.shape == truth.shape and relative_error(mine.double(), truth) < 1e-2
+        y = results[0][0]
+        few = options["stride"] > 1 and options["groups"] == 1 and shape[0] < 32  # which are computed in fp32
+        assert y.dtype == torch.bfloat16 and (few or y.stride(1) == 1 or y.shape[1] == 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_reference_in_bf16_in_chunks(shape):
+    x, weight, bias, options, left = case(shape, 48)
+    x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
+    history, active, outputs = torch.zeros(3, left, x.shape[1], dtype=x.dtype), torch.ones(3, dtype=torch.bool), []
+    for i, chunk in enumerate(x.split([4, 12, 8, 24], dim=-1)):
+        state = {"history": history, "first": torch.full((3,), i == 0), "active": active}
+        outputs.append(reference(chunk, weight, bias, pad=(left, 0), pre="elu", **options, **state))
+    whole = reference(x, weight, bias, pad=(left, 0), pre="elu", **options)
+    assert relative_error(torch.cat(outputs, dim=-1), whole) < 1e-2
+    assert reference(x[:0], weight, bias, pad=(left, 0), **options).shape == (0, *whole.shape[1:])
+
+
+def test_padding_in_bf16_keeps_the_layout():
+    x = noise(2, 9, 5).bfloat16().transpose(1, 2)
+    padded = pad1d(x, (2, 1), "constant")
+    assert torch.equal(padded, F.pad(x, (2, 1))) and padded.stride(1) == 1
+
+
+def test_the_reference_in_bf16_under_vmap():
+    x, weight = noise(3, 2, 4, 9).bfloat16(), noise(5, 4, 3).bfloat16()
+    mapped = torch.vmap(lambda x: reference(x, weight, pad=(2, 0)))(x)
+    assert relative_error(mapped.flatten(0, 1), reference(x.flatten(0, 1), weight, pad=(2, 0))) < 1e-2
 
 
 class OnCuda:

@@ -95,7 +95,7 @@ def test_half_precision(pair, dtype):
     """Compared with the reference in fp64 on the same weights, within the bound of `assert_as_exact`."""
     if pair.backend == "onednn" and (why := dispatch.why_not("onednn", "causal_conv1d", dispatch.Target("cpu", dtype))):
         pytest.skip(why)
-    # With fewer filters, oneDNN's strided bf16 convolutions of 4 to 16 channels are wrong on processors with AMX.
+    # With fewer filters, oneDNN's strided bf16 convolutions of 4 to 24 channels are wrong on processors with AMX.
     mine, theirs = pair(dtype=dtype, **SHORT, num_filters=32)
     audio = noise(2, 1, 1000).to(mine.device, dtype)
     codes = theirs.encode(audio)
