@@ -53,7 +53,7 @@ def causal_conv1d(
     x = ACTIVATIONS[pre](x)
     with ieee_convolutions(x):
         if not is_bf16_on_cpu(x):
-            y = F.conv1d(x, weight, bias, stride, 0, dilation, groups)
+            y = F.conv1d(x, weight, bias, stride=stride, dilation=dilation, groups=groups)
         elif stride > 1 and groups == 1 and x.shape[1] < FEW_CHANNELS:
             with torch.autocast("cpu", enabled=False):
                 bias = None if bias is None else bias.float()

@@ -32,7 +32,9 @@ class Products(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return {
             F.conv1d: self.conv1d,
+            F.conv2d: self.conv2d,
             F.conv_transpose1d: self.conv_transpose1d,
+            F.conv_transpose2d: self.conv_transpose2d,
             F.linear: self.linear,
             F.scaled_dot_product_attention: self.attention,
         }.get(func, func)(*args, **(kwargs or {}))
@@ -55,6 +57,16 @@ class Products(TorchFunctionMode):
         full = (1, (x.shape[2] - 1) * stride + kernel)
         y = F.fold(columns, full, (1, kernel), stride=(1, stride))[:, :, 0]
         return y if bias is None else y + bias[:, None]
+
+    def conv2d(self, x, weight, bias, stride, padding, dilation, groups):
+        """Of images [B, C, 1, T], as the reference calls it in bf16."""
+        assert padding == 0
+        return self.conv1d(x.squeeze(2), weight.squeeze(2), bias, stride[1], dilation[1], groups).unsqueeze(2)
+
+    def conv_transpose2d(self, x, weight, bias, stride, padding, output_padding, groups):
+        assert padding == 0
+        x, weight = x.squeeze(2), weight.squeeze(2)
+        return self.conv_transpose1d(x, weight, bias, stride[1], groups, output_padding[1]).unsqueeze(2)
 
     def linear(self, x, weight, bias=None):
         y = self.product(x, weight.t())
