@@ -44,10 +44,11 @@ class STFTDiscriminator(nn.Module):
 
     def forward(self, audio: Tensor) -> tuple[Tensor, list[Tensor]]:
         batch, channels, _ = audio.shape
+        # divided by the norm of the window, like torchaudio's `normalized=True`, which EnCodec uses
+        window = self.window / self.window.norm()
         spectrum = torch.stft(
-            audio.flatten(0, 1).float(), self.n_fft, self.n_fft // 4, window=self.window, normalized=True,
-            return_complex=True,
-        )  # [B * C, bins, frames]  # fmt: skip
+            audio.flatten(0, 1).float(), self.n_fft, self.n_fft // 4, window=window, return_complex=True
+        )  # [B * C, bins, frames]
         x = torch.view_as_real(spectrum).permute(0, 3, 2, 1).reshape(batch, 2 * channels, *spectrum.mT.shape[1:])
         features = []
         for layer in self.layers:

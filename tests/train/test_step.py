@@ -272,6 +272,17 @@ def test_discriminators_have_several_scales():
     assert [layers[0].shape for layers in features[:2]] == [(2, 32, 10, 1025), (2, 32, 19, 513)]
 
 
+def test_spectra_of_discriminators_have_the_power_of_their_audio():
+    """Of white noise, at every resolution."""
+    audio, seen = noise(1, 1, 48_000), []
+    discriminators = MultiScaleSTFTDiscriminator(DiscriminatorConfig(filters=1))
+    for scale in discriminators.scales:
+        scale.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    discriminators(audio)
+    powers = [spectrum.square().sum(dim=1).mean().item() for spectrum in seen]  # [B, 2, frames, bins]
+    assert powers == pytest.approx([audio.square().mean().item()] * 5, rel=0.05)
+
+
 @pytest.mark.slow
 def test_new_discriminators_respond_to_quiet_audio():
     """Without biases the logits scale with the audio, and features have about the same magnitude as the audio."""
@@ -292,7 +303,7 @@ def test_discriminators_learn_to_separate_real_from_fake(make_training_step):
     training_step = make_training_step(lr=2e-3)
     real = noise(3, 1, 9600, seed=1, scale=0.1)
     logged = [training_step._discriminator_step(real, real.cumsum(dim=-1) * 0.05).item() for _ in range(60)]
-    assert logged[0] == pytest.approx(2, abs=0.1) and logged[-1] < 1
+    assert logged[0] == pytest.approx(2, abs=0.2) and logged[-1] < 1
 
 
 # The teacher
