@@ -62,6 +62,9 @@ LIMITS = {  # field: (smallest, largest) allowed value
     "losses.norm": (TINY, MANY),
     "losses.balancer_decay": FRACTION,
     "discriminator.filters": (1, 4096),
+    "discriminator.lr": (TINY, MANY),
+    "discriminator.gain": (TINY, MANY),
+    "discriminator.head_start": (0, MANY),
     "distillation.weight": (0, MANY),
 }
 
@@ -147,10 +150,17 @@ class LossConfig:
 
 @dataclass
 class DiscriminatorConfig:
-    """The multi-scale STFT discriminator."""
+    """The multi-scale STFT discriminator.
+
+    In short runs, discriminators learn only with a higher learning rate than the codec's and with louder audio:
+    docs/demo.md has the figures.
+    """
 
     n_ffts: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
     filters: int = 32  # channels of each convolution
+    lr: float | None = None  # None: optimizer.lr; the schedule is the same
+    gain: float = 1.0  # the audio is multiplied by it
+    head_start: int = 0  # steps at the beginning of the run in which only the discriminators are trained
 
 
 @dataclass
@@ -164,7 +174,10 @@ class DistillationConfig:
 
 @dataclass
 class TrainConfig:
-    """A training run of `steps` updates of the codec, written to the directory `out`."""
+    """A training run of `steps` steps, written to the directory `out`.
+
+    Each step updates the codec, except those of `discriminator.head_start`.
+    """
 
     out: str = "run"
     steps: int = 4_000_000
@@ -194,12 +207,19 @@ class TrainConfig:
         _check_choice("optimizer.kind", optimizer.kind, ["adamw", "muon"])
         _check_choice("optimizer.schedule", optimizer.schedule, SCHEDULES)
         for name, value in self._flat().items():
-            if name in LIMITS and not LIMITS[name][0] <= value <= LIMITS[name][1]:
+            if name in LIMITS and value is not None and not LIMITS[name][0] <= value <= LIMITS[name][1]:
                 raise InputError("{} must lie in [{:g}, {:g}], got {}".format(name, *LIMITS[name], value))
         n_ffts, (smallest, largest) = self.discriminator.n_ffts, N_FFT_LIMITS
         if not 1 <= len(n_ffts) <= 16 or not smallest <= min(n_ffts) <= max(n_ffts) <= largest:
             raise InputError(
                 f"discriminator.n_ffts must be 1 to 16 numbers from {smallest} to {largest}, got {shown(n_ffts)}"
+            )
+        head_start = self.discriminator.head_start
+        if head_start >= self.steps:
+            raise InputError(f"discriminator.head_start must be less than steps, {self.steps}, got {head_start}")
+        if head_start and not weights["adversarial"] and not weights["features"]:
+            raise InputError(
+                f"discriminator.head_start needs losses.adversarial or losses.features, both are 0, got {head_start}"
             )
         if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
             raise InputError(f"optimizer.betas must be two numbers in [0, 1), got {optimizer.betas}")

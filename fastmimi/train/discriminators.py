@@ -23,9 +23,9 @@ class STFTDiscriminator(nn.Module):
 
     window: Tensor
 
-    def __init__(self, n_fft: int, filters: int, channels: int):
+    def __init__(self, n_fft: int, filters: int, channels: int, gain: float):
         super().__init__()
-        self.n_fft = n_fft
+        self.n_fft, self.gain = n_fft, gain
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
         def conv(in_channels: int, kernel: tuple[int, int], dilation: int = 1, stride: int = 1) -> nn.Module:
@@ -45,7 +45,7 @@ class STFTDiscriminator(nn.Module):
     def forward(self, audio: Tensor) -> tuple[Tensor, list[Tensor]]:
         batch, channels, _ = audio.shape
         # divided by the norm of the window, like torchaudio's `normalized=True`, which EnCodec uses
-        window = self.window / self.window.norm()
+        window = self.window * (self.gain / self.window.norm())
         spectrum = torch.stft(
             audio.flatten(0, 1).float(), self.n_fft, self.n_fft // 4, window=window, return_complex=True
         )  # [B * C, bins, frames]
@@ -62,7 +62,9 @@ class MultiScaleSTFTDiscriminator(nn.Module):
 
     def __init__(self, config: DiscriminatorConfig, channels: int = 1):
         super().__init__()
-        self.scales = nn.ModuleList(STFTDiscriminator(n_fft, config.filters, channels) for n_fft in config.n_ffts)
+        self.scales = nn.ModuleList(
+            STFTDiscriminator(n_fft, config.filters, channels, config.gain) for n_fft in config.n_ffts
+        )
         # PyTorch's default biases are larger than the activations that a spectrum causes. Every LeakyReLU would see
         # inputs of one sign, so that the network would be linear, and a linear function of the STFT cannot tell signals
         # apart independently of their phase.

@@ -118,10 +118,13 @@ class _Run:
         )  # fmt: skip
         self.ema = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(optimizer.ema))
         self.counters = _Counters()
+        # of the codec, which starts after the discriminators' head start, and of the discriminators
+        trained = [(self.training_step.optimizer, config.steps - config.discriminator.head_start)]
+        if self.training_step.discriminator_optimizer is not None:
+            trained.append((self.training_step.discriminator_optimizer, config.steps))
         self.schedulers = [
-            get_scheduler(optimizer.schedule, wrapped.optimizer, optimizer.warmup_steps, config.steps)
-            for wrapped in (self.training_step.optimizer, self.training_step.discriminator_optimizer)
-            if wrapped is not None
+            get_scheduler(optimizer.schedule, wrapped.optimizer, optimizer.warmup_steps, steps)
+            for wrapped, steps in trained
         ]
         self.stateful = (self.training_step.balancer, self.ema, self.counters, *self.schedulers)
         self.accelerator.register_for_checkpointing(*self.stateful)
@@ -233,9 +236,12 @@ class _Run:
                 f"training stopped at step {self.completed_steps + 1}: "
                 f"the gradients of {MAX_SKIPPED_STEPS} consecutive steps overflowed in fp16"
             )
-        for scheduler in self.schedulers:
+        codec_scheduler, *discriminator_schedulers = self.schedulers
+        for scheduler in discriminator_schedulers:
             scheduler.step()
-        self._update_ema()
+        if self.completed_steps >= self.config.discriminator.head_start:
+            codec_scheduler.step()
+            self._update_ema()
         self.counters.unread += int(unread)
         self.completed_steps += 1
         return result
@@ -251,10 +257,12 @@ class _Run:
                 averaged.copy_(parameter)
 
     def log_scalars(self, result: StepResult) -> dict[str, float]:
-        """Log a step's scalars, averaged over all processes, the learning rate and the unread files; return them."""
+        """Log a step's scalars, averaged over all processes, the learning rates and the unread files; return them."""
         means = self.accelerator.reduce(torch.stack([value.float() for value in result.scalars.values()]), "mean")
         logged = dict(zip(result.scalars, means.tolist(), strict=True))
-        logged |= {"rate": self.schedulers[0].get_last_lr()[0], "unread files": float(self.counters.unread)}
+        rates = [scheduler.get_last_lr()[0] for scheduler in self.schedulers]
+        logged |= dict(zip(("rate", "discriminator rate"), rates, strict=False))  # the second if there are any
+        logged |= {"unread files": float(self.counters.unread)}
         if self.writer is not None:
             for name, value in logged.items():
                 self.writer.add_scalar(name, value, self.completed_steps)

@@ -155,10 +155,10 @@ def parameter_groups(generator: Generator, config: OptimizerConfig) -> list[dict
     return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def build_optimizer(groups: list[dict[str, object]], config: OptimizerConfig, kind: str) -> AdamW:
-    """AdamW or Muon for parameter groups, with the learning rate and betas of the configuration."""
+def build_optimizer(groups: list[dict[str, object]], kind: str, lr: float, betas: list[float]) -> AdamW:
+    """AdamW or Muon for parameter groups."""
     optimizer = {"adamw": AdamW, "muon": Muon}[kind]
-    return optimizer(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    return optimizer(groups, lr=lr, betas=(betas[0], betas[1]))
 
 
 class TrainingStep:
@@ -176,14 +176,14 @@ class TrainingStep:
             {name: weight for name, weight in weights.items() if weight}, config.losses.norm,
             config.losses.balancer_decay,
         ).to(accelerator.device)  # fmt: skip
-        groups = parameter_groups(generator, config.optimizer)
-        optimizer = build_optimizer(groups, config.optimizer, config.optimizer.kind)
+        lr, betas = config.optimizer.lr, config.optimizer.betas
+        optimizer = build_optimizer(parameter_groups(generator, config.optimizer), config.optimizer.kind, lr, betas)
         self.generator, self.optimizer = accelerator.prepare(generator, optimizer)
         self.discriminators = self.discriminator_optimizer = None
         if weights["adversarial"] or weights["features"]:
             discriminators = MultiScaleSTFTDiscriminator(config.discriminator, self.codec.config.audio_channels)
             groups = [{"params": list(discriminators.parameters()), "weight_decay": 0.0}]
-            optimizer = build_optimizer(groups, config.optimizer, "adamw")
+            optimizer = build_optimizer(groups, "adamw", config.discriminator.lr or lr, betas)
             self.discriminators, self.discriminator_optimizer = accelerator.prepare(discriminators, optimizer)
 
     @property
@@ -197,7 +197,11 @@ class TrainingStep:
         return self.unwrapped_generator.codec
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
-        """Train the discriminators and the generator on a batch; `step` counts from 0."""
+        """Train the discriminators and, after their head start, the generator on a batch; `step` counts from 0."""
+        if step < self.config.discriminator.head_start:
+            with torch.no_grad():
+                decoded = self.generator(batch.audio, step).audio
+            return StepResult({"discriminator": self._discriminator_step(batch.audio, decoded)}, {}, skipped=False)
         targets = None
         if self.teacher is not None and batch.teacher_audio is not None:
             with self.accelerator.autocast():

@@ -13,7 +13,7 @@ def test_defaults_are_those_of_the_paper():
     assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.ema) == (8e-4, [0.5, 0.9], 0.05, 0.99)
     assert (config.steps, data.seconds, data.batch_size) == (4_000_000, 12.0, 128)
     assert (losses.l1, losses.mel, losses.spectrum) == (0, 0, 0) and losses.adversarial and losses.features
-    assert config.discriminator == DiscriminatorConfig([2048, 1024, 512, 256, 128], 32)
+    assert config.discriminator == DiscriminatorConfig([2048, 1024, 512, 256, 128], 32, lr=None, gain=1, head_start=0)
     assert (quantizer.decay, quantizer.raw, quantizer.dropout) == (0.99, 0.5, True)
     assert config.distillation.teacher == "microsoft/wavlm-large"
 
@@ -32,6 +32,10 @@ def test_defaults_are_those_of_the_paper():
         ("optimizer.betas=[0.5]", r"optimizer.betas must be two numbers in \[0, 1\), got \[0.5\]"),
         ("discriminator.n_ffts=[]", r"discriminator.n_ffts must be 1 to 16 numbers from 16 to 65536, got \[\]"),
         ("discriminator.n_ffts=[8]", r"discriminator.n_ffts must be 1 to 16 numbers from 16 to 65536, got \[8\]"),
+        ("discriminator.lr=0", r"discriminator.lr must lie in \[1e-12, 1e\+09\], got 0.0"),
+        ("discriminator.gain=0", r"discriminator.gain must lie in \[1e-12, 1e\+09\], got 0.0"),
+        ("discriminator.head_start=-1", r"discriminator.head_start must lie in \[0, 1e\+09\], got -1"),
+        ("discriminator.head_start=4000000", "discriminator.head_start must be less than steps, 4000000, got 4000000"),
         ("optimizer.lr=-1", r"optimizer.lr must lie in \[1e-12, 1e\+09\], got -1.0"),
         ("optimizer.lr=inf", r"optimizer.lr must lie in \[1e-12, 1e\+09\], got inf"),
         ("optimizer.clip=0", r"optimizer.clip must lie in \[1e-12, inf\], got 0.0"),
@@ -47,6 +51,13 @@ def test_bad_configurations(tmp_path, change, sentence):
     path.write_text("data: {folder: x}")
     with pytest.raises(ValueError, match=sentence):
         TrainConfig.read(path, [change])
+
+
+def test_a_head_start_needs_discriminators():
+    values = {"data": {"folder": "x"}, "discriminator": {"head_start": 5}}
+    TrainConfig.of(values | {"losses": {"adversarial": 0}})
+    with pytest.raises(InputError, match=r"head_start needs losses.adversarial or losses.features.*, got 5"):
+        TrainConfig.of(values | {"losses": {"adversarial": 0, "features": 0, "mel": 1}})
 
 
 HOSTILE = {
@@ -118,7 +129,8 @@ def test_every_number_has_limits():
     """Except betas and n_ffts, which are lists, and the losses, which are checked together."""
     config = TrainConfig.of({"data": {"folder": "x"}})
     numbers = {name for name, value in config._flat().items() if type(value) in (int, float)}
-    assert LIMITS.keys() == numbers - {f"losses.{name}" for name in AUDIO_LOSSES}
+    optional = {"discriminator.lr"}
+    assert LIMITS.keys() == numbers - {f"losses.{name}" for name in AUDIO_LOSSES} | optional
 
 
 @pytest.mark.parametrize(

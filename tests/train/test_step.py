@@ -81,6 +81,29 @@ def test_generator_and_discriminators_are_updated_separately(make_training_step,
     assert reached == [False, True]
 
 
+def test_discriminators_may_have_a_learning_rate_of_their_own(make_training_step):
+    for given, expected in ((None, 1e-3), (2e-3, 2e-3)):
+        training_step = make_training_step(lr=1e-3, discriminator={"n_ffts": [128], "filters": 2, "lr": given})
+        rates = [
+            {group["lr"] for group in optimizer.param_groups}
+            for optimizer in (training_step.optimizer, training_step.discriminator_optimizer)
+        ]
+        assert rates == [{1e-3}, {expected}]
+
+
+def test_only_discriminators_are_trained_during_their_head_start(make_training_step):
+    training_step = make_training_step(discriminator={"n_ffts": [128], "filters": 2, "head_start": 2})
+    trained = {"generator": training_step.unwrapped_generator.codec, "discriminators": training_step.discriminators}
+    for step, expected in enumerate([{"discriminators"}, {"discriminators"}, {"discriminators", "generator"}]):
+        before = {name: [p.clone() for p in module.parameters()] for name, module in trained.items()}
+        result = training_step(batch(seed=step), step)
+        moved = {
+            name for name, module in trained.items() if not all(map(torch.equal, module.parameters(), before[name]))
+        }
+        assert moved == expected
+        assert (result.scalars.keys() == {"discriminator"}) is (step < 2) and not result.skipped
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture, frozen, stays, moves",
@@ -272,15 +295,16 @@ def test_discriminators_have_several_scales():
     assert [layers[0].shape for layers in features[:2]] == [(2, 32, 10, 1025), (2, 32, 19, 513)]
 
 
-def test_spectra_of_discriminators_have_the_power_of_their_audio():
-    """Of white noise, at every resolution."""
+@pytest.mark.parametrize("gain", [1, 20])
+def test_spectra_of_discriminators_have_the_power_of_their_audio(gain):
+    """Of white noise, at every resolution; times the square of the gain."""
     audio, seen = noise(1, 1, 48_000), []
-    discriminators = MultiScaleSTFTDiscriminator(DiscriminatorConfig(filters=1))
+    discriminators = MultiScaleSTFTDiscriminator(DiscriminatorConfig(filters=1, gain=gain))
     for scale in discriminators.scales:
         scale.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     discriminators(audio)
     powers = [spectrum.square().sum(dim=1).mean().item() for spectrum in seen]  # [B, 2, frames, bins]
-    assert powers == pytest.approx([audio.square().mean().item()] * 5, rel=0.05)
+    assert powers == pytest.approx([gain**2 * audio.square().mean().item()] * 5, rel=0.05)
 
 
 @pytest.mark.slow
