@@ -63,7 +63,7 @@ LIMITS = {  # field: (smallest, largest) allowed value
     "losses.balancer_decay": FRACTION,
     "discriminator.filters": (1, 4096),
     "discriminator.lr": (TINY, MANY),
-    "discriminator.gain": (TINY, MANY),
+    "discriminator.gain": (1e-3, 1e3),
     "discriminator.head_start": (0, MANY),
     "distillation.weight": (0, MANY),
 }
@@ -105,7 +105,7 @@ class OptimizerConfig:
     """The optimizers of the codec and of the discriminators; those of the discriminators are always AdamW."""
 
     kind: str = "adamw"  # of the codec: adamw, or muon (muon.py), which takes longer for a step and needs fewer
-    lr: float = 8e-4
+    lr: float = 8e-4  # of both, unless discriminator.lr is set
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
     weight_decay: float = 5e-2  # applied to the transformers' parameters only
     ema: float = 0.99  # decay of the exponential moving average of the weights, which becomes the trained model
@@ -152,15 +152,17 @@ class LossConfig:
 class DiscriminatorConfig:
     """The multi-scale STFT discriminator.
 
-    In short runs, discriminators learn only with a higher learning rate than the codec's and with louder audio:
+    In short runs, discriminators learn much faster with a higher learning rate than the codec's and with louder audio:
     docs/demo.md has the figures.
     """
 
     n_ffts: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
     filters: int = 32  # channels of each convolution
-    lr: float | None = None  # None: optimizer.lr; the schedule is the same
-    gain: float = 1.0  # the audio is multiplied by it
-    head_start: int = 0  # steps at the beginning of the run in which only the discriminators are trained
+    lr: float | None = None  # None: optimizer.lr
+    gain: float = 1.0  # factor for the discriminators' audio
+    # Initial steps in which only the discriminators are trained. The codec's schedule of learning rates and
+    # quantizer.begin count from their end, the discriminators' schedule from the beginning of the run.
+    head_start: int = 0
 
 
 @dataclass
@@ -174,13 +176,10 @@ class DistillationConfig:
 
 @dataclass
 class TrainConfig:
-    """A training run of `steps` steps, written to the directory `out`.
-
-    Each step updates the codec, except those of `discriminator.head_start`.
-    """
+    """A training run, written to the directory `out`."""
 
     out: str = "run"
-    steps: int = 4_000_000
+    steps: int = 4_000_000  # updates of the codec, plus discriminator.head_start
     seed: int = 0
     mixed_precision: str | None = None  # no, bf16 or fp16; None: as configured for `accelerate launch`
     save_every: int = 1000  # steps between checkpoints
@@ -216,10 +215,11 @@ class TrainConfig:
             )
         head_start = self.discriminator.head_start
         if head_start >= self.steps:
-            raise InputError(f"discriminator.head_start must be less than steps, {self.steps}, got {head_start}")
+            raise InputError(f"discriminator.head_start must be less than steps ({self.steps}), got {head_start}")
         if head_start and not weights["adversarial"] and not weights["features"]:
             raise InputError(
-                f"discriminator.head_start needs losses.adversarial or losses.features, both are 0, got {head_start}"
+                f"discriminator.head_start needs a positive losses.adversarial or losses.features, got {head_start} "
+                "and no discriminators"
             )
         if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
             raise InputError(f"optimizer.betas must be two numbers in [0, 1), got {optimizer.betas}")

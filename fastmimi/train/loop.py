@@ -4,7 +4,7 @@
     out/machine.json              device, number of processes and versions of packages
     out/checkpoints/step_N/       the complete training state; under this name only once it is fully written
     out/model/                    the codec with averaged (EMA) weights, a checkpoint for `fastmimi.load`
-    out/log/                      TensorBoard: losses, learning rate, audio
+    out/log/                      TensorBoard: losses, learning rates, audio
 
 If `out` contains a checkpoint, the run is resumed from it and gives the results of a run that was never interrupted.
 """
@@ -118,7 +118,7 @@ class _Run:
         )  # fmt: skip
         self.ema = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(optimizer.ema))
         self.counters = _Counters()
-        # of the codec, which starts after the discriminators' head start, and of the discriminators
+        # optimizers, and the steps in which each is used
         trained = [(self.training_step.optimizer, config.steps - config.discriminator.head_start)]
         if self.training_step.discriminator_optimizer is not None:
             trained.append((self.training_step.discriminator_optimizer, config.steps))
@@ -261,7 +261,9 @@ class _Run:
         means = self.accelerator.reduce(torch.stack([value.float() for value in result.scalars.values()]), "mean")
         logged = dict(zip(result.scalars, means.tolist(), strict=True))
         rates = [scheduler.get_last_lr()[0] for scheduler in self.schedulers]
-        logged |= dict(zip(("rate", "discriminator rate"), rates, strict=False))  # the second if there are any
+        if self.completed_steps <= self.config.discriminator.head_start:
+            rates[0] = 0.0  # the codec is not trained yet
+        logged |= dict(zip(("rate", "discriminator rate"), rates, strict=False))  # there may be no discriminators
         logged |= {"unread files": float(self.counters.unread)}
         if self.writer is not None:
             for name, value in logged.items():

@@ -31,15 +31,15 @@ def generator_hinge_loss(fake: list[Tensor]) -> Tensor:
     return torch.stack([(1 - f).relu().mean() for f in fake]).mean()
 
 
-def feature_matching_loss(real: Features, fake: Features) -> Tensor:
+def feature_matching_loss(real: Features, fake: Features, silence: float = SILENCE) -> Tensor:
     """L1 distance of features divided by the mean magnitude of the real ones; mean over layers and scales.
 
-    The mean magnitude is taken over all processes.
+    The mean magnitude is taken over all processes, and is at least `silence`.
     """
     pairs = [(r.detach(), f) for scale in zip(real, fake, strict=True) for r, f in zip(*scale, strict=True)]
     magnitudes = all_reduce_sum(torch.stack([r.abs().mean() for r, _ in pairs])) / rank_and_world_size()[1]
     distances = torch.stack([(r - f).abs().mean() for r, f in pairs])
-    return (distances / magnitudes.clamp(min=SILENCE)).mean()
+    return (distances / magnitudes.clamp(min=silence)).mean()
 
 
 @cache

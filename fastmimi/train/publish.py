@@ -133,7 +133,7 @@ def summary(config: TrainConfig, curves: dict[str, Curve], machine: dict[str, ob
     """A run's configuration, steps, hours of audio and training, mean of the last tenth of each curve, and machine."""
     from omegaconf import OmegaConf
 
-    steps, _, times = next(iter(curves.values()))
+    steps, _, times = max(curves.values(), key=lambda curve: len(curve[0]))  # some begin after a head start
     last = {name: float(values[-max(1, len(values) // 10) :].mean()) for name, (_, values, _) in curves.items()}
     intervals = np.diff(times)
     # an interruption of the run counts as ten intervals at most
@@ -154,6 +154,7 @@ def draw(path: Path, curves: dict[str, Curve]) -> None:
     rows = -(-len(shown) // 3)
     figure = plot.new_figure(12, 2.6 * rows + 0.4, dpi=100)
     grid = list(figure.subplots(rows, 3, squeeze=False).flat)
+    last = max(steps[-1] for steps, _, _ in curves.values())
     for axes in grid[len(shown) :]:
         axes.axis("off")
     for axes, name in zip(grid, shown, strict=False):
@@ -161,6 +162,7 @@ def draw(path: Path, curves: dict[str, Curve]) -> None:
         axes.plot(steps, values, color="#2b6cb0", alpha=0.2, linewidth=0.6)
         pieces = np.array_split(np.arange(len(steps)), min(SMOOTHED_POINTS, len(steps)))
         axes.plot([steps[p].mean() for p in pieces], [values[p].mean() for p in pieces], color="#c05621")
+        axes.set_xlim(0, last)  # losses of the codec begin after the discriminators' head start
         axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
         if values.min() > 0 and values.max() > 4 * np.median(values):

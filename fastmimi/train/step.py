@@ -43,8 +43,10 @@ class StepResult(NamedTuple):
     """The losses and metrics of one training step: detached scalars by name."""
 
     losses: dict[str, Tensor]
-    metrics: dict[str, Tensor]  # "gradient", the norm of the generator's gradient, is missing from a skipped step
-    skipped: bool  # the generator was not updated: its gradient overflowed in fp16
+    # Empty in the discriminators' head start. "gradient", the norm of the generator's, is missing from a skipped step.
+    metrics: dict[str, Tensor]
+    # A gradient overflowed in fp16, so that the generator (in the head start: the discriminators) was not updated.
+    skipped: bool
 
     @property
     def scalars(self) -> dict[str, Tensor]:
@@ -162,7 +164,7 @@ def build_optimizer(groups: list[dict[str, object]], kind: str, lr: float, betas
 
 
 class TrainingStep:
-    """Teacher, generator, discriminators and their optimizers; calling it trains them on one batch."""
+    """Teacher, generator, discriminators and their optimizers; calling it is one step, on one batch."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
@@ -198,10 +200,13 @@ class TrainingStep:
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Train the discriminators and, after their head start, the generator on a batch; `step` counts from 0."""
-        if step < self.config.discriminator.head_start:
+        step -= self.config.discriminator.head_start  # of the generator; negative ones leave new codebooks as they are
+        if step < 0:
             with torch.no_grad():
                 decoded = self.generator(batch.audio, step).audio
-            return StepResult({"discriminator": self._discriminator_step(batch.audio, decoded)}, {}, skipped=False)
+            found = {"discriminator": self._discriminator_step(batch.audio, decoded)}
+            assert self.discriminator_optimizer is not None
+            return StepResult(found, {}, self.discriminator_optimizer.step_was_skipped)
         targets = None
         if self.teacher is not None and batch.teacher_audio is not None:
             with self.accelerator.autocast():
@@ -257,7 +262,8 @@ class TrainingStep:
             if "features" in weights:
                 with torch.no_grad():
                     _, real_features = convert_to_fp32(MultiScaleSTFTDiscriminator.forward(unwrapped, real))
-                found["features"] = losses.feature_matching_loss(real_features, features)
+                silence = losses.SILENCE * self.config.discriminator.gain
+                found["features"] = losses.feature_matching_loss(real_features, features, silence)
         if "l1" in weights:
             found["l1"] = F.l1_loss(fake, real)
         if "mel" in weights:

@@ -33,9 +33,12 @@ def test_defaults_are_those_of_the_paper():
         ("discriminator.n_ffts=[]", r"discriminator.n_ffts must be 1 to 16 numbers from 16 to 65536, got \[\]"),
         ("discriminator.n_ffts=[8]", r"discriminator.n_ffts must be 1 to 16 numbers from 16 to 65536, got \[8\]"),
         ("discriminator.lr=0", r"discriminator.lr must lie in \[1e-12, 1e\+09\], got 0.0"),
-        ("discriminator.gain=0", r"discriminator.gain must lie in \[1e-12, 1e\+09\], got 0.0"),
+        ("discriminator.gain=0", r"discriminator.gain must lie in \[0.001, 1000\], got 0.0"),
         ("discriminator.head_start=-1", r"discriminator.head_start must lie in \[0, 1e\+09\], got -1"),
-        ("discriminator.head_start=4000000", "discriminator.head_start must be less than steps, 4000000, got 4000000"),
+        (
+            "discriminator.head_start=4000000",
+            r"discriminator.head_start must be less than steps \(4000000\), got 4000000",
+        ),
         ("optimizer.lr=-1", r"optimizer.lr must lie in \[1e-12, 1e\+09\], got -1.0"),
         ("optimizer.lr=inf", r"optimizer.lr must lie in \[1e-12, 1e\+09\], got inf"),
         ("optimizer.clip=0", r"optimizer.clip must lie in \[1e-12, inf\], got 0.0"),
@@ -56,7 +59,7 @@ def test_bad_configurations(tmp_path, change, sentence):
 def test_a_head_start_needs_discriminators():
     values = {"data": {"folder": "x"}, "discriminator": {"head_start": 5}}
     TrainConfig.of(values | {"losses": {"adversarial": 0}})
-    with pytest.raises(InputError, match=r"head_start needs losses.adversarial or losses.features.*, got 5"):
+    with pytest.raises(InputError, match=r"head_start needs a positive losses.adversarial or losses.features, got 5"):
         TrainConfig.of(values | {"losses": {"adversarial": 0, "features": 0, "mel": 1}})
 
 
@@ -126,11 +129,10 @@ def test_invalid_changes_are_refused(tmp_path, changes):
 
 
 def test_every_number_has_limits():
-    """Except betas and n_ffts, which are lists, and the losses, which are checked together."""
+    """Except betas and n_ffts, which are lists, and the losses, which are checked together. One may be None."""
     config = TrainConfig.of({"data": {"folder": "x"}})
     numbers = {name for name, value in config._flat().items() if type(value) in (int, float)}
-    optional = {"discriminator.lr"}
-    assert LIMITS.keys() == numbers - {f"losses.{name}" for name in AUDIO_LOSSES} | optional
+    assert LIMITS.keys() - {"discriminator.lr"} == numbers - {f"losses.{name}" for name in AUDIO_LOSSES}
 
 
 @pytest.mark.parametrize(

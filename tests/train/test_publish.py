@@ -9,7 +9,7 @@ import torch
 import fastmimi
 from fastmimi.devtools.testing import noise, relative_error, small_model
 from fastmimi.train.loop import train
-from fastmimi.train.publish import concatenate_curves, publish
+from fastmimi.train.publish import concatenate_curves, publish, summary
 
 
 @pytest.fixture
@@ -66,6 +66,14 @@ def test_curves_of_several_runs_are_concatenated():
     )
     joined = concatenate_curves([first, second | {"l1": second["mel"]}])
     assert joined["mel"][0].tolist() == [1, 2, 3, 5] and joined["l1"][0].tolist() == [3, 5]
+
+
+def test_a_run_is_summarized_by_the_curve_of_all_its_steps(tiny_training):
+    """Those of the codec begin after the discriminators' head start."""
+    steps, values = np.arange(1, 11), np.zeros(10)
+    curves = {"mel": (steps[6:], values[6:], 360.0 * steps[6:]), "discriminator": (steps, values, 360.0 * steps)}
+    found = summary(tiny_training(), curves, {})
+    assert (found["steps"], found["hours of training"]) == (10, 0.9)
 
 
 def test_runs_that_cannot_be_published(tiny_training, speech, tmp_path):

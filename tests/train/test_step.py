@@ -91,17 +91,22 @@ def test_discriminators_may_have_a_learning_rate_of_their_own(make_training_step
         assert rates == [{1e-3}, {expected}]
 
 
-def test_only_discriminators_are_trained_during_their_head_start(make_training_step):
-    training_step = make_training_step(discriminator={"n_ffts": [128], "filters": 2, "head_start": 2})
-    trained = {"generator": training_step.unwrapped_generator.codec, "discriminators": training_step.discriminators}
-    for step, expected in enumerate([{"discriminators"}, {"discriminators"}, {"discriminators", "generator"}]):
-        before = {name: [p.clone() for p in module.parameters()] for name, module in trained.items()}
+@pytest.mark.parametrize("architecture", ["mimi", "jodio"])
+def test_only_discriminators_are_trained_during_their_head_start(make_training_step, architecture):
+    """The codebooks of a new codec are initialized after it, too."""
+    settings = {"n_ffts": [128], "filters": 2, "head_start": 2}
+    training_step = make_training_step(architecture=architecture, discriminator=settings)
+    for step in range(3):
+        trained = (training_step.generator, training_step.discriminators)
+        before = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in trained]
         result = training_step(batch(seed=step), step)
-        moved = {
-            name for name, module in trained.items() if not all(map(torch.equal, module.parameters(), before[name]))
-        }
-        assert moved == expected
+        moved = [
+            any(not torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+            for module, state in zip(trained, before, strict=True)
+        ]
+        assert moved == [step == 2, True]
         assert (result.scalars.keys() == {"discriminator"}) is (step < 2) and not result.skipped
+    assert all(part.codebooks().any() for part, _ in training_step.codec.quantizer.parts(4))
 
 
 @pytest.mark.slow
@@ -271,6 +276,26 @@ def test_a_step_is_skipped_if_the_generators_gradient_overflows(tiny_training, m
         not torch.equal(tensor, before[name]) for name, tensor in training_step.discriminators.state_dict().items()
     )
     assert moved is result.skipped is ("gradient" not in result.metrics) is (overflowing == "generator")
+
+
+def test_a_step_of_the_head_start_is_skipped_if_the_discriminators_gradient_overflows(tiny_training, monkeypatch):
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    training_step = TrainingStep(tiny_training(discriminator={"n_ffts": [128], "head_start": 2}), accelerator)
+    assert not training_step(batch(), 0).skipped
+    backward = accelerator.backward
+    monkeypatch.setattr(accelerator, "backward", lambda loss: backward(loss * torch.inf))
+    assert training_step(batch(), 1).skipped
+
+
+def test_features_of_silence_are_measured_with_the_gain(make_training_step):
+    """The feature-matching loss of a new discriminator does not depend on the gain, not even of the quietest audio."""
+    found = []
+    for gain in (1e-3, 1e3):
+        training_step = make_training_step(discriminator={"n_ffts": [128], "filters": 2, "gain": gain})
+        audio = batch().audio * 1e-2
+        found.append(training_step._audio_losses(audio, (0.5 * audio).requires_grad_())["features"].item())
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def test_a_step_has_the_configured_mel_floor(make_training_step):
