@@ -1,8 +1,10 @@
 """The configuration of a run: the paper's defaults, and one-sentence errors for invalid values."""
 
+from pathlib import Path
+
 import pytest
 
-from fastmimi import InputError
+from fastmimi import InputError, train
 from fastmimi.train.config import AUDIO_LOSSES, LIMITS, DiscriminatorConfig, TrainConfig
 from fastmimi.train.step import Generator
 
@@ -110,6 +112,12 @@ def test_hostile_files_raise_an_input_error_of_one_line(tmp_path, content, sente
     with pytest.raises(InputError, match=rf"(?i)config\.yaml(:| is).*({sentence})") as error:
         TrainConfig.read(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(Path(train.__file__).parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_of_the_package_are_valid(path):
+    config = TrainConfig.read(path)
+    assert Path(config.out).name == path.stem and config.model.impl == "reference"
 
 
 @pytest.mark.parametrize("values", [None, 3, "x", [], {"data": 3}, {3: 4}, {"steps": object()}])

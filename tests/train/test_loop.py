@@ -26,16 +26,6 @@ pytestmark = pytest.mark.slow
 SPEECH = Path(__file__).resolve().parents[1] / "data" / "synthetic.ogg"  # from a speech synthesizer
 
 
-@pytest.fixture
-def speech(tmp_path):
-    folder = tmp_path / "speech"
-    folder.mkdir()
-    audio, rate = soundfile.read(SPEECH, dtype="float32")
-    for i in range(3):
-        soundfile.write(folder / f"{i}.wav", audio[i * rate : (i + 1) * rate + 1000], rate)
-    return folder
-
-
 def scalars(out, name):
     """{step: value} from a run's log; the last value of steps that were repeated on resume."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -72,51 +62,6 @@ def test_training_overfits_only_with_straight_through_gradients(tiny_training, m
     codes = training_step.codec.eval().encode(audio)
     share = codebook_usage(codes, 32).min().item()
     assert (learned and share >= 0.5) is whole, (logged[0], logged[-1], share)
-
-
-# The discriminators' head start
-
-
-def test_learning_rates_with_a_head_start(tiny_training, speech):
-    """The codec's schedule begins after it; that of the discriminators, with their own rate, at once."""
-    settings = {"n_ffts": [128], "filters": 2, "lr": 2e-3, "head_start": 2}
-    config = tiny_training(folder=str(speech), steps=6, lr=1e-3, discriminator=settings)
-    config.optimizer.schedule = "linear"
-    train(config)
-    codec, discriminators = (list(scalars(config.out, name).values()) for name in ("rate", "discriminator rate"))
-    assert codec == pytest.approx([0, 0, 0.75e-3, 0.5e-3, 0.25e-3, 0])  # as scheduled for the next step
-    assert discriminators == pytest.approx([2e-3 * remaining / 6 for remaining in range(5, -1, -1)])
-
-
-def test_a_run_that_stopped_within_the_head_start_resumes_with_the_same_results(
-    tiny_training, speech, tmp_path, monkeypatch
-):
-    loaded = train(tiny_training(folder=str(speech), steps=3, out=str(tmp_path / "first")))
-    settings = {"n_ffts": [128], "filters": 2, "head_start": 3}
-    options = {"folder": str(speech), "load": str(loaded), "discriminator": settings, "steps": 5, "save_every": 1}
-    whole, stopped = (tiny_training(**options, kind="muon", out=str(tmp_path / name)) for name in ("whole", "stopped"))
-    whole.optimizer.schedule = stopped.optimizer.schedule = "linear"
-    train(whole)
-    step = loop.TrainingStep.__call__
-
-    def interrupted(self, batch, number):
-        if number == 2:
-            raise KeyboardInterrupt
-        return step(self, batch, number)
-
-    monkeypatch.setattr(loop.TrainingStep, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(stopped)
-    monkeypatch.undo()
-    so_far, before = (fastmimi.load(path).state_dict() for path in (Path(stopped.out) / "model", loaded))
-    assert all(torch.equal(so_far[name], before[name]) for name in before), "the codec is not trained yet"
-    time.sleep(1.1)  # TensorBoard orders log files by the second in their names
-    train(stopped)
-    everywhere = [1, 2, 3, 4, 5]
-    for name, steps in {"discriminator": everywhere, "rate": everywhere, "mel": [4, 5]}.items():
-        expected = scalars(whole.out, name)
-        assert list(expected) == steps
-        assert scalars(stopped.out, name) == pytest.approx(expected, rel=1e-4, abs=1e-6), name
 
 
 # Resuming

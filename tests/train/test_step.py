@@ -8,22 +8,11 @@ import torch.nn.functional as F
 import fastmimi
 from fastmimi.devtools.testing import noise, relative_error
 from fastmimi.train import distributed, losses
-from fastmimi.train.config import DiscriminatorConfig
 from fastmimi.train.data import Batch
-from fastmimi.train.discriminators import MultiScaleSTFTDiscriminator
 from fastmimi.train.distillation import Distillation, Teacher
 from fastmimi.train.step import Generator, TrainingStep, parameter_groups
 
 RATE, CPU = 24_000, torch.device("cpu")
-
-
-@pytest.fixture
-def make_training_step(tiny_training):
-    def make(seed=0, **changes):
-        torch.manual_seed(seed)
-        return TrainingStep(tiny_training(**changes), accelerate.Accelerator(cpu=True))
-
-    return make
 
 
 def batch(teacher_audio=True, seed=1):
@@ -79,34 +68,6 @@ def test_generator_and_discriminators_are_updated_separately(make_training_step,
     monkeypatch.setattr(training_step.accelerator, "backward", checked)
     training_step(batch(), 0)
     assert reached == [False, True]
-
-
-def test_discriminators_may_have_a_learning_rate_of_their_own(make_training_step):
-    for given, expected in ((None, 1e-3), (2e-3, 2e-3)):
-        training_step = make_training_step(lr=1e-3, discriminator={"n_ffts": [128], "filters": 2, "lr": given})
-        rates = [
-            {group["lr"] for group in optimizer.param_groups}
-            for optimizer in (training_step.optimizer, training_step.discriminator_optimizer)
-        ]
-        assert rates == [{1e-3}, {expected}]
-
-
-@pytest.mark.parametrize("architecture", ["mimi", "jodio"])
-def test_only_discriminators_are_trained_during_their_head_start(make_training_step, architecture):
-    """The codebooks of a new codec are initialized after it, too."""
-    settings = {"n_ffts": [128], "filters": 2, "head_start": 2}
-    training_step = make_training_step(architecture=architecture, discriminator=settings)
-    for step in range(3):
-        trained = (training_step.generator, training_step.discriminators)
-        before = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in trained]
-        result = training_step(batch(seed=step), step)
-        moved = [
-            any(not torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
-            for module, state in zip(trained, before, strict=True)
-        ]
-        assert moved == [step == 2, True]
-        assert (result.scalars.keys() == {"discriminator"}) is (step < 2) and not result.skipped
-    assert all(part.codebooks().any() for part, _ in training_step.codec.quantizer.parts(4))
 
 
 @pytest.mark.slow
@@ -278,26 +239,6 @@ def test_a_step_is_skipped_if_the_generators_gradient_overflows(tiny_training, m
     assert moved is result.skipped is ("gradient" not in result.metrics) is (overflowing == "generator")
 
 
-def test_a_step_of_the_head_start_is_skipped_if_the_discriminators_gradient_overflows(tiny_training, monkeypatch):
-    accelerator = accelerate.Accelerator(cpu=True)
-    accelerator.scaler = torch.amp.GradScaler("cpu")
-    training_step = TrainingStep(tiny_training(discriminator={"n_ffts": [128], "head_start": 2}), accelerator)
-    assert not training_step(batch(), 0).skipped
-    backward = accelerator.backward
-    monkeypatch.setattr(accelerator, "backward", lambda loss: backward(loss * torch.inf))
-    assert training_step(batch(), 1).skipped
-
-
-def test_features_of_silence_are_measured_with_the_gain(make_training_step):
-    """The feature-matching loss of a new discriminator does not depend on the gain, not even of the quietest audio."""
-    found = []
-    for gain in (1e-3, 1e3):
-        training_step = make_training_step(discriminator={"n_ffts": [128], "filters": 2, "gain": gain})
-        audio = batch().audio * 1e-2
-        found.append(training_step._audio_losses(audio, (0.5 * audio).requires_grad_())["features"].item())
-    assert found[0] == pytest.approx(found[1], rel=1e-3)
-
-
 def test_a_step_has_the_configured_mel_floor(make_training_step):
     training_step, audio = make_training_step(), batch().audio
     training_step.config.losses.mel_floor = 1.0  # all of the audio is below it
@@ -307,52 +248,6 @@ def test_a_step_has_the_configured_mel_floor(make_training_step):
 def test_a_step_has_the_spectrum_loss_if_it_has_a_weight(make_training_step):
     assert "spectrum" in make_training_step(spectrum=0.5)(batch(), 0).losses
     assert "spectrum" not in make_training_step()(batch(), 0).losses
-
-
-# The discriminators
-
-
-def test_discriminators_have_several_scales():
-    discriminators = MultiScaleSTFTDiscriminator(DiscriminatorConfig())
-    logits, features = discriminators(noise(2, 1, 4800))
-    assert [scale.n_fft for scale in discriminators.scales] == [2048, 1024, 512, 256, 128]
-    assert all(score.shape[:2] == (2, 1) and len(layers) == 5 for score, layers in zip(logits, features, strict=True))
-    assert [layers[0].shape for layers in features[:2]] == [(2, 32, 10, 1025), (2, 32, 19, 513)]
-
-
-@pytest.mark.parametrize("gain", [1, 20])
-def test_spectra_of_discriminators_have_the_power_of_their_audio(gain):
-    """Of white noise, at every resolution; times the square of the gain."""
-    audio, seen = noise(1, 1, 48_000), []
-    discriminators = MultiScaleSTFTDiscriminator(DiscriminatorConfig(filters=1, gain=gain))
-    for scale in discriminators.scales:
-        scale.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    discriminators(audio)
-    powers = [spectrum.square().sum(dim=1).mean().item() for spectrum in seen]  # [B, 2, frames, bins]
-    assert powers == pytest.approx([gain**2 * audio.square().mean().item()] * 5, rel=0.05)
-
-
-@pytest.mark.slow
-def test_new_discriminators_respond_to_quiet_audio():
-    """Without biases the logits scale with the audio, and features have about the same magnitude as the audio."""
-    torch.manual_seed(0)
-    discriminators, audio = MultiScaleSTFTDiscriminator(DiscriminatorConfig()), noise(4, 1, 9600)
-    with torch.no_grad():
-        loud, features = discriminators(audio)
-        quiet, _ = discriminators(audio * 1e-4)
-    for of_loud, of_quiet in zip(loud, quiet, strict=True):
-        assert relative_error(of_quiet * 1e4, of_loud) < 1e-4
-    for scale in features:
-        assert 0.2 < scale[-1].norm() / scale[-1].numel() ** 0.5 / audio.std() < 5
-
-
-@pytest.mark.slow
-def test_discriminators_learn_to_separate_real_from_fake(make_training_step):
-    """Their hinge loss is 2 if they cannot separate them, and 0 if they always can."""
-    training_step = make_training_step(lr=2e-3)
-    real = noise(3, 1, 9600, seed=1, scale=0.1)
-    logged = [training_step._discriminator_step(real, real.cumsum(dim=-1) * 0.05).item() for _ in range(60)]
-    assert logged[0] == pytest.approx(2, abs=0.2) and logged[-1] < 1
 
 
 # The teacher
