@@ -218,8 +218,8 @@ class TrainConfig:
             raise InputError(f"discriminator.head_start must be less than steps ({self.steps}), got {head_start}")
         if head_start and not weights["adversarial"] and not weights["features"]:
             raise InputError(
-                f"discriminator.head_start needs a positive losses.adversarial or losses.features, got {head_start} "
-                "and no discriminators"
+                f"discriminator.head_start is {head_start}, but there are no discriminators: "
+                "losses.adversarial and losses.features are 0"
             )
         if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
             raise InputError(f"optimizer.betas must be two numbers in [0, 1), got {optimizer.betas}")

@@ -25,8 +25,10 @@ class STFTDiscriminator(nn.Module):
 
     def __init__(self, n_fft: int, filters: int, channels: int, gain: float):
         super().__init__()
-        self.n_fft, self.gain = n_fft, gain
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.n_fft = n_fft
+        window = torch.hann_window(n_fft)
+        # divided by its norm, like torchaudio's `normalized=True`, which EnCodec uses
+        self.register_buffer("window", window * (gain / window.norm()), persistent=False)
 
         def conv(in_channels: int, kernel: tuple[int, int], dilation: int = 1, stride: int = 1) -> nn.Module:
             pad = (kernel[0] // 2 * dilation, kernel[1] // 2)
@@ -44,10 +46,8 @@ class STFTDiscriminator(nn.Module):
 
     def forward(self, audio: Tensor) -> tuple[Tensor, list[Tensor]]:
         batch, channels, _ = audio.shape
-        # divided by the norm of the window, like torchaudio's `normalized=True`, which EnCodec uses
-        window = self.window * (self.gain / self.window.norm())
         spectrum = torch.stft(
-            audio.flatten(0, 1).float(), self.n_fft, self.n_fft // 4, window=window, return_complex=True
+            audio.flatten(0, 1).float(), self.n_fft, self.n_fft // 4, window=self.window, return_complex=True
         )  # [B * C, bins, frames]
         x = torch.view_as_real(spectrum).permute(0, 3, 2, 1).reshape(batch, 2 * channels, *spectrum.mT.shape[1:])
         features = []
