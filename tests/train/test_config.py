@@ -61,7 +61,7 @@ def test_bad_configurations(tmp_path, change, sentence):
 def test_a_head_start_needs_discriminators():
     values = {"data": {"folder": "x"}, "discriminator": {"head_start": 5}}
     TrainConfig.of(values | {"losses": {"adversarial": 0}})
-    with pytest.raises(InputError, match="head_start is 5, but there are no discriminators: losses.adversarial"):
+    with pytest.raises(InputError, match=r"head_start is 5, but there are no discriminators: losses.adversarial"):
         TrainConfig.of(values | {"losses": {"adversarial": 0, "features": 0, "mel": 1}})
 
 
